@@ -1,0 +1,41 @@
+"""The contract between the engine and a method: four verbs that carry the schedule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minifisher.statistics.layers import Layer
+    from minifisher.statistics.records import Statistics
+
+    State = dict[str, Tensor]
+
+
+class Curvature(ABC):
+    """A structured approximation of the curvature of one layer.
+
+    A subclass is a frozen dataclass: its fields are configuration and hold no tensors. What changes is the
+    dictionary that `init` makes; it *is* `optimizer.state[weight]`, so checkpoints and sharding see it.
+    Tensors may carry leading dimensions `...`: the engine stacks equal layers and calls each verb once.
+    """
+
+    needs: type[Statistics]
+    """The record that `observe` reads: BatchGradient, LayerSamples or Secant."""
+
+    @abstractmethod
+    def init(self, layer: Layer) -> State:
+        """The state before the first observation, in the dtype that the curvature is kept in."""
+
+    @abstractmethod
+    def observe(self, state: State, statistics: Statistics, decay: float) -> None:
+        """Average what one backward pass told into the state, in place: X <- decay X + (1 - decay) X_new."""
+
+    def refresh(self, state: State, damping: float) -> None:  # noqa: B027 - nothing to cache is the common case
+        """Recompute what `precondition` reads and `observe` does not write: inverses, roots."""
+
+    @abstractmethod
+    def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
+        """The damped inverse curvature times `direction`, [..., *layer.shape]: linear, of the same shape."""
