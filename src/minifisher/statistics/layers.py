@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -86,10 +86,13 @@ def layer_of(name: str, parameter: Tensor) -> Layer:
     return Layer(name, parameter, note="given as a bare tensor: only its gradient is read")
 
 
-def layers_of(module: nn.Module, fold_bias: bool) -> list[Layer]:
-    """Every parameter of the module exactly once, in the order of `named_parameters`."""
+def layers_of(module: nn.Module, folds: Collection[str] = ()) -> list[Layer]:
+    """Every parameter of the module exactly once, in the order of `named_parameters`.
+
+    Layers of a kind in `folds` have their bias folded into the weight, where neither is tied.
+    """
     uses = _uses(module)
-    biases = _foldable_biases(module, uses) if fold_bias else {}
+    biases = _foldable_biases(module, uses, folds)
     folded = set(biases.values())
     return [
         _layer(name, parameter, biases.get(parameter), uses[parameter])
@@ -106,12 +109,16 @@ def _uses(module: nn.Module) -> dict[Tensor, list[Use]]:
     return uses
 
 
-def _foldable_biases(module: nn.Module, uses: Mapping[Tensor, list[Use]]) -> dict[Tensor, Tensor]:
+def _foldable_biases(
+    module: nn.Module, uses: Mapping[Tensor, list[Use]], folds: Collection[str]
+) -> dict[Tensor, Tensor]:
     """Weight -> bias, where neither is tied: a tied one would be an input of some uses and not of others."""
     biases: dict[Tensor, Tensor] = {}
     for owner in module.modules():
         weight, bias = (dict(owner.named_parameters(recurse=False)).get(name) for name in ("weight", "bias"))
         if weight is None or bias is None or _obstacle(weight, (owner, "weight")):
+            continue
+        if _KINDS[_base(owner)] not in folds:
             continue
         if len(uses[weight]) == len(uses[bias]) == 1 and weight.requires_grad == bias.requires_grad:
             biases[weight] = bias
