@@ -29,10 +29,14 @@ def as_groups(params: Params) -> list[dict[str, Any]]:
     if isinstance(params, nn.Module):
         return [{"params": params}]
     if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, groups or an nn.Module, got one tensor: put it in a list")
+        raise TypeError(
+            "params must be an iterable of tensors, groups or an nn.Module, got one tensor: put it in a list"
+        )
     entries = list(params)
     if not entries:
-        raise ValueError("got no parameters: an empty iterable, or a generator that was used up before; pass list(...) or the module")
+        raise ValueError(
+            "got no parameters: an empty iterable, or a generator that was used up before; pass list(...) or the module"
+        )
     return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
 
 
@@ -43,10 +47,25 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in _BELOW_ONE:
         _require(name, options, lambda value: 0 <= value < 1, "in [0, 1)")
     for name in _COUNTS:
-        _require(name, options, lambda value: value is None or value == int(value) >= 1, "a whole number >= 1, or None")
-    _require("power", options, lambda value: 0 < value < math.inf, "> 0: 1 for the inverse, 0.5 for the inverse root")
+        _require(
+            name,
+            options,
+            lambda value: value is None or value == int(value) >= 1,
+            "a whole number >= 1, or None",
+        )
+    _require(
+        "power",
+        options,
+        lambda value: 0 < value < math.inf,
+        "> 0: 1 for the inverse, 0.5 for the inverse root",
+    )
     for name, choices in _CHOICES.items():
-        _require(name, options, lambda value, choices=choices: value in choices, f"one of {', '.join(map(repr, choices))}")
+        _require(
+            name,
+            options,
+            lambda value, choices=choices: value in choices,
+            f"one of {', '.join(map(repr, choices))}",
+        )
 
 
 def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> None:
@@ -57,9 +76,13 @@ def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> 
 def check_parameter(name: str, parameter: Tensor) -> None:
     """Raise TypeError for a parameter that no real symmetric curvature fits."""
     if parameter.is_complex():
-        raise TypeError(f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, or give it to torch.optim")
+        raise TypeError(
+            f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, or give it to torch.optim"
+        )
     if not parameter.is_floating_point():
-        raise TypeError(f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out")
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out"
+        )
 
 
 def check_gradient(name: str, parameter: Tensor) -> None:

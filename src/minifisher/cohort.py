@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 _STACKED_ENTRIES = 65_536
 
 # Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
-_OF_PARAMETER_SHAPE = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
+_OF_PARAMETER_SHAPE = frozenset(
+    {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
+)
 _COUNTS = frozenset({"step", "observations"})
 
 # The bias correction has died out: an average that was warm-started goes on as a plain one.

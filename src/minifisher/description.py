@@ -56,7 +56,10 @@ class Description:
         rows = [("weight", "shape", "structure", "blocks", "size", "bytes", "T1", "T2", "why")]
         rows += [_row(layer) for layer in self.layers]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.coverage.items())
         per_parameter = self.state_bytes / self.parameters
         footer = f"{self.method}: {self.parameters:,} parameters; {shares}; {per_parameter:.1f} curvature bytes each"

@@ -50,7 +50,7 @@ class AdamGraft(Graft):
     state_names = ("second_moment",)
 
     def observe(self, state: State, gradient: Tensor) -> None:
-        """v <- beta_2 v + (1 - beta_2) D^2."""
+        """V <- beta_2 v + (1 - beta_2) D^2."""
         state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
 
     def step(self, state: State, direction: Tensor, count: int, momentum: float) -> Tensor:

@@ -70,7 +70,9 @@ class CurvatureOptimizer(Optimizer):
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
-        names = group.get("param_names") or [f"parameter {index} {place}" for index in range(len(group["params"]))]
+        names = group.get("param_names") or [
+            f"parameter {index} {place}" for index in range(len(group["params"]))
+        ]
         return zip(names, group["params"], strict=True)
 
     def _enrol(self, layers: list[Layer], group: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ class CurvatureOptimizer(Optimizer):
                 check_parameter(layer.name, parameter)
         if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
             raise ValueError(
-                f'fisher={group["fisher"]!r} looks inside the backward pass of Linear and convolution layers, and '
+                f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers, and "
                 f"{type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the nn.Module that "
                 'holds them, or use fisher="gradient"'
             )

@@ -31,9 +31,9 @@ _NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
 _WIDTH = 64  # entries of a block
-_ROWS_PER_WIDTH = 8  # a block is at most 8 times as wide as the rows that share it: 16 bytes a byte of the weight
-
-
+_ROWS_PER_WIDTH = (
+    8  # a block is at most 8 times as wide as the rows that share it: 16 bytes a byte of the weight
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,27 @@ class MBF(CurvatureOptimizer):
         maximize: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        options = dict(
+            lr=lr,
+            momentum=momentum,
+            curvature_decay=curvature_decay,
+            damping=damping,
+            relative_damping=relative_damping,
+            power=power,
+            graft=graft,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            fisher=fisher,
+            conv_blocks=conv_blocks,
+            block_size=block_size,
+            share=share,
+            statistics_every=statistics_every,
+            inverse_every=inverse_every,
+            fold_bias=fold_bias,
+            curvature_dtype=curvature_dtype,
+            maximize=maximize,
+            statistics_memory=statistics_memory,
+        )
         super().__init__(params, options)
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
