@@ -57,7 +57,7 @@ class Layer:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the joined tensor: the weight's, or [out, in + 1] ([out, in / groups k1 k2 + 1]) with the bias."""
+        """Of the joined tensor: the weight's; with a bias [out, in + 1] or [out, in / groups k1 k2 + 1]."""
         if self.bias is None:
             return self.weight.shape
         return torch.Size((self.weight.shape[0], self.weight[0].numel() + 1))
