@@ -53,7 +53,9 @@ class Description:
         return {name: covered[name] / self.parameters for name in sorted(covered, key=lambda n: -covered[n])}
 
     def __str__(self) -> str:
-        rows = [("weight", "shape", "structure", "blocks", "size", "bytes", "T1", "T2", "why")]
+        rows: list[tuple[str, ...]] = [
+            ("weight", "shape", "structure", "blocks", "size", "bytes", "T1", "T2", "why")
+        ]
         rows += [_row(layer) for layer in self.layers]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = [
@@ -62,8 +64,8 @@ class Description:
         ]
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.coverage.items())
         per_parameter = self.state_bytes / self.parameters
-        footer = f"{self.method}: {self.parameters:,} parameters; {shares}; {per_parameter:.1f} curvature bytes each"
-        return "\n".join([*table, footer])
+        size = f"{self.parameters:,} parameters, {per_parameter:.1f} curvature bytes each"
+        return "\n".join([*table, f"{self.method}: {size}; {shares}"])
 
 
 def describe_layer(layer: Layer, plan: Plan) -> LayerDescription:
