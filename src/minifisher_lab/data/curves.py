@@ -34,4 +34,5 @@ def _images(count: int, generator: np.random.Generator) -> Array:
             distance = np.sqrt(((pixel - point) ** 2).sum(1))
             place = number, pixel[:, 0], pixel[:, 1]  # each image once, so that no write is lost
             ink[place] = np.maximum(ink[place], HALF_WIDTH + 0.5 - distance)
-    return (255 * ink.clip(0, 1)).round().astype(np.uint8)[:, None]
+    images: Array = (255 * ink.clip(0, 1)).round().astype(np.uint8)[:, None]
+    return images

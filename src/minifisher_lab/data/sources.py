@@ -6,7 +6,6 @@ Each source puts files into a temporary folder and runs nothing of what it broug
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ PATIENCE = 8, 30  # seconds to connect, seconds without a byte: an unreachable h
 LIMIT = 1800  # seconds for a whole package
 
 
-class SourceFailed(RuntimeError):
+class SourceFailed(RuntimeError):  # noqa: N818 - as in records.py
     """This source cannot deliver; the message says why."""
 
 
@@ -147,7 +146,7 @@ class Apt:
 
 def download(address: str, folder: Path, name: str, known: str | None, progress: Progress) -> None:
     """Download one file, whole and with the right hash, or not at all."""
-    logging.getLogger("pooch").setLevel(logging.WARNING)  # the bar says it already
+    pooch.get_logger().setLevel("WARNING")  # the bar says it already
     bar = Bar(name, progress)
     loader = pooch.HTTPDownloader(progressbar=bar, chunk_size=2**17, timeout=PATIENCE)
     progress(name, 0, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -38,13 +37,13 @@ def write(name: str, arrays: Arrays) -> Path:
     """Store the arrays; an interrupted write leaves nothing, readers see the old file or the new one."""
     target = path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=target.parent, prefix=f"{name}-", suffix=".part")
+    part = target.with_name(f"{name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         os.replace(part, target)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return target
 
 

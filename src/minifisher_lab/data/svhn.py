@@ -27,7 +27,7 @@ def _decode(files: Files) -> Arrays:
 
 def _content(data: bytes) -> Arrays:
     try:
-        content = loadmat(io.BytesIO(data), variable_names=["X", "y"])
+        content: Arrays = loadmat(io.BytesIO(data), variable_names=["X", "y"])
     except (MatReadError, ValueError, NotImplementedError, OSError) as error:
         raise WrongData(f"no MATLAB 5 file: {error}") from error
     if not {"X", "y"} <= content.keys():

