@@ -22,6 +22,8 @@ def contents(folder: Path, members: str) -> Files:
                 found |= _read(file, wanted)
             except (tarfile.TarError, zipfile.BadZipFile, EOFError, subprocess.CalledProcessError) as error:
                 raise WrongData(f"{file.name} is damaged: {error}") from error
+    if not found:
+        raise WrongData(f"none of the files that are needed ({members})")
     return found
 
 

@@ -157,8 +157,8 @@ def download(address: str, folder: Path, name: str, known: str | None, progress:
 
 
 def _short(error: Exception) -> str:
-    cause = error.args[0] if error.args else error
-    return str(getattr(cause, "reason", cause)).split(": ", 1)[-1][:200]
+    reason = getattr(error.args[0] if error.args else None, "reason", None)  # what requests wraps
+    return str(reason).split("): ", 1)[-1] if reason else str(error)[:300]
 
 
 def _pip() -> list[str]:
