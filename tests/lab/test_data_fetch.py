@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress as RichProgress
 
 from minifisher_lab import data
 from minifisher_lab.data import sources, store, table
-from minifisher_lab.data.progress import shown
+from minifisher_lab.data.progress import _reporter, shown
 from minifisher_lab.data.records import Format, WrongData
 from minifisher_lab.data.sources import Apt, Npm, Official, PipFile, PipWheel, SourceFailed
 from minifisher_lab.data.table import Entry, Route, Sha256
@@ -180,6 +182,13 @@ def test_an_interrupted_write_leaves_what_was_there(monkeypatch, tmp_path):
     assert store.read("tiny")["x"].tolist() == [0, 1, 2]
 
 
+def test_a_reader_sees_the_old_file_or_the_new_one():
+    with store.write("tiny", {"x": np.arange(3)}).open("rb") as old:
+        store.write("tiny", {"x": np.arange(5)})
+        assert np.load(old)["x"].tolist() == [0, 1, 2]
+    assert store.read("tiny")["x"].tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip"])
 def test_a_damaged_cache_says_so(harm):
     path = store.write("tiny", {"x": np.arange(1000)})
@@ -309,7 +318,7 @@ def test_apt(clients, monkeypatch, tmp_path):
     assert data.get("tiny", progress=quiet).exists()
     package.write_bytes(b"no archive")
     data.get("tiny", progress=quiet).unlink()
-    with pytest.raises(data.DataUnavailable, match=r"some-data_1_all\.deb is damaged"):
+    with pytest.raises(data.DataUnavailable, match=r"some-data_1_all\.deb cannot be read"):
         data.get("tiny", progress=quiet)
 
 
@@ -374,12 +383,28 @@ def test_pip_failing(index, monkeypatch):
     assert "pip found no tinydata-1.0.tar.gz" in str(caught.value)
 
 
-def test_without_a_callback_a_bar_is_shown_on_standard_error(capsys):
+def test_without_a_callback_the_steps_are_shown_on_standard_error(capsys):
     with shown(None) as report:
         report("some file", 0, None)
         report("some file", 50, 100)
         report("other file", 1, 2)
-    assert capsys.readouterr().out == ""
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.splitlines() == ["fetching some file", "fetching other file"]  # no terminal: no bar
+
+
+def test_the_bar_follows_the_steps():
+    with RichProgress(console=Console(file=io.StringIO())) as bar:
+        report = _reporter(bar)
+        report("some file", 50, None)
+        report("some file", 60, 100)
+        assert [(task.description, task.completed, task.total) for task in bar.tasks] == [
+            ("some file", 60, 100)
+        ]
+        report("other file", 1, 2)
+        assert [(task.description, task.completed, task.total) for task in bar.tasks] == [
+            ("other file", 1, 2)
+        ]
 
 
 def test_wrong_data_from_one_source_moves_on_to_the_next(server, monkeypatch):

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import pooch
 
@@ -46,8 +47,9 @@ class Official:
 
     @property
     def label(self) -> str:
-        """The publisher's addresses."""
-        return "official files at " + ", ".join(self.addresses)
+        """The publisher's hosts."""
+        hosts = dict.fromkeys(urlsplit(address).netloc for address in self.addresses)
+        return "official files at " + ", ".join(hosts)
 
     def fetch(self, folder: Path, progress: Progress) -> None:
         """Download the files."""
