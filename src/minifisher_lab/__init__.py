@@ -1,0 +1,1 @@
+"""The laboratory: problems, data, training, comparison and the command line around `minifisher`."""
