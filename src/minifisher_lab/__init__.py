@@ -1,1 +1,1 @@
-"""The laboratory: problems, data, training, comparison and the command line around `minifisher`."""
+"""The laboratory: problems, data, training and fair comparison; it sees only the public `minifisher`."""
