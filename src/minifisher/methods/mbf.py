@@ -136,7 +136,7 @@ class MiniBlocks(Curvature):
         """lambda_b for every entry, [..., rows | 1, blocks, width].
 
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
-        that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1, to be invertible.
+        that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
         """
         entries = self.reading.entries(fisher)
         if not self.relative_damping:
