@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from minifisher.statistics.records import BatchGradient
+
 if TYPE_CHECKING:
     from minifisher.curvature import Plan
     from minifisher.statistics.layers import Layer
@@ -68,15 +70,16 @@ class Description:
         return "\n".join([*table, f"{self.method}: {size}; {shares}"])
 
 
-def describe_layer(layer: Layer, plan: Plan) -> LayerDescription:
-    """What `plan` means for one layer; nothing is allocated to find out."""
+def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
+    """What `plan` means for one layer of which the user wants `fisher`; nothing is allocated to find out."""
+    fell_back = fisher != "gradient" and plan.curvature.needs is BatchGradient
     state = plan.curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
     return LayerDescription(
         name=layer.name,
         shape=tuple(layer.shape),
         parameters=layer.shape.numel(),
         structure=plan.structure,
-        reason="; ".join(filter(None, (plan.reason, layer.note))),
+        reason=f"{plan.reason}; {layer.note}" if fell_back else plan.reason,
         blocks=plan.blocks,
         block_size=plan.block_size,
         state_bytes=sum(tensor.nbytes for tensor in state.values()),

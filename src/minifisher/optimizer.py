@@ -244,9 +244,11 @@ class CurvatureOptimizer(Optimizer):
 
     def describe(self) -> Description:
         """What was chosen for every weight and why, and the share of the parameters each structure covers."""
-        return Description(
-            type(self).__name__, tuple(describe_layer(layer, self._plans[layer]) for layer in self._layers)
+        rows = (
+            describe_layer(layer, self._plans[layer], group["fisher"])
+            for layer, group in self._layers.items()
         )
+        return Description(type(self).__name__, tuple(rows))
 
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong, and for every weight the steps and observations so far."""
