@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from minifisher_lab.summary import rows
 
@@ -101,11 +101,12 @@ def _colours(ranking: Sequence[Row]) -> dict[str, str]:
 def _frame(axes: Axes, means: Sequence[Floats], right: float) -> None:
     """A logarithmic loss axis that leaves out the first fall, where all lines are one."""
     bottom = min(float(mean.min()) for mean in means)
-    top = float(np.median([mean[max(1, len(mean) // 25)] for mean in means]))
+    top = float(np.median([mean[len(mean) // 12] for mean in means]))
     axes.set_yscale("log")
     axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
     axes.set_xlim(0, right)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    wide = top > 10 * bottom
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", color=FAINT, linewidth=0.7)

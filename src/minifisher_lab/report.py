@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Best loss: lowest training loss on a fixed slice of up to 2,000 training samples, mean ± standard "
-    "deviation over seeds. Seconds count training alone, without evaluation and three warm-up steps."
+    "deviation over seeds. Seconds count training alone, without evaluation and three warm-up steps; "
+    "{threads} of torch's."
 )
 
 
@@ -49,7 +50,7 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
     notes = [f"{row.optimizer}: {remark}" for row in ranking if (remark := note(row))]
     result = Table(
         title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
-        caption="\n".join((*notes, CAPTION)),
+        caption="\n".join((*notes, CAPTION.format(threads=_threads()))),
         box=SIMPLE_HEAD,
         title_style="bold",
         title_justify="left",
@@ -62,6 +63,11 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
         cells = _cells(row, reference, plan.problem.classifies)
         result.add_row(*cells, style="bold" if row is ranking[0] else "")
     return result
+
+
+def _threads() -> str:
+    threads = torch.get_num_threads()
+    return f"{threads} threads" if threads > 1 else "1 thread"
 
 
 def _columns(plan: Plan, reference: Row | None) -> Iterable[str]:

@@ -111,6 +111,8 @@ def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
             ("compare", "cnn-digits", "--optimizers", "adamw", "--seconds", "1", "--epochs", "1"),
             "either seconds",
         ),
+        (("train", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
+        (("train", "cnn-digits", "--optimizer", "sgd", "--lr", "-1"), "Invalid learning rate"),
         (("data", "get", "minst"), "did you mean mnist"),
     ],
 )
