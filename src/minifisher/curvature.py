@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,3 +40,16 @@ class Curvature(ABC):
     @abstractmethod
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """The damped inverse curvature times `direction`, [..., *layer.shape]: linear, of the same shape."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method chose for one layer, and why: `describe()` prints it."""
+
+    curvature: Curvature
+    structure: str  # "blocks of shared rows"
+    reason: str
+    blocks: int
+    block_size: int
+    statistics_every: int  # T1, in steps
+    inverse_every: int  # T2, in steps

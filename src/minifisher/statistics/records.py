@@ -1,7 +1,8 @@
 """The closed family of what a backward pass can tell; a method declares which one it needs.
 
-The normal form. A layer maps, for every sample n and shared position s (a token of a sequence, a place of a
-convolution's output; one position for a plain fully connected layer), an input a_ns to an output h_ns = W a_ns.
+The normal form. A layer maps, for every sample n and shared position s (a token of a sequence, a place of
+a convolution's output; one position for a plain fully connected layer), an input a_ns to an output
+h_ns = W a_ns.
 With the output gradient g_ns = d loss_n / d h_ns the gradient of one sample is D_n = sum_s g_ns a_ns^T.
 "Per sample" means: of loss_n itself, *not* divided by the number of samples N.
 
@@ -42,8 +43,12 @@ class LayerSamples(Statistics):
     count: int
     """N, the samples of the step."""
 
+    def is_finite(self) -> bool:
+        """Whether every number in it is finite."""
+        raise NotImplementedError
+
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs [n, groups, s, in] and per-sample output gradients [n, groups, s, out], few samples at a time."""
+        """Inputs [n, groups, s, in], output gradients [n, groups, s, out / groups], few samples at a time."""
         raise NotImplementedError
 
     def gradients(self) -> Iterator[Tensor]:

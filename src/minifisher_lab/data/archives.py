@@ -7,9 +7,19 @@ import re
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from minifisher_lab.data.records import Files, WrongData
+
+UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    subprocess.CalledProcessError,
+)
 
 
 def contents(folder: Path, members: str) -> Files:
@@ -20,8 +30,10 @@ def contents(folder: Path, members: str) -> Files:
         if file.is_file():
             try:
                 found |= _read(file, wanted)
-            except (tarfile.TarError, zipfile.BadZipFile, EOFError, subprocess.CalledProcessError) as error:
-                raise WrongData(f"{file.name} is damaged: {error}") from error
+            except UNREADABLE as error:
+                raise WrongData(f"{file.name} cannot be read: {error}") from error
+    if not found:
+        raise WrongData(f"none of the files that are needed ({members})")
     return found
 
 

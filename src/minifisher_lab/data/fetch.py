@@ -8,7 +8,7 @@ from pathlib import Path
 from minifisher_lab.data import store
 from minifisher_lab.data.archives import contents
 from minifisher_lab.data.progress import Progress, shown
-from minifisher_lab.data.records import Arrays, DataUnavailable, WrongData
+from minifisher_lab.data.records import Arrays, DataUnavailable
 from minifisher_lab.data.sources import SourceFailed
 from minifisher_lab.data.table import Entry, Route, find
 
@@ -39,12 +39,12 @@ def _fetched(entry: Entry, progress: Progress) -> Arrays:
     if local.is_dir():
         try:
             return _decoded(entry, entry.routes[0], local)
-        except WrongData as error:
+        except ValueError as error:
             failures.append(f"files in {local}: {error}")
     for route in entry.routes:
         try:
             return _brought(entry, route, progress)
-        except (SourceFailed, WrongData) as error:
+        except (SourceFailed, ValueError) as error:
             failures.append(f"{route.source.label}: {error}")
     raise DataUnavailable(_message(entry, failures))
 

@@ -43,8 +43,8 @@ def _decode(files: Files) -> Arrays:
 def _file(files: Files, prefix: str) -> bytes:
     found = [data for path, data in files.items() if path.rpartition("/")[2].startswith(prefix)]
     if not found:
-        raise WrongData(f"no file {prefix}-idx*-ubyte; found {sorted(files)}")
+        raise WrongData(f"no file {prefix}-idx?-ubyte; found {sorted(files)}")
     return found[0]
 
 
-IDX = Format(r"(train|t10k)-(images-idx3|labels-idx1)-ubyte(\.gz)?", _decode)
+IDX = Format(r"(train|t10k)-(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?", _decode)

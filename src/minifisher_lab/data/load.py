@@ -71,7 +71,7 @@ LOADERS = {"images": "load", "graph": "load_graph", "text": "load_text"}
 def _of_kind(name: str, kind: str) -> Entry:
     entry = find(name)
     if entry.kind != kind:
-        raise ValueError(f"{name} holds {entry.kind}: use data.{LOADERS[entry.kind]}({name!r})")
+        raise ValueError(f"the kind of {name} is {entry.kind}: use data.{LOADERS[entry.kind]}({name!r})")
     return entry
 
 

@@ -8,14 +8,20 @@ import pickle
 from typing import Any
 
 import numpy as np
-from numpy.lib import NumpyVersion
 
 from minifisher_lab.data.records import WrongData
 
-if NumpyVersion(np.__version__) >= "2.0.0":
-    from numpy._core.multiarray import _reconstruct
-else:
-    from numpy.core.multiarray import _reconstruct  # type: ignore[no-redef]
+_reconstruct = np.empty(0).__reduce__()[0]  # its module differs between releases of numpy
+DAMAGE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)  # what the pickle module raises on broken bytes
 
 
 class SparseRows:
@@ -52,5 +58,5 @@ def loads(data: bytes) -> Any:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except WrongData:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way
+    except DAMAGE as error:
         raise WrongData(f"damaged pickle: {error}") from error

@@ -10,11 +10,15 @@ from minifisher_lab.data.archives import named
 from minifisher_lab.data.records import Array, Arrays, Files, Format, WrongData
 
 VALIDATION = 500
+KINDS = {"graph": dict, "x": pickles.SparseRows, "tx": pickles.SparseRows, "allx": pickles.SparseRows}
 PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
 
 
 def _decode(files: Files, name: str) -> Arrays:
     part = {key: pickles.loads(named(files, f"ind.{name}.{key}")) for key in PARTS[:-1]}
+    for key, value in part.items():
+        if not isinstance(value, KINDS.get(key, np.ndarray)):
+            raise WrongData(f"ind.{name}.{key} holds a {type(value).__name__}")
     test = np.loadtxt(named(files, f"ind.{name}.test.index").decode().splitlines(), dtype=np.int64, ndmin=1)
     known, first_test = len(part["y"]), len(part["ally"])
     if test.min() != first_test or len(test) != len(part["ty"]):

@@ -16,7 +16,7 @@ Progress: TypeAlias = Callable[[str, int, "int | None"], None]
 
 @contextmanager
 def shown(progress: Progress | None) -> Iterator[Progress]:
-    """The caller's own callback, or a bar on the terminal while the context lasts."""
+    """The caller's own callback, or a bar on the terminal, or one line a step where there is no terminal."""
     if progress is not None:
         yield progress
         return
@@ -27,8 +27,23 @@ def shown(progress: Progress | None) -> Iterator[Progress]:
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    with RichProgress(*columns, console=console, transient=True) as bar:
         yield _reporter(bar)
+
+
+def _lines(console: Console) -> Progress:
+    seen: set[str] = set()
+
+    def report(step: str, _done: int, _total: int | None) -> None:
+        if step not in seen:
+            seen.add(step)
+            console.print(f"fetching {step}", highlight=False)
+
+    return report
 
 
 def _reporter(bar: RichProgress) -> Progress:

@@ -18,7 +18,10 @@ Files: TypeAlias = dict[str, bytes]
 
 
 class WrongData(ValueError):  # noqa: N818 - the name says what it is
-    """Files that are not what they should be: broken, of another kind, or with other contents."""
+    """Files that are not what they should be: broken, of another kind, or with other contents.
+
+    A decoder may raise any ValueError; this one says more.
+    """
 
 
 class DataMissing(LookupError):  # noqa: N818

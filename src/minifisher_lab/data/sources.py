@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import pooch
 
@@ -46,8 +47,9 @@ class Official:
 
     @property
     def label(self) -> str:
-        """The publisher's addresses."""
-        return "official files at " + ", ".join(self.addresses)
+        """The publisher's hosts."""
+        hosts = dict.fromkeys(urlsplit(address).netloc for address in self.addresses)
+        return "official files at " + ", ".join(hosts)
 
     def fetch(self, folder: Path, progress: Progress) -> None:
         """Download the files."""
@@ -157,8 +159,8 @@ def download(address: str, folder: Path, name: str, known: str | None, progress:
 
 
 def _short(error: Exception) -> str:
-    cause = error.args[0] if error.args else error
-    return str(getattr(cause, "reason", cause)).split(": ", 1)[-1][:200]
+    reason = getattr(error.args[0] if error.args else None, "reason", None)  # what requests wraps
+    return str(reason).split("): ", 1)[-1] if reason else str(error)[:300]
 
 
 def _pip() -> list[str]:

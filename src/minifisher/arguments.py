@@ -1,0 +1,96 @@
+"""What a user may pass: every check names the value and the cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Params = nn.Module | Iterable[Any]
+"""What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "fisher": ("gradient", "empirical", "sampled"),
+    "graft": ("adam", "sgd", None),
+    "conv_blocks": (None, "kernel", "row"),
+    "share": (None, "row", "layer"),
+    "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
+}
+_AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
+_BELOW_ONE = ("momentum", "curvature_decay")
+_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory")
+
+
+def as_groups(params: Params) -> list[dict[str, Any]]:
+    """The parameter groups that `params` stands for."""
+    if isinstance(params, nn.Module):
+        return [{"params": params}]
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params must be an iterable of tensors, groups or an nn.Module, got one tensor: put it in a list"
+        )
+    entries = list(params)
+    if not entries:
+        raise ValueError(
+            "got no parameters: an empty iterable, or a generator that was used up before; "
+            "pass list(model.parameters()), or the module itself"
+        )
+    return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a parameter group that is out of its range."""
+    for name in _AT_LEAST_ZERO:
+        _require(name, options, lambda value: 0 <= value < math.inf, "finite and >= 0")
+    for name in _BELOW_ONE:
+        _require(name, options, lambda value: 0 <= value < 1, "in [0, 1)")
+    for name in _COUNTS:
+        _require(
+            name,
+            options,
+            lambda value: value is None or value == int(value) >= 1,
+            "a whole number >= 1, or None",
+        )
+    _require(
+        "power",
+        options,
+        lambda value: 0 < value < math.inf,
+        "> 0: 1 for the inverse, 0.5 for the inverse root",
+    )
+    for name, choices in _CHOICES.items():
+        _require(
+            name,
+            options,
+            lambda value, choices=choices: value in choices,
+            f"one of {', '.join(map(repr, choices))}",
+        )
+
+
+def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> None:
+    if name in options and not holds(options[name]):
+        raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
+
+
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Raise TypeError for a parameter that no real symmetric curvature fits."""
+    if parameter.is_complex():
+        raise TypeError(
+            f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, "
+            "or give it to torch.optim"
+        )
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out"
+        )
+
+
+def check_gradient(name: str, parameter: Tensor) -> None:
+    """Raise TypeError for a sparse gradient."""
+    if parameter.grad is not None and parameter.grad.layout != torch.strided:
+        raise TypeError(
+            f"{name} has a sparse gradient ({parameter.grad.layout}): use Embedding(sparse=False), "
+            "or give it to torch.optim.SparseAdam"
+        )

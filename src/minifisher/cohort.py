@@ -1,0 +1,213 @@
+"""Equal layers on their way through a step: statistics, curvature, direction, graft, update.
+
+Layers of one shape, plan and history are stacked, so that each verb is called once for all of them. What the
+optimizer keeps of a parameter is a slice of the stack.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minifisher.graft import GRAFTS
+from minifisher.statistics.records import BatchGradient
+
+if TYPE_CHECKING:
+    from minifisher.curvature import Plan, State
+    from minifisher.statistics.layers import Layer
+    from minifisher.statistics.records import LayerSamples
+
+    Options = dict[str, Any]
+    Entries = Mapping[Tensor, dict[str, Any]]
+
+# Stacking copies the gradients once; above this many entries a call of its own costs less than the copy.
+_STACKED_ENTRIES = 65_536
+
+# Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
+_OF_PARAMETER_SHAPE = frozenset(
+    {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
+)
+_COUNTS = frozenset({"step", "observations"})
+
+# The bias correction has died out: an average that was warm-started goes on as a plain one.
+SATURATED = 1_000_000
+
+
+@dataclass(eq=False)
+class Cohort:
+    """Layers that step together; tensors are [*layer.shape], or [layers, *layer.shape] for more than one."""
+
+    layers: list[Layer]
+    plan: Plan
+    options: Options
+    state: State
+    step: int  # taken so far
+    observations: int  # averaged into the curvature so far
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Every parameter of every layer, in order."""
+        return [parameter for layer in self.layers for parameter in layer.parameters]
+
+    # ---- between the parameters and the stack ----
+
+    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
+        iterator = iter(tensors)
+        joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
+        return torch.stack(joined) if len(joined) > 1 else joined[0]
+
+    def scatter(self, stack: Tensor) -> list[Tensor]:
+        """The inverse of `gather`, as views: one tensor a parameter."""
+        parts = stack.unbind() if len(self.layers) > 1 else (stack,)
+        return [
+            tensor for layer, part in zip(self.layers, parts, strict=True) for tensor in layer.split(part)
+        ]
+
+    def gradient(self) -> Tensor:
+        """D; zero where only the weight or only the bias of a layer got one."""
+        gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        return -gradient if self.options["maximize"] else gradient
+
+    # ---- statistics and curvature ----
+
+    @property
+    def statistics_due(self) -> bool:
+        """Whether the coming step reads statistics."""
+        return self.step % self.plan.statistics_every == 0
+
+    def corrected_decay(self) -> float:
+        """The decay under which the average is bias-corrected as it runs.
+
+        The k-th observation weighs (1 - decay) / (1 - decay^k): the first counts whole, all sum to one.
+        """
+        decay: float = self.options["curvature_decay"]
+        if self.observations >= SATURATED:
+            return decay
+        return 1 - (1 - decay) / (1 - decay ** (self.observations + 1))
+
+    def observe(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples], decay: float) -> None:
+        """Average in what the backward pass told; nothing where it told nothing of these layers."""
+        curvature = self.plan.curvature
+        if curvature.needs is BatchGradient:
+            curvature.observe(self.state, BatchGradient(gradient), decay)
+        elif any(layer not in samples for layer in self.layers):
+            return
+        else:
+            for index, layer in enumerate(self.layers):
+                curvature.observe(self._of_layer(index), samples[layer], decay)
+        self.observations += 1
+
+    def _of_layer(self, index: int) -> State:
+        if len(self.layers) == 1:
+            return self.state
+        return {name: tensor[index] for name, tensor in self.state.items()}
+
+    def refresh(self) -> None:
+        """Recompute what the direction needs, where it is due.
+
+        In the first `inverse_every` steps the statistics change fast: every observation counts (published).
+        """
+        plan = self.plan
+        every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
+        if self.observations and (self.step % every == 0 or self.observations == 1):
+            plan.curvature.refresh(self.state, self.options["damping"])
+
+    # ---- direction, graft, update ----
+
+    def update(self, gradient: Tensor) -> int:
+        """Momentum, direction, graft and decay into the weights; returns how many layers fell back.
+
+        M <- mu M + D; W <- (1 - lr weight_decay) W - lr length(first-order step) P M / |P M|. A layer without
+        curvature yet, or whose direction is not finite, takes the first-order step itself.
+        """
+        self.step += 1
+        decay, rate = self.options["weight_decay"], float(self.options["lr"])
+        if decay and not self.options["decoupled_weight_decay"]:
+            gradient = gradient + decay * self.gather(self.parameters)
+        direction, length, fallen = self._direction(gradient)
+        if decay and self.options["decoupled_weight_decay"]:
+            torch._foreach_mul_(self.parameters, 1 - rate * decay)
+        if len(self.layers) > 1:
+            direction, length = direction.mul_(length), length.new_ones(())
+        for parameter, part in zip(self.parameters, self.scatter(direction), strict=True):
+            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
+        return fallen
+
+    def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The direction, the factors [layers, 1, ...] to the graft's length, how many layers fell back."""
+        graft = GRAFTS[self.options["graft"]]
+        momentum = self._momentum(gradient)
+        graft.observe(self.state, gradient)
+        step = graft.step(self.state, momentum, self.step, self.options["momentum"])
+        if not self.observations:
+            return step.clone(), torch.ones((), dtype=step.dtype, device=step.device), 0
+        direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
+        norm = self._norm(direction)
+        length = self._norm(step) / norm if graft.rescales else torch.ones_like(norm)
+        usable = torch.isfinite(norm) & torch.isfinite(length)
+        if usable.all():
+            return direction, length, 0
+        # 0 / 0: neither step moves, and nothing was lost.
+        fallen = ~usable & ((norm != 0) | (self._norm(step) != 0))
+        return torch.where(usable, direction, step), length.masked_fill(~usable, 1), int(fallen.sum())
+
+    def _momentum(self, gradient: Tensor) -> Tensor:
+        if not self.options["momentum"]:
+            return gradient
+        return self.state["momentum"].mul_(self.options["momentum"]).add_(gradient)
+
+    def _norm(self, stack: Tensor) -> Tensor:
+        each_layer = tuple(range(1, stack.ndim)) if len(self.layers) > 1 else None
+        norm: Tensor = torch.linalg.vector_norm(stack, dim=each_layer, keepdim=len(self.layers) > 1)
+        return norm
+
+
+def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
+    """The entries of a layer's parameters in the optimizer's state before the first step."""
+    names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
+    entries: dict[Tensor, dict[str, Any]] = {
+        parameter: {"step": 0, **{name: torch.zeros_like(parameter) for name in names}}
+        for parameter in layer.parameters
+    }
+    entries[layer.weight].update(observations=0, **plan.curvature.init(layer))
+    return entries
+
+
+def form_cohorts(
+    layers: Iterable[Layer], plans: Mapping[Layer, Plan], options: Mapping[Layer, Options], entries: Entries
+) -> list[Cohort]:
+    """Put equal layers together; their entries in the optimizer's state become views of the stack."""
+    members: dict[object, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        members[_key(layer, plans[layer], options[layer], entries[layer.weight])].append(layer)
+    return [_cohort(equal, plans[equal[0]], options[equal[0]], entries) for equal in members.values()]
+
+
+def _key(layer: Layer, plan: Plan, options: Options, entry: dict[str, Any]) -> object:
+    weight = layer.weight
+    if weight.numel() > _STACKED_ENTRIES:
+        return layer
+    history = entry["step"], entry["observations"]
+    return plan, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
+
+
+def _cohort(layers: list[Layer], plan: Plan, options: Options, entries: Entries) -> Cohort:
+    entry = entries[layers[0].weight]
+    cohort = Cohort(layers, plan, options, {}, entry["step"], entry["observations"])
+    for name in entry:
+        if name in _OF_PARAMETER_SHAPE:
+            cohort.state[name] = cohort.gather(entries[parameter][name] for parameter in cohort.parameters)
+            for parameter, view in zip(cohort.parameters, cohort.scatter(cohort.state[name]), strict=True):
+                entries[parameter][name] = view
+        elif name not in _COUNTS:
+            tensors = [entries[layer.weight][name] for layer in layers]
+            cohort.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+            for index, layer in enumerate(layers):
+                entries[layer.weight][name] = cohort._of_layer(index)[name]
+    return cohort

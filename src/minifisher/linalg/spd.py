@@ -1,0 +1,56 @@
+"""Inverses and roots of batches of dense symmetric positive semi-definite matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ESCALATIONS = 6  # damping grows tenfold each time: a million-fold in all, then the matrix is given up
+
+
+def add_to_diagonal(matrices: Tensor, values: Tensor | float) -> Tensor:
+    """A + diag(values): matrices [..., b, b], values [..., b] or a number; a new tensor."""
+    damped = matrices.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(values)
+    return damped
+
+
+def inverse_power(matrices: Tensor, power: float) -> Tensor:
+    """A^(-power) for symmetric positive definite A, [..., b, b]; NaN where a matrix is beyond repair.
+
+    Half precision is computed in float32. A matrix that is not numerically positive definite gets a growing
+    multiple of its mean diagonal added until it is.
+    """
+    working = matrices if matrices.dtype in (torch.float32, torch.float64) else matrices.float()
+    result = _inverse(working) if power == 1.0 else _eigen_power(working, -power)
+    return result.to(matrices.dtype)
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    if failed.any():
+        factor = _escalate(matrices, factor, failed > 0)
+    return torch.cholesky_inverse(factor)
+
+
+def _escalate(matrices: Tensor, factor: Tensor, failed: Tensor) -> Tensor:
+    """Refactorise the failed matrices with more and more damping; NaN for those that never succeed."""
+    factor = factor.clone()
+    share = torch.finfo(matrices.dtype).eps
+    mean = matrices.diagonal(dim1=-2, dim2=-1).abs().mean(-1, keepdim=True)
+    for _ in range(_ESCALATIONS):
+        attempt, info = torch.linalg.cholesky_ex(add_to_diagonal(matrices[failed], share * mean[failed]))
+        factor[failed] = torch.where((info == 0)[..., None, None], attempt, torch.nan)
+        failed = failed.masked_scatter(failed, info > 0)
+        if not failed.any():
+            break
+        share *= 10
+    return factor
+
+
+def _eigen_power(matrices: Tensor, exponent: float) -> Tensor:
+    usable = torch.isfinite(matrices).all(-1).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(usable, matrices, 0.0))
+    floor = torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    powers = values.clamp_min(floor.clamp_min(torch.finfo(values.dtype).tiny)).pow(exponent)
+    return torch.where(usable, (vectors * powers.unsqueeze(-2)) @ vectors.mT, torch.nan)

@@ -1,0 +1,1 @@
+"""One file a method: its curvature beside its formula, and the thin public class."""

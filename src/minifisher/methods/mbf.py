@@ -1,0 +1,262 @@
+"""MBF: the empirical Fisher matrix cut into many small blocks inside every layer.
+
+Source: Bahamou, Goldfarb, Ren, "A Mini-Block Fisher Method for Deep Neural Networks", AISTATS 2023,
+arXiv 2202.04124. What goes beyond its abstract is our reading: see docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from minifisher.curvature import Curvature, Plan
+from minifisher.linalg.blocks import damped_inverse_power, multiply_rows, outer_products
+from minifisher.optimizer import CurvatureOptimizer
+from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minifisher.arguments import Params
+    from minifisher.curvature import State
+    from minifisher.statistics.layers import Layer
+
+# A layer that never had a gradient has no scale of its own. Its direction is zero whatever it is divided by,
+# as long as the quotient is finite.
+_NO_CURVATURE = 1e-30
+
+# What is chosen where the user says nothing; docs/methods.md has the measurements.
+_WIDTH = 64  # entries of a block
+_ROWS_PER_WIDTH = (
+    8  # a block is at most 8 times as wide as the rows that share it: 16 bytes a byte of the weight
+)
+
+
+@dataclass(frozen=True)
+class BlockReading:
+    """A weight read as `rows` vectors, each cut into `blocks` blocks of `width` entries, the last one padded.
+
+    Rows of a fully connected layer, kernels of a convolution and entries of a bias are three readings.
+    """
+
+    rows: int
+    length: int
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of one row."""
+        return math.ceil(self.length / self.width)
+
+    @property
+    def padding(self) -> int:
+        """The zeros behind each row that fill its last block."""
+        return self.blocks * self.width - self.length
+
+    def read(self, weight: Tensor, trailing: int) -> Tensor:
+        """The last `trailing` dimensions of a weight as [..., rows, blocks, width]."""
+        rows = weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length)
+        if self.padding:
+            rows = F.pad(rows, (0, self.padding))
+        return rows.view(*rows.shape[:-1], self.blocks, self.width)
+
+    def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `read`: [..., rows, blocks, width] to [..., *shape]."""
+        rows = blocks.flatten(-2)
+        if self.padding:
+            rows = rows[..., : self.length]
+        return rows.reshape(*rows.shape[:-2], *shape)
+
+    def entries(self, like: Tensor) -> Tensor:
+        """1 for every true entry of a block and 0 for padding, [blocks, width]."""
+        mask = torch.ones(self.blocks * self.width, dtype=like.dtype, device=like.device)
+        mask[self.length :] = 0
+        return mask.view(self.blocks, self.width)
+
+
+@dataclass(frozen=True)
+class MiniBlocks(Curvature):
+    """Mini-blocks of the Fisher matrix: F_b = E[d_b d_b^T], direction (F_b + lambda I)^(-power) m_b.
+
+    d_b are the entries of one block in the gradient. A shared block is the mean over the rows r of a layer,
+    F_b = E[(1/R) sum_r d_rb d_rb^T]; the diagonal is blocks of one entry.
+    """
+
+    reading: BlockReading
+    shape: torch.Size
+    shared: bool
+    needs: type[Statistics]
+    dtype: torch.dtype
+    power: float = 1.0
+    relative_damping: bool = True
+
+    def init(self, layer: Layer) -> State:
+        """`fisher` is averaged, `inverse` last refreshed from it: [rows | 1, blocks, width, width]."""
+        rows = 1 if self.shared else self.reading.rows
+        size = (rows, self.reading.blocks, self.reading.width, self.reading.width)
+        fisher = torch.zeros(size, dtype=self.dtype, device=layer.weight.device)
+        return {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
+
+    def observe(self, state: State, statistics: Statistics, decay: float) -> None:
+        """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
+        if isinstance(statistics, BatchGradient):
+            rows = self.reading.read(statistics.gradient, len(self.shape))
+            fresh = outer_products(rows.to(_working(self.dtype)), self.shared)
+        else:
+            assert isinstance(statistics, LayerSamples)
+            fresh = self._second_moment(statistics)
+        state["fisher"].lerp_(fresh.to(self.dtype), 1 - decay)
+
+    def _second_moment(self, samples: LayerSamples) -> Tensor:
+        """(1/N) sum_n d_nb d_nb^T."""
+        totals = (
+            outer_products(self.reading.read(gradients, len(self.shape)), self.shared).sum(0)
+            for gradients in samples.gradients()
+        )
+        return reduce(torch.add, totals) / samples.count
+
+    def refresh(self, state: State, damping: float) -> None:
+        """`inverse` <- (F_b + lambda_b I)^(-power)."""
+        fisher = state["fisher"].to(_working(self.dtype))
+        state["inverse"].copy_(damped_inverse_power(fisher, self._damping(fisher, damping), self.power))
+
+    def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
+        """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
+        rows = self.reading.read(direction, len(self.shape))
+        inverse = state["inverse"].to(_working(self.dtype))
+        product = multiply_rows(rows.to(inverse.dtype), inverse)
+        return self.reading.write(product, self.shape).to(direction.dtype)
+
+    def _damping(self, fisher: Tensor, damping: float) -> Tensor:
+        """lambda_b for every entry, [..., rows | 1, blocks, width].
+
+        Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
+        that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
+        """
+        entries = self.reading.entries(fisher)
+        if not self.relative_damping:
+            return (damping * entries + (1 - entries)).expand(fisher.shape[:-1])
+        block = fisher.diagonal(dim1=-2, dim2=-1).sum(-1) / entries.sum(-1)
+        layer = (block * entries.sum(-1)).sum((-2, -1)) / (fisher.shape[-4] * self.reading.length)
+        scale = 0.5 * (block + layer[..., None, None])
+        scale = scale.clamp_min(_NO_CURVATURE)
+        return damping * scale.unsqueeze(-1) * entries + (1 - entries)
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: half precision only stores."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class MBF(CurvatureOptimizer):
+    """Mini-block Fisher: W <- W - lr (F + lambda I)^(-power) M, F block-diagonal inside every layer.
+
+    Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124. Every block F_b is the running mean of d_b d_b^T, with d_b
+    the block's entries in the gradient: of the mini-batch (`fisher="gradient"`), of every sample
+    ("empirical"), or of every sample with labels drawn from the model ("sampled"; call `observe`). A
+    convolution has blocks for its kernels or rows, a fully connected layer for its rows, everything else a
+    diagonal; `describe()` says which and why.
+
+    `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
+    multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
+    the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
+    average. The published algorithm as arguments: docs/methods.md. Raises ValueError or TypeError for what it
+    cannot use, naming the value and the cure.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.9,
+        curvature_decay: float = 0.95,
+        damping: float = 0.1,
+        relative_damping: bool = True,
+        power: float = 1.0,
+        graft: str | None = "adam",
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        fisher: str = "gradient",
+        conv_blocks: str | None = None,
+        block_size: int | None = None,
+        share: str | None = None,
+        statistics_every: int | None = None,
+        inverse_every: int | None = None,
+        fold_bias: bool = False,
+        curvature_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        statistics_memory: int = 256 * 2**20,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "curvature_decay": curvature_decay,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "power": power,
+            "graft": graft,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "fisher": fisher,
+            "conv_blocks": conv_blocks,
+            "block_size": block_size,
+            "share": share,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "fold_bias": fold_bias,
+            "curvature_dtype": curvature_dtype,
+            "maximize": maximize,
+            "statistics_memory": statistics_memory,
+        }
+        super().__init__(params, options)
+
+    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
+        """Kernels, rows or entries of a weight, shared or not, in blocks of a width that memory allows."""
+        reading, shared, structure, reason = _choose(layer, options)
+        from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
+        curvature = MiniBlocks(
+            reading=reading,
+            shape=layer.shape,
+            shared=shared,
+            needs=BatchGradient if from_gradient else LayerSamples,
+            dtype=options["curvature_dtype"] or _working(layer.weight.dtype),
+            power=options["power"],
+            relative_damping=options["relative_damping"],
+        )
+        every = 1 if reading.width == 1 and from_gradient else 4
+        statistics_every = options["statistics_every"] or every
+        blocks = reading.blocks * (1 if shared else reading.rows)
+        inverse_every = options["inverse_every"] or statistics_every
+        return Plan(curvature, structure, reason, blocks, reading.width, statistics_every, inverse_every)
+
+
+def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
+    """How a weight is read, whether its rows share their blocks, and the two in words with the reason."""
+    shape = layer.shape
+    if len(shape) < 2:
+        return BlockReading(shape.numel(), 1, 1), False, "diagonal", "not a matrix"
+    kernel = shape[2:].numel()
+    if len(shape) > 2 and options["conv_blocks"] == "kernel":
+        reading = BlockReading(shape[0] * shape[1], kernel, options["block_size"] or kernel)
+        return reading, False, "kernel blocks", "asked for"
+    rows, length = shape[0], shape[1:].numel()
+    shared = options["share"] != "row"
+    widest = min(_WIDTH, _ROWS_PER_WIDTH * rows) if shared else _ROWS_PER_WIDTH
+    width = min(options["block_size"] or _even_width(length, widest, kernel), length)
+    structure = "blocks of shared rows" if shared else "blocks of rows"
+    reason = "asked for" if options["block_size"] else f"the widest even cut up to {widest}"
+    return BlockReading(rows, length, width), shared and width > 1, structure, reason
+
+
+def _even_width(length: int, widest: int, kernel: int) -> int:
+    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else `widest`."""
+    divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
+    whole = [width for width in divisors if width % kernel == 0]
+    best = (whole or divisors)[-1]
+    return best if 2 * best > min(widest, length) else min(widest, length)

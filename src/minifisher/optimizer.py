@@ -1,0 +1,288 @@
+"""The one step loop: backward pass, statistics, curvature, direction, graft, update."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
+from minifisher.cohort import SATURATED, Cohort, form_cohorts, initial_state
+from minifisher.curvature import Plan
+from minifisher.description import Description, describe_layer
+from minifisher.statistics.capture import Capture
+from minifisher.statistics.layers import Layer, layer_of, layers_of
+from minifisher.statistics.likelihood import sampled_loss
+from minifisher.statistics.records import BatchGradient, LayerSamples
+
+Samples = dict[Layer, LayerSamples]
+
+
+class CurvatureOptimizer(Optimizer):
+    """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
+
+    A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
+    W <- (1 - lr weight_decay) W - lr direction. With `decoupled_weight_decay=False`, weight_decay W joins D
+    in M, not in the curvature.
+    """
+
+    folds: ClassVar[tuple[str, ...]] = ("linear",)
+    """The kinds of layer whose bias `fold_bias` reads as one more input."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self.skipped_steps = 0
+        """Steps that were not taken because a gradient was NaN or infinite."""
+        self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
+        self._plans: dict[Layer, Plan] = {}
+        self._active: list[Layer] = []
+        self._cohorts: list[Cohort] = []  # of the active layers
+        self._captures: dict[str, Capture] = {}
+        self._fallbacks = 0
+        check_options(defaults)
+        super().__init__(as_groups(params), defaults)
+        self._arm()
+
+    @abstractmethod
+    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
+        """The curvature of one layer under the options of its parameter group, and why it was chosen."""
+
+    # ---- parameters ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its "params" may be a module, and any option may differ from the defaults."""
+        options = {**self.defaults, **param_group}
+        check_options(options)
+        source = param_group["params"]
+        if isinstance(source, nn.Module):
+            layers = layers_of(source, self.folds if options["fold_bias"] else ())
+            param_group = {**param_group, "params": list(source.parameters())}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not isinstance(source, nn.Module):
+            layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
+        self._enrol(layers, group)
+
+    def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        place = f"of group {len(self.param_groups) - 1}"
+        names = group.get("param_names") or [
+            f"parameter {index} {place}" for index in range(len(group["params"]))
+        ]
+        return zip(names, group["params"], strict=True)
+
+    def _enrol(self, layers: list[Layer], group: dict[str, Any]) -> None:
+        for layer in layers:
+            for parameter in layer.parameters:
+                check_parameter(layer.name, parameter)
+        if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
+            raise ValueError(
+                f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
+                f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
+                'nn.Module that holds them, or use fisher="gradient"'
+            )
+        for layer in layers:
+            self._layers[layer] = group
+            self._plans[layer] = self.plan(layer, group)
+        self._active = []
+        self._captures = self._new_captures()
+
+    def _new_captures(self) -> dict[str, Capture]:
+        sources: dict[str, list[Layer]] = defaultdict(list)
+        for layer, group in self._layers.items():
+            if self._plans[layer].curvature.needs is not BatchGradient:
+                sources[group["fisher"]].append(layer)
+        memory = self.defaults["statistics_memory"]
+        for capture in self._captures.values():
+            capture.disarm()
+        return {source: Capture(layers, memory, source == "sampled") for source, layers in sources.items()}
+
+    # ---- the step ----
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._advance(self._collect())
+        self._arm()
+        return loss
+
+    def _advance(self, samples: Samples) -> None:
+        active = self._with_gradients()
+        if not _all_finite(active, samples):
+            self._skip()
+            return
+        for cohort in self._cohorts_of(active):
+            gradient = cohort.gradient()
+            if cohort.statistics_due:
+                cohort.observe(gradient, samples, cohort.corrected_decay())
+            cohort.refresh()
+            self._report_fallen(cohort.update(gradient))
+            self._keep_counts(cohort)
+
+    def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
+        """Draw labels from the model's own prediction and run the extra backward pass, when one is due.
+
+        Call it between the forward pass and `loss.backward()`; every `.grad` stays untouched. The outputs are
+        logits with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
+        """
+        capture = self._captures.get("sampled")
+        if capture is not None and capture.armed:
+            with torch.enable_grad():
+                capture.sample(sampled_loss(outputs, likelihood))
+
+    @torch.no_grad()
+    def warm_start(
+        self,
+        model: Callable[[Any], Tensor],
+        loader: Iterable[tuple[Any, Any]],
+        loss: Callable[[Tensor, Any], Tensor],
+        likelihood: str = "categorical",
+    ) -> None:
+        """Average the statistics over a pass through `loader` at the present weights, all batches alike.
+
+        `loss(model(inputs), targets)` is the mean loss of a batch. Afterwards every `.grad` is None. This is
+        the published start of TNT and K-BFGS (docs/methods.md).
+        """
+        for count, (inputs, targets) in enumerate(loader, start=1):
+            self._arm(always=True)
+            self.zero_grad()
+            with torch.enable_grad():
+                outputs = model(inputs)
+                self.observe(outputs, likelihood)
+                loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
+            samples = self._collect()
+            for cohort in self._cohorts_of(self._with_gradients()):
+                cohort.observe(cohort.gradient(), samples, decay=1 - 1 / count)
+        self.zero_grad()
+        for cohort in self._cohorts:
+            cohort.observations = SATURATED
+            self._keep_counts(cohort)
+        self._arm()
+
+    # ---- statistics ----
+
+    def _arm(self, always: bool = False) -> None:
+        """Put hooks on when the coming step reads statistics, off when it does not."""
+        for capture in self._captures.values():
+            if always or any(self._statistics_due(layer) for layer in capture.layers):
+                capture.arm()
+            else:
+                capture.disarm()
+
+    def _statistics_due(self, layer: Layer) -> bool:
+        taken: int = self._entry(layer).get("step", 0)
+        return taken % self._plans[layer].statistics_every == 0
+
+    def _collect(self) -> Samples:
+        collected: Samples = {}
+        for source, capture in self._captures.items():
+            seen, samples = capture.seen, capture.collect()
+            if source == "sampled" and seen and not samples:
+                raise RuntimeError(
+                    'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) '
+                    "between the forward pass and loss.backward()"
+                )
+            collected.update(samples)
+        return collected
+
+    # ---- cohorts ----
+
+    def _with_gradients(self) -> list[Layer]:
+        return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
+
+    def _cohorts_of(self, active: list[Layer]) -> list[Cohort]:
+        """The cohorts of the layers that have gradients; formed anew only when those change."""
+        if active != self._active:
+            for layer in active:
+                if layer.weight not in self.state:
+                    self.state.update(initial_state(layer, self._plans[layer], self._layers[layer]))
+            self._cohorts = form_cohorts(active, self._plans, self._layers, self.state)
+            self._active = active
+        return self._cohorts
+
+    def _entry(self, layer: Layer) -> dict[str, Any]:
+        entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
+        return entry
+
+    def _keep_counts(self, cohort: Cohort) -> None:
+        for layer in cohort.layers:
+            self.state[layer.weight]["observations"] = cohort.observations
+            for parameter in layer.parameters:
+                self.state[parameter]["step"] = cohort.step
+
+    # ---- what went wrong ----
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        if self.skipped_steps == 1:
+            warnings.warn(
+                "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
+                "optimizer.skipped_steps counts on, this warning is not repeated",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _report_fallen(self, fallen: int) -> None:
+        if fallen and not self._fallbacks:
+            warnings.warn(
+                "the direction of a layer was not finite: it took the first-order step; raise the damping. "
+                'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated',
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._fallbacks += fallen
+
+    # ---- reports ----
+
+    def describe(self) -> Description:
+        """What was chosen for every weight and why, and the share of the parameters each structure covers."""
+        rows = (
+            describe_layer(layer, self._plans[layer], group["fisher"])
+            for layer, group in self._layers.items()
+        )
+        return Description(type(self).__name__, tuple(rows))
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Counts of what went wrong, and for every weight the steps and observations so far."""
+        weights = {
+            layer.name: {name: self._entry(layer).get(name, 0) for name in ("step", "observations")}
+            for layer in self._layers
+        }
+        return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
+
+    # ---- checkpoints ----
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from `state_dict()`; every tensor keeps the dtype it was saved in."""
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype: the float32 curvature of a bfloat16 weight would suffer.
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        self._active = []
+        self._arm()
+
+
+def _all_finite(layers: list[Layer], samples: Samples) -> bool:
+    """Whether every gradient is finite, and so small that its square is: the curvature averages squares."""
+    gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for layer in layers:
+        for parameter in layer.parameters:
+            check_gradient(layer.name, parameter)
+            if parameter.grad is not None:
+                gradients[parameter.grad.device].append(parameter.grad)
+    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in gradients.values()]
+    return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
+        record.is_finite() for record in samples.values()
+    )

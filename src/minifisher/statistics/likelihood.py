@@ -1,0 +1,52 @@
+"""Labels drawn from the model's own prediction, for the true Fisher matrix instead of the empirical one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Generator, Tensor
+
+
+def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None = None) -> Tensor:
+    """Sum over samples of -log p(y | outputs), one label y drawn from p(. | outputs) a data point.
+
+    "categorical": logits [..., classes]; "bernoulli": independent entries, a logit each; "gaussian": entries
+    y ~ Normal(z, 1), half squared error. (Martens and Grosse, 2015, Section 5.)
+    """
+    if likelihood not in _LOSSES:
+        raise ValueError(f"likelihood must be one of {', '.join(map(repr, _LOSSES))}, got {likelihood!r}")
+    if not outputs.is_floating_point():
+        raise TypeError(f"outputs must be the model's floating-point prediction, got {outputs.dtype}")
+    # Half precision would lose small probabilities, and the sum.
+    wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+    return _LOSSES[likelihood](wide, generator)
+
+
+def _categorical(logits: Tensor, generator: Generator | None) -> Tensor:
+    rows = logits.flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
+    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)
+    return functional.cross_entropy(rows, labels.squeeze(-1), reduction="sum")
+
+
+def _bernoulli(logits: Tensor, generator: Generator | None) -> Tensor:
+    labels = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+    return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+
+
+def _gaussian(means: Tensor, generator: Generator | None) -> Tensor:
+    # randn_like takes no generator before torch 2.7.
+    noise = torch.randn(means.shape, generator=generator, dtype=means.dtype, device=means.device)
+    return 0.5 * functional.mse_loss(means, means.detach() + noise, reduction="sum")
+
+
+_LOSSES: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
+    "categorical": _categorical,
+    "bernoulli": _bernoulli,
+    "gaussian": _gaussian,
+}
