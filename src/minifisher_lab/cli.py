@@ -137,7 +137,7 @@ def train_command(
 ) -> None:
     """Train one problem with one optimizer."""
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
-    candidate = Candidate(choice, lr or choice.rate)
+    candidate = Candidate(choice, choice.rate if lr is None else lr)
     plan = Plan(task, (candidate,), (seed,), _budget(task, seconds, epochs), points)
     _check(task, (candidate,))
     splits = _splits(task, device)

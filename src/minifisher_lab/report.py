@@ -52,13 +52,16 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
         title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
         caption="\n".join((*notes, CAPTION.format(threads=_threads()))),
         box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
         title_style="bold",
         title_justify="left",
         caption_justify="left",
     )
     result.add_column("optimizer", no_wrap=True)
     for name in _columns(plan, reference):
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     for row in ranking:
         cells = _cells(row, reference, plan.problem.classifies)
         result.add_row(*cells, style="bold" if row is ranking[0] else "")
@@ -73,11 +76,11 @@ def _threads() -> str:
 def _columns(plan: Plan, reference: Row | None) -> Iterable[str]:
     yield from ("lr", "best loss")
     if plan.problem.classifies:
-        yield "accuracy %"
-    yield "seconds"
+        yield "accuracy\n%"
+    yield "train\ns"
     if reference:
-        yield f"to {REFERENCE}'s\nbest, s"
-    yield from ("ms a\nstep", "state\nB/param")
+        yield f"s to\n{REFERENCE}'s\nbest"
+    yield from ("ms a\nstep", "state\nB per\nparam")
 
 
 def _cells(row: Row, reference: Row | None, classifies: bool) -> Iterable[str]:
@@ -85,7 +88,7 @@ def _cells(row: Row, reference: Row | None, classifies: bool) -> Iterable[str]:
     yield f"{row.rate:g}"
     yield spread(row.best_loss)
     if classifies:
-        yield spread(row.accuracy)
+        yield spread(row.accuracy, digits=3)
     yield number(row.seconds)
     if reference:
         yield _seconds_to(row, reference)
