@@ -36,6 +36,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Bring the datasets to this machine.")
 app.add_typer(data_app, name="data")
 console = Console()
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 ProblemNames = Annotated[
     list[str], typer.Argument(metavar="PROBLEM...", help="One or more of `minifisher problems`.")
@@ -173,7 +174,9 @@ def compare_command(
     loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
     for task, splits in zip(tasks, loaded, strict=True):
         plan = Plan(task, entrants, tuple(range(seeds)), _budget(task, seconds, epochs), points)
-        run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
+        runs = run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
+        if not plan.completed(runs):
+            raise typer.Exit(INTERRUPTED)
 
 
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:

@@ -50,7 +50,7 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
     notes = [f"{row.optimizer}: {remark}" for row in ranking if (remark := note(row))]
     result = Table(
         title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
-        caption="\n".join((*notes, CAPTION.format(threads=_threads()))),
+        caption="\n".join(("", *notes, CAPTION.format(threads=_threads()))),
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,

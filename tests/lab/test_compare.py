@@ -61,7 +61,7 @@ def test_a_classifier_has_an_accuracy(tmp_path: Path) -> None:
     runs, text = _shown(plan, splits, RunFolder(tmp_path))
     assert runs[0].test_accuracy is not None
     assert runs[0].test_accuracy > 80
-    assert "accuracy %" in text
+    assert f"  {runs[0].test_accuracy:.1f}  " in text
 
 
 def test_every_optimizer_starts_from_the_same_weights_on_the_same_seed(
