@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minifisher_lab.runs import Run
     from minifisher_lab.summary import Row
 
-CAPTION = (
+MEANING = (
     "Best loss: lowest training loss on a fixed slice of up to 2,000 training samples, mean ± standard "
     "deviation over seeds. Seconds count training alone, without evaluation and three warm-up steps; "
     "{threads} of torch's."
@@ -43,21 +43,18 @@ def number(value: float, form: str = ".1f") -> str:
 
 
 def table(plan: Plan, runs: Sequence[Run]) -> Table:
-    """One line an optimizer, the best loss first, and under it what the figures alone would hide."""
+    """One line an optimizer, the best loss first."""
     ranking = rows(runs)
     reference = reference_row(ranking)
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
-    notes = [f"{row.optimizer}: {remark}" for row in ranking if (remark := note(row))]
     result = Table(
         title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
-        caption="\n".join(("", *notes, CAPTION.format(threads=_threads()))),
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
         show_edge=False,
         title_style="bold",
         title_justify="left",
-        caption_justify="left",
     )
     result.add_column("optimizer", no_wrap=True)
     for name in _columns(plan, reference):
@@ -66,6 +63,12 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
         cells = _cells(row, reference, plan.problem.classifies)
         result.add_row(*cells, style="bold" if row is ranking[0] else "")
     return result
+
+
+def footnotes(runs: Sequence[Run]) -> str:
+    """What belongs under the table: remarks on single optimizers, and what the figures mean."""
+    remarks = [f"{row.optimizer}: {remark}." for row in rows(runs) if (remark := note(row))]
+    return "\n".join((*remarks, MEANING.format(threads=_threads())))
 
 
 def _threads() -> str:
