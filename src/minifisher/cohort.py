@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minifisher.graft import GRAFTS
+from minifisher.graft import GRAFTS, norms
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Cohort:
     step: int  # taken so far
     observations: int  # averaged into the curvature so far
 
-    @property
+    @cached_property
     def parameters(self) -> list[Tensor]:
         """Every parameter of every layer, in order."""
         return [parameter for layer in self.layers for parameter in layer.parameters]
@@ -134,38 +135,37 @@ class Cohort:
         if decay and self.options["decoupled_weight_decay"]:
             torch._foreach_mul_(self.parameters, 1 - rate * decay)
         if len(self.layers) > 1:
-            direction, length = direction.mul_(length), length.new_ones(())
+            direction.mul_(self._for_each(length))
+            torch._foreach_add_(self.parameters, self.scatter(direction), alpha=-rate)
+            return fallen
         for parameter, part in zip(self.parameters, self.scatter(direction), strict=True):
             parameter.addcmul_(part, length.to(part.dtype), value=-rate)
         return fallen
 
     def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The direction, the factors [layers, 1, ...] to the graft's length, how many layers fell back."""
-        graft = GRAFTS[self.options["graft"]]
-        momentum = self._momentum(gradient)
-        graft.observe(self.state, gradient)
-        step = graft.step(self.state, momentum, self.step, self.options["momentum"])
+        """The direction, the factors [layers] to the graft's length, how many layers fell back."""
+        graft, count, mu = GRAFTS[self.options["graft"]], len(self.layers), self.options["momentum"]
+        wanted = graft.advance(self.state, gradient, count, self.step, mu)
+        momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
-            return step.clone(), torch.ones((), dtype=step.dtype, device=step.device), 0
+            return graft.step(self.state, momentum, self.step, mu).clone(), torch.ones_like(wanted), 0
         direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
-        norm = self._norm(direction)
-        length = self._norm(step) / norm if graft.rescales else torch.ones_like(norm)
-        usable = torch.isfinite(norm) & torch.isfinite(length)
+        norm = norms(direction, count)
+        length = wanted / norm if graft.rescales else torch.ones_like(norm)
+        usable = torch.isfinite(length + norm)
         if usable.all():
             return direction, length, 0
         # 0 / 0: neither step moves, and nothing was lost.
-        fallen = ~usable & ((norm != 0) | (self._norm(step) != 0))
-        return torch.where(usable, direction, step), length.masked_fill(~usable, 1), int(fallen.sum())
+        fallen = ~usable & ((norm != 0) | (wanted != 0))
+        step = graft.step(self.state, momentum, self.step, mu)
+        direction = torch.where(self._for_each(usable), direction, step)
+        return direction, length.masked_fill(~usable, 1), int(fallen.sum())
 
-    def _momentum(self, gradient: Tensor) -> Tensor:
-        if not self.options["momentum"]:
-            return gradient
-        return self.state["momentum"].mul_(self.options["momentum"]).add_(gradient)
-
-    def _norm(self, stack: Tensor) -> Tensor:
-        each_layer = tuple(range(1, stack.ndim)) if len(self.layers) > 1 else None
-        norm: Tensor = torch.linalg.vector_norm(stack, dim=each_layer, keepdim=len(self.layers) > 1)
-        return norm
+    def _for_each(self, numbers: Tensor) -> Tensor:
+        """One number a layer, [layers], as a factor of the stack."""
+        if len(self.layers) == 1:
+            return numbers
+        return numbers.view(-1, *[1] * len(self.layers[0].shape))
 
 
 def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:

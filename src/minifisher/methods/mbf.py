@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from minifisher.curvature import Curvature, Plan
-from minifisher.linalg.blocks import damped_inverse_power, multiply_rows, outer_products
+from minifisher.linalg.blocks import (
+    average_outer_products,
+    damped_inverse_power,
+    multiply_rows,
+    outer_products,
+)
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
@@ -106,11 +111,10 @@ class MiniBlocks(Curvature):
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
         if isinstance(statistics, BatchGradient):
             rows = self.reading.read(statistics.gradient, len(self.shape))
-            fresh = outer_products(rows.to(_working(self.dtype)), self.shared)
+            average_outer_products(state["fisher"], rows.to(_working(self.dtype)), decay)
         else:
             assert isinstance(statistics, LayerSamples)
-            fresh = self._second_moment(statistics)
-        state["fisher"].lerp_(fresh.to(self.dtype), 1 - decay)
+            state["fisher"].lerp_(self._second_moment(statistics).to(self.dtype), 1 - decay)
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
         """(1/N) sum_n d_nb d_nb^T."""
@@ -138,14 +142,22 @@ class MiniBlocks(Curvature):
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
         that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
         """
+        scale = self._scale(fisher, damping) if self.relative_damping else fisher.new_tensor(damping)
+        if not self.reading.padding:
+            return scale.expand(fisher.shape[:-1])
         entries = self.reading.entries(fisher)
-        if not self.relative_damping:
-            return (damping * entries + (1 - entries)).expand(fisher.shape[:-1])
-        block = fisher.diagonal(dim1=-2, dim2=-1).sum(-1) / entries.sum(-1)
-        layer = (block * entries.sum(-1)).sum((-2, -1)) / (fisher.shape[-4] * self.reading.length)
-        scale = 0.5 * (block + layer[..., None, None])
-        scale = scale.clamp_min(_NO_CURVATURE)
-        return damping * scale.unsqueeze(-1) * entries + (1 - entries)
+        return (scale * entries + (1 - entries)).expand(fisher.shape[:-1])
+
+    def _scale(self, fisher: Tensor, damping: float) -> Tensor:
+        """The relative lambda_b, [..., rows | 1, blocks, 1]."""
+        diagonal = fisher.diagonal(dim1=-2, dim2=-1)
+        layer = diagonal.sum((-3, -2, -1), keepdim=True) / (fisher.shape[-4] * self.reading.length)
+        if self.reading.padding:
+            widths = self.reading.entries(fisher).sum(-1, keepdim=True)
+            block = diagonal.sum(-1, keepdim=True) / widths
+        else:
+            block = diagonal.mean(-1, keepdim=True)
+        return (block + layer).mul_(0.5).clamp_min_(_NO_CURVATURE).mul_(damping)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
