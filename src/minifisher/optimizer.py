@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
+from minifisher.checkpoint import FORMAT_VERSION, indices, merged_groups, read_entries, without_stacks
 from minifisher.cohort import SATURATED, Cohort, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
@@ -45,7 +46,7 @@ class CurvatureOptimizer(Optimizer):
         self._captures: dict[str, Capture] = {}
         self._fallbacks = 0
         check_options(defaults)
-        super().__init__(as_groups(params), defaults)
+        super().__init__(as_groups(params), {**defaults, "format_version": FORMAT_VERSION})
         self._arm()
 
     @abstractmethod
@@ -201,12 +202,15 @@ class CurvatureOptimizer(Optimizer):
     def _cohorts_of(self, active: list[Layer]) -> list[Cohort]:
         """The cohorts of the layers that have gradients; formed anew only when those change."""
         if active != self._active:
-            for layer in active:
-                if layer.weight not in self.state:
-                    self.state.update(initial_state(layer, self._plans[layer], self._layers[layer]))
+            self._initialise(active)
             self._cohorts = form_cohorts(active, self._plans, self._layers, self.state)
             self._active = active
         return self._cohorts
+
+    def _initialise(self, layers: Iterable[Layer]) -> None:
+        for layer in layers:
+            if layer.weight not in self.state:
+                self.state.update(initial_state(layer, self._plans[layer], self._layers[layer]))
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
@@ -260,18 +264,39 @@ class CurvatureOptimizer(Optimizer):
 
     # ---- checkpoints ----
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with an entry for every trainable parameter, also where no gradient came yet."""
+        trainable = (layer for layer in self._layers if any(p.requires_grad for p in layer.parameters))
+        self._initialise(trainable)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; every tensor keeps the dtype it was saved in."""
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype: the float32 curvature of a bfloat16 weight would suffer.
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(parameters, indices, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        """Resume from `state_dict()`; ValueError, and nothing changed, where it does not fit."""
+        groups = merged_groups(self.param_groups, state_dict, self.defaults)
+        renewed = {id(old): new for old, new in zip(self.param_groups, groups, strict=True)}
+        options = {layer: renewed[id(group)] for layer, group in self._layers.items()}
+        plans = {layer: self.plan(layer, group) for layer, group in options.items()}
+        entries = read_entries(plans, options, state_dict["state"], indices(groups, state_dict))
+        # Without the state, which torch would cast to the parameter's dtype.
+        super().load_state_dict({**state_dict, "state": {}})
+        self.param_groups[:] = groups
+        self._layers, self._plans = options, plans
+        self.state.update(entries)
         self._active = []
+        self._captures = self._new_captures()
         self._arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_layers", "_plans", "_fallbacks", "skipped_steps")
+        state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        return {**state, "state": without_stacks(self.state)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_layers" in state:  # a copy, not torch's load_state_dict
+            self._active, self._cohorts, self._captures = [], [], {}
+            self._captures = self._new_captures()
+            self._arm()
 
 
 def _all_finite(layers: list[Layer], samples: Samples) -> bool:
