@@ -17,6 +17,7 @@ from minifisher.checkpoint import FORMAT_VERSION, indices, merged_groups, read_e
 from minifisher.cohort import SATURATED, Cohort, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
+from minifisher.scaling import loss_scale, overflowed, unscale
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
 from minifisher.statistics.likelihood import sampled_loss
@@ -33,12 +34,17 @@ class CurvatureOptimizer(Optimizer):
     in M, not in the curvature.
     """
 
+    # GradScaler then says by how much it scaled the loss, and leaves the rest to `step`.
+    _step_supports_amp_scaling = True
+
     folds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of layer whose bias `fold_bias` reads as one more input."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
         """Steps that were not taken because a gradient was NaN or infinite."""
+        self.loss_scale: Callable[[], float] | None = None
+        """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
         self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
         self._plans: dict[Layer, Plan] = {}
         self._active: list[Layer] = []
@@ -111,7 +117,10 @@ class CurvatureOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._advance(self._collect())
+            samples = self._collect()
+            if not overflowed(self):
+                unscale(self)
+                self._advance(samples)
         self._arm()
         return loss
 
@@ -185,7 +194,10 @@ class CurvatureOptimizer(Optimizer):
     def _collect(self) -> Samples:
         collected: Samples = {}
         for source, capture in self._captures.items():
-            seen, samples = capture.seen, capture.collect()
+            seen, samples = (
+                capture.seen,
+                capture.collect(loss_scale(self, source == "empirical" and capture.seen)),
+            )
             if source == "sampled" and seen and not samples:
                 raise RuntimeError(
                     'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) '
@@ -287,7 +299,7 @@ class CurvatureOptimizer(Optimizer):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_layers", "_plans", "_fallbacks", "skipped_steps")
+        kept = ("_layers", "_plans", "_fallbacks", "skipped_steps", "loss_scale")
         state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
         return {**state, "state": without_stacks(self.state)}
 

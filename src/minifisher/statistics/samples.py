@@ -60,8 +60,9 @@ class CapturedSamples(LayerSamples):
         """Whether every input and output gradient is finite, and so small that its square is."""
         calls = [call for calls in self.passes for call in calls]
         tensors = [tensor for call in calls for tensor in (call.inputs, call.output_gradients)]
-        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
-        return bool(torch.isfinite(norms.mul_(self.scale).square_()).all())
+        dtype = _dtype_of(tuple(calls))
+        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors])
+        return bool(torch.isfinite(norms.float().mul_(self.scale).square_()).all())
 
     def _chunks(self, numbers_beside: int) -> Iterator[tuple[Tensor, Tensor]]:
         for calls in self.passes:
