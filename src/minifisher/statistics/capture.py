@@ -77,7 +77,7 @@ class Capture:
             return
         self._passes.clear()
         hooks = ExitStack()
-        hooks.enter_context(_compiled_models_run_eagerly())
+        hooks.enter_context(compiled_models_run_eagerly())
         for module in self._layers:
             hooks.callback(module.register_forward_hook(_ForwardHook(self), with_kwargs=True).remove)
         # Also when the optimizer is thrown away while armed.
@@ -178,7 +178,7 @@ _eager_stance = ExitStack()
 
 
 @contextmanager
-def _compiled_models_run_eagerly() -> Iterator[None]:
+def compiled_models_run_eagerly() -> Iterator[None]:
     """Until the last of all armed captures is disarmed, in whichever order they are."""
     global _eager_holders
     if not _eager_holders:
