@@ -21,42 +21,62 @@ with that step's own metric. On a quadratic loss whose Hessian matrix is P^-1 th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from minifisher.cohort import Move
 
 ADAPT_EVERY = 5  # steps; T1 of Section 6.5
 _FACTOR = (19 / 20) ** ADAPT_EVERY  # omega_1 of Section 6.5
 _TRUSTED, _DISTRUSTED = 3 / 4, 1 / 4  # likewise
-_BOUNDS = (1e-8, 1e8)  # beyond them float32 cannot tell a damped matrix from an undamped one, or from lambda I
+_BOUNDS = (1e-8, 1e8)  # beyond, a matrix damped in float32 is the undamped one, or lambda I
 
 
-@dataclass(eq=False)
-class Prediction:
-    """The change of the loss that the quadratic model predicts for a step, summed over layers."""
-
-    total: Tensor | float = 0.0
-
-    def add(
-        self,
-        gradient: Tensor,  # D, [..., *layer.shape] as all of them
-        momentum: Tensor,  # M
-        direction: Tensor,  # P M
-        scale: Tensor,  # c, [..., 1, ...]
-        shrinkage: Tensor | None,  # w
-        sign: int,  # -1 where the loss is maximised, and D and M are negated
-    ) -> None:
-        """Add q(delta) of some layers."""
-        pull = scale * momentum
-        change = (-scale * direction).mul_(gradient - 0.5 * pull).sum()
-        if shrinkage is not None:
-            change += shrinkage.mul(gradient - pull).sum()
-        self.total = self.total + sign * change
+def predicted_change(move: Move, scale: Tensor | float) -> Tensor:
+    """q(delta) - q(0) for the layers of one cohort, before the move is applied with `scale`."""
+    cohort = move.cohort
+    options, rate = cohort.options, float(cohort.options["lr"])
+    pull = rate * scale * move.length * move.momentum  # c M
+    update = -rate * scale * move.length * move.direction  # u
+    change = (update * (move.gradient - 0.5 * pull)).sum()
+    if options["weight_decay"] and options["decoupled_weight_decay"]:
+        decay = -rate * options["weight_decay"] * cohort.gather(cohort.parameters)  # w
+        change += (decay * (move.gradient - pull)).sum()
+    return -change if options["maximize"] else change
 
 
-def damping_factor(before: float, after: float, predicted: float, maximize: bool = False) -> float:
-    raise NotImplementedError
+def damping_factor(before: Any, after: Any, predicted: float, maximize: bool) -> float:
+    """What the damping is multiplied by: omega where the model is trusted, 1 / omega where it is not, else 1.
+
+    The ratio is (after - before) / predicted of the losses. A loss that became infinite or NaN speaks against
+    the model. A step for which the model predicts no progress (momentum, or a graft longer than the model
+    goes), or less than the rounding of the loss, says nothing.
+    """
+    start, end = _as_number(before), _as_number(after)
+    if not math.isfinite(end):
+        return 1 / _FACTOR
+    progress = predicted if maximize else -predicted
+    if not progress > _rounding(before) * abs(start):
+        return 1.0
+    ratio = (end - start) / predicted
+    return _FACTOR if ratio > _TRUSTED else 1 / _FACTOR if ratio < _DISTRUSTED else 1.0
+
+
+def within_bounds(damping: float) -> float:
+    """The damping itself, unless no matrix could tell."""
+    return min(max(damping, _BOUNDS[0]), _BOUNDS[1])
+
+
+def _as_number(loss: Any) -> float:
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"adaptive_damping compares losses: the closure must return one, got {loss!r}") from error
+
+
+def _rounding(loss: Any) -> float:
+    dtype = loss.dtype if isinstance(loss, Tensor) and loss.is_floating_point() else torch.float32
+    return torch.finfo(dtype).eps

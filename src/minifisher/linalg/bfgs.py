@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A pair of no length, or one whose product s^T y is lost in rounding, tells nothing.
-_CLEARLY_POSITIVE = 1e-30
-
 
 def bfgs_update(inverse: Tensor, change: Tensor, gradient_change: Tensor) -> Tensor:
     """H <- (I - r s y^T) H (I - r y s^T) + r s s^T, r = 1 / s^T y (Nocedal, Wright 2006, eq. 6.17).
 
-    H is [..., b, b], s and y are [..., b]. Symmetric to the last bit; where s^T y is not positive, H as it was.
+    H is [..., b, b], s and y are [..., b]. Symmetric to the last bit; H as it was where s^T y is not clearly
+    positive.
     """
     product = times(inverse, gradient_change)
-    ratio = reciprocal(dot(change, gradient_change))
+    ratio = reciprocal(change, gradient_change)
     cross = outer(change, product)
     scale = ratio * (1 + ratio * dot(gradient_change, product))
     return inverse - ratio.unsqueeze(-1) * (cross + cross.mT) + scale.unsqueeze(-1) * outer(change, change)
@@ -87,7 +85,20 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return left.unsqueeze(-1) * right.unsqueeze(-2)
 
 
-def reciprocal(product: Tensor) -> Tensor:
-    """1 / s^T y; 0, which leaves everything as it was, where it is not clearly positive."""
-    positive = product > _CLEARLY_POSITIVE
+def reciprocal(change: Tensor, gradient_change: Tensor) -> Tensor:
+    """1 / s^T y, [..., 1]; 0, which makes an update none, where it is lost in rounding or not positive."""
+    product = dot(change, gradient_change)
+    lengths = torch.linalg.vector_norm(change, dim=-1) * torch.linalg.vector_norm(gradient_change, dim=-1)
+    positive = product > torch.finfo(product.dtype).eps * lengths.unsqueeze(-1)
     return torch.where(positive, product, 1.0).reciprocal() * positive
+
+
+def unit(change: Tensor, gradient_change: Tensor) -> tuple[Tensor, Tensor]:
+    """s / |s| and y / |s|: the same pair to BFGS, far from underflow; zeros where s is zero or not finite."""
+    length = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
+    known = (length > 0) & torch.isfinite(length)
+    scale = torch.where(known, length, 1.0).reciprocal()
+    return (
+        torch.where(known, change * scale, 0.0),
+        torch.where(known, gradient_change * scale, 0.0),
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.statistics.capture import compiled_models_run_eagerly
+from minifisher.statistics.capture import hold_compiled_models_eager, release_compiled_models
 from minifisher.statistics.positions import batched, output_positions
 from minifisher.statistics.records import Secant
 
@@ -55,7 +55,8 @@ class OutputMeans:
         """Hooks on."""
         with ExitStack() as hooks:
             if self._layers:
-                hooks.enter_context(compiled_models_run_eagerly())
+                hold_compiled_models_eager()
+                hooks.callback(release_compiled_models)
             for module in self._layers:
                 hooks.callback(module.register_forward_hook(self._keep).remove)
             yield
