@@ -13,15 +13,16 @@ Params = nn.Module | Iterable[Any]
 """What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "fisher": ("gradient", "empirical", "sampled"),
+    "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
     "share": (None, "row", "layer"),
+    "weight_sharing": ("expand", "reduce"),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
 _BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory")
+_COUNTS = ("block_size", "max_dim", "statistics_every", "inverse_every", "statistics_memory")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
@@ -59,6 +60,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         options,
         lambda value: 0 < value < math.inf,
         "> 0: 1 for the inverse, 0.5 for the inverse root",
+    )
+    _require(
+        "kl_clip", options, lambda value: value is None or 0 < value < math.inf, "finite and > 0, or None"
     )
     for name, choices in _CHOICES.items():
         _require(
