@@ -16,12 +16,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "fisher": ("gradient", "empirical", "sampled"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
 _BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory")
+_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory", "max_dim", "merge_dims")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
