@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Params = nn.Module | Iterable[Any]
-"""What torch.optim takes (tensors, named tensors, groups), or a module, or groups whose "params" is a module."""
+"""What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "fisher": ("gradient", "empirical", "sampled"),
@@ -36,7 +36,8 @@ def as_groups(params: Params) -> list[dict[str, Any]]:
     entries = list(params)
     if not entries:
         raise ValueError(
-            "got no parameters: an empty iterable, or a generator that was used up before; pass list(...) or the module"
+            "got no parameters: an empty iterable, or a generator that was used up before; "
+            "pass list(model.parameters()), or the module itself"
         )
     return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
 
@@ -78,7 +79,8 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     """Raise TypeError for a parameter that no real symmetric curvature fits."""
     if parameter.is_complex():
         raise TypeError(
-            f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, or give it to torch.optim"
+            f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, "
+            "or give it to torch.optim"
         )
     if not parameter.is_floating_point():
         raise TypeError(
@@ -90,5 +92,6 @@ def check_gradient(name: str, parameter: Tensor) -> None:
     """Raise TypeError for a sparse gradient."""
     if parameter.grad is not None and parameter.grad.layout != torch.strided:
         raise TypeError(
-            f"{name} has a sparse gradient ({parameter.grad.layout}): use Embedding(sparse=False), or give it to torch.optim.SparseAdam"
+            f"{name} has a sparse gradient ({parameter.grad.layout}): use Embedding(sparse=False), "
+            "or give it to torch.optim.SparseAdam"
         )

@@ -84,7 +84,7 @@ class Cohort:
     def corrected_decay(self) -> float:
         """The decay under which the average is bias-corrected as it runs.
 
-        The k-th observation weighs (1 - decay) / (1 - decay^k): the first counts whole, all weights sum to one.
+        The k-th observation weighs (1 - decay) / (1 - decay^k): the first counts whole, all sum to one.
         """
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
@@ -111,7 +111,7 @@ class Cohort:
     def refresh(self) -> None:
         """Recompute what the direction needs, where it is due.
 
-        During the first `inverse_every` steps the statistics change fast, and every observation counts (published).
+        In the first `inverse_every` steps the statistics change fast: every observation counts (published).
         """
         plan = self.plan
         every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
@@ -140,7 +140,7 @@ class Cohort:
         return fallen
 
     def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The direction, the number [layers, 1, ...] that gives it the graft's length, the layers that fell back."""
+        """The direction, the factors [layers, 1, ...] to the graft's length, how many layers fell back."""
         graft = GRAFTS[self.options["graft"]]
         momentum = self._momentum(gradient)
         graft.observe(self.state, gradient)
@@ -163,9 +163,9 @@ class Cohort:
         return self.state["momentum"].mul_(self.options["momentum"]).add_(gradient)
 
     def _norm(self, stack: Tensor) -> Tensor:
-        if len(self.layers) == 1:
-            return torch.linalg.vector_norm(stack)
-        return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), keepdim=True)
+        each_layer = tuple(range(1, stack.ndim)) if len(self.layers) > 1 else None
+        norm: Tensor = torch.linalg.vector_norm(stack, dim=each_layer, keepdim=len(self.layers) > 1)
+        return norm
 
 
 def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from minifisher.statistics.records import BatchGradient
+
 if TYPE_CHECKING:
     from minifisher.curvature import Plan
     from minifisher.statistics.layers import Layer
@@ -53,7 +55,9 @@ class Description:
         return {name: covered[name] / self.parameters for name in sorted(covered, key=lambda n: -covered[n])}
 
     def __str__(self) -> str:
-        rows = [("weight", "shape", "structure", "blocks", "size", "bytes", "T1", "T2", "why")]
+        rows: list[tuple[str, ...]] = [
+            ("weight", "shape", "structure", "blocks", "size", "bytes", "T1", "T2", "why")
+        ]
         rows += [_row(layer) for layer in self.layers]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         table = [
@@ -62,19 +66,20 @@ class Description:
         ]
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.coverage.items())
         per_parameter = self.state_bytes / self.parameters
-        footer = f"{self.method}: {self.parameters:,} parameters; {shares}; {per_parameter:.1f} curvature bytes each"
-        return "\n".join([*table, footer])
+        size = f"{self.parameters:,} parameters, {per_parameter:.1f} curvature bytes each"
+        return "\n".join([*table, f"{self.method}: {size}; {shares}"])
 
 
-def describe_layer(layer: Layer, plan: Plan) -> LayerDescription:
-    """What `plan` means for one layer; nothing is allocated to find out."""
+def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
+    """What `plan` means for one layer of which the user wants `fisher`; nothing is allocated to find out."""
+    fell_back = fisher != "gradient" and plan.curvature.needs is BatchGradient
     state = plan.curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
     return LayerDescription(
         name=layer.name,
         shape=tuple(layer.shape),
         parameters=layer.shape.numel(),
         structure=plan.structure,
-        reason="; ".join(filter(None, (plan.reason, layer.note))),
+        reason=f"{plan.reason}; {layer.note}" if fell_back else plan.reason,
         blocks=plan.blocks,
         block_size=plan.block_size,
         state_bytes=sum(tensor.nbytes for tensor in state.values()),

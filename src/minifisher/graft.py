@@ -1,7 +1,7 @@
 """Grafting: the step's length borrowed from a first-order method, its direction from the curvature.
 
-Source: Agarwal, Anil, Hazan, Koren, Zhang, "Disentangling Adaptive Gradient Methods from Learning Rates", 2020,
-arXiv 2002.11803. The learning rate then has the scale that people know from the first-order method.
+Source: Agarwal, Anil, Hazan, Koren, Zhang, "Disentangling Adaptive Gradient Methods from Learning Rates",
+2020, arXiv 2002.11803. The learning rate then has the scale that people know from the first-order method.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MomentumGraft(Graft):
 
 
 class AdamGraft(Graft):
-    """Adam: (1 - mu) M / (1 - mu^t) over sqrt(v / (1 - beta_2^t)) + epsilon (Kingma, Ba 2015, Algorithm 1)."""
+    """Adam: (1 - mu) M / (1 - mu^t) over sqrt(v / (1 - beta_2^t)) + epsilon (Kingma, Ba 2015, Alg. 1)."""
 
     rescales = True
     state_names = ("second_moment",)

@@ -28,8 +28,8 @@ class CurvatureOptimizer(Optimizer):
     """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
 
     A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
-    W <- (1 - lr weight_decay) W - lr direction. With `decoupled_weight_decay=False`, weight_decay W joins D in M,
-    not in the curvature.
+    W <- (1 - lr weight_decay) W - lr direction. With `decoupled_weight_decay=False`, weight_decay W joins D
+    in M, not in the curvature.
     """
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -81,9 +81,9 @@ class CurvatureOptimizer(Optimizer):
                 check_parameter(layer.name, parameter)
         if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
             raise ValueError(
-                f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers, and "
-                f"{type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the nn.Module that "
-                'holds them, or use fisher="gradient"'
+                f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
+                f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
+                'nn.Module that holds them, or use fisher="gradient"'
             )
         for layer in layers:
             self._layers[layer] = group
@@ -103,8 +103,8 @@ class CurvatureOptimizer(Optimizer):
 
     # ---- the step ----
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step on the gradients in `.grad`, or on those that `closure` computes; returns its loss."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -146,10 +146,10 @@ class CurvatureOptimizer(Optimizer):
         loss: Callable[[Tensor, Any], Tensor],
         likelihood: str = "categorical",
     ) -> None:
-        """Average the statistics over one pass through `loader` at the present weights, all batches weighing alike.
+        """Average the statistics over a pass through `loader` at the present weights, all batches alike.
 
-        `loss(model(inputs), targets)` is the mean loss of a batch. Afterwards every `.grad` is None. This is the
-        published start of TNT and K-BFGS (docs/methods.md).
+        `loss(model(inputs), targets)` is the mean loss of a batch. Afterwards every `.grad` is None. This is
+        the published start of TNT and K-BFGS (docs/methods.md).
         """
         for count, (inputs, targets) in enumerate(loader, start=1):
             self._arm(always=True)
@@ -184,11 +184,11 @@ class CurvatureOptimizer(Optimizer):
     def _collect(self) -> Samples:
         collected: Samples = {}
         for source, capture in self._captures.items():
-            samples = capture.collect()
-            if source == "sampled" and capture.seen and not samples:
+            seen, samples = capture.seen, capture.collect()
+            if source == "sampled" and seen and not samples:
                 raise RuntimeError(
-                    'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) between '
-                    "the forward pass and loss.backward()"
+                    'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) '
+                    "between the forward pass and loss.backward()"
                 )
             collected.update(samples)
         return collected
@@ -243,10 +243,12 @@ class CurvatureOptimizer(Optimizer):
     # ---- reports ----
 
     def describe(self) -> Description:
-        """What was chosen for every weight and why, and what share of the parameters each structure covers."""
-        return Description(
-            type(self).__name__, tuple(describe_layer(layer, self._plans[layer]) for layer in self._layers)
+        """What was chosen for every weight and why, and the share of the parameters each structure covers."""
+        rows = (
+            describe_layer(layer, self._plans[layer], group["fisher"])
+            for layer, group in self._layers.items()
         )
+        return Description(type(self).__name__, tuple(rows))
 
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong, and for every weight the steps and observations so far."""
@@ -261,7 +263,7 @@ class CurvatureOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; every tensor keeps the dtype it was saved in."""
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype: a float32 curvature of a bfloat16 weight would lose its digits.
+        # torch casts state to the parameter's dtype: the float32 curvature of a bfloat16 weight would suffer.
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for parameter, index in zip(parameters, indices, strict=True):

@@ -30,7 +30,7 @@ def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
 
 
 def outer_products(vectors: Tensor, shared: bool) -> Tensor:
-    """X x^T of every block: vectors [..., rows, k, b] to [..., rows, k, b, b], or their mean over rows if shared."""
+    """x x^T of every block, or their mean over rows: [..., rows, k, b] to [..., rows | 1, k, b, b]."""
     if not shared:
         return vectors.unsqueeze(-1) * vectors.unsqueeze(-2)
     columns = vectors.transpose(-3, -2)  # [..., k, rows, b]

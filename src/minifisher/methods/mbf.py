@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +22,12 @@ from minifisher.statistics.records import BatchGradient, LayerSamples, Statistic
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from minifisher.arguments import Params
     from minifisher.curvature import State
-    from minifisher.optimizer import Params
     from minifisher.statistics.layers import Layer
 
-# A layer that never had a gradient has no scale of its own. Its direction is zero whatever it is divided by, as
-# long as the quotient is finite.
+# A layer that never had a gradient has no scale of its own. Its direction is zero whatever it is divided by,
+# as long as the quotient is finite.
 _NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
@@ -62,7 +63,7 @@ class BlockReading:
         rows = weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length)
         if self.padding:
             rows = F.pad(rows, (0, self.padding))
-        return rows.unflatten(-1, (self.blocks, self.width))
+        return rows.view(*rows.shape[:-1], self.blocks, self.width)
 
     def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `read`: [..., rows, blocks, width] to [..., *shape]."""
@@ -80,7 +81,7 @@ class BlockReading:
 
 @dataclass(frozen=True)
 class MiniBlocks(Curvature):
-    """Mini-blocks of the empirical Fisher matrix: F_b = E[d_b d_b^T], direction (F_b + lambda I)^(-power) m_b.
+    """Mini-blocks of the Fisher matrix: F_b = E[d_b d_b^T], direction (F_b + lambda I)^(-power) m_b.
 
     d_b are the entries of one block in the gradient. A shared block is the mean over the rows r of a layer,
     F_b = E[(1/R) sum_r d_rb d_rb^T]; the diagonal is blocks of one entry.
@@ -95,7 +96,7 @@ class MiniBlocks(Curvature):
     relative_damping: bool = True
 
     def init(self, layer: Layer) -> State:
-        """`fisher` is averaged, `inverse` is what was last refreshed from it: [rows | 1, blocks, width, width]."""
+        """`fisher` is averaged, `inverse` last refreshed from it: [rows | 1, blocks, width, width]."""
         rows = 1 if self.shared else self.reading.rows
         size = (rows, self.reading.blocks, self.reading.width, self.reading.width)
         fisher = torch.zeros(size, dtype=self.dtype, device=layer.weight.device)
@@ -113,11 +114,11 @@ class MiniBlocks(Curvature):
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
         """(1/N) sum_n d_nb d_nb^T."""
-        total = sum(
+        totals = (
             outer_products(self.reading.read(gradients, len(self.shape)), self.shared).sum(0)
             for gradients in samples.gradients()
         )
-        return total / samples.count
+        return reduce(torch.add, totals) / samples.count
 
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
@@ -134,8 +135,8 @@ class MiniBlocks(Curvature):
     def _damping(self, fisher: Tensor, damping: float) -> Tensor:
         """lambda_b for every entry, [..., rows | 1, blocks, width].
 
-        Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so that a
-        block without curvature (a dead unit) is damped as its layer is. Padding gets 1: it stays invertible.
+        Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
+        that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
         """
         entries = self.reading.entries(fisher)
         if not self.relative_damping:
@@ -155,15 +156,17 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 class MBF(CurvatureOptimizer):
     """Mini-block Fisher: W <- W - lr (F + lambda I)^(-power) M, F block-diagonal inside every layer.
 
-    Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124. Every block F_b is the running mean of d_b d_b^T, with d_b the
-    block's entries in the gradient: of the mini-batch ("gradient"), of every sample ("empirical"), or of every
-    sample with labels drawn from the model ("sampled"; call `observe`). A convolution has a block for each kernel,
-    a fully connected layer blocks of its rows, everything else a diagonal; `describe()` says which and why.
+    Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124. Every block F_b is the running mean of d_b d_b^T, with d_b
+    the block's entries in the gradient: of the mini-batch (`fisher="gradient"`), of every sample
+    ("empirical"), or of every sample with labels drawn from the model ("sampled"; call `observe`). A
+    convolution has blocks for its kernels or rows, a fully connected layer for its rows, everything else a
+    diagonal; `describe()` says which and why.
 
-    `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it multiplies
-    the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of the mean curvature
-    of the block and its layer that lambda is. `curvature_decay` is beta of the bias-corrected average. The published
-    algorithm: docs/methods.md. Raises ValueError or TypeError for what it cannot use, naming value and cure.
+    `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
+    multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
+    the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
+    average. The published algorithm as arguments: docs/methods.md. Raises ValueError or TypeError for what it
+    cannot use, naming the value and the cure.
     """
 
     def __init__(
@@ -190,27 +193,27 @@ class MBF(CurvatureOptimizer):
         maximize: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
-        options = dict(
-            lr=lr,
-            momentum=momentum,
-            curvature_decay=curvature_decay,
-            damping=damping,
-            relative_damping=relative_damping,
-            power=power,
-            graft=graft,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            fisher=fisher,
-            conv_blocks=conv_blocks,
-            block_size=block_size,
-            share=share,
-            statistics_every=statistics_every,
-            inverse_every=inverse_every,
-            fold_bias=fold_bias,
-            curvature_dtype=curvature_dtype,
-            maximize=maximize,
-            statistics_memory=statistics_memory,
-        )
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "curvature_decay": curvature_decay,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "power": power,
+            "graft": graft,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "fisher": fisher,
+            "conv_blocks": conv_blocks,
+            "block_size": block_size,
+            "share": share,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "fold_bias": fold_bias,
+            "curvature_dtype": curvature_dtype,
+            "maximize": maximize,
+            "statistics_memory": statistics_memory,
+        }
         super().__init__(params, options)
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
@@ -252,7 +255,7 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
 
 
 def _even_width(length: int, widest: int, kernel: int) -> int:
-    """The largest divisor of a row up to `widest`, in whole kernels if possible; else, if all are narrow, `widest`."""
+    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else `widest`."""
     divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
     whole = [width for width in divisors if width % kernel == 0]
     best = (whole or divisors)[-1]

@@ -57,13 +57,23 @@ class Capture:
         self._release: weakref.finalize[..., Capture] | None = None
 
     @property
+    def layers(self) -> list[Layer]:
+        """The layers whose samples it reads."""
+        return list(dict.fromkeys(self._layers.values()))
+
+    @property
+    def armed(self) -> bool:
+        """Whether the hooks are on."""
+        return self._release is not None
+
+    @property
     def seen(self) -> bool:
         """Whether a forward pass was seen since the last `collect`."""
         return bool(self._passes)
 
     def arm(self) -> None:
         """Hooks on."""
-        if self._release is not None:
+        if self.armed:
             return
         self._passes.clear()
         hooks = ExitStack()

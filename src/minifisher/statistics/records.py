@@ -43,6 +43,10 @@ class LayerSamples(Statistics):
     count: int
     """N, the samples of the step."""
 
+    def is_finite(self) -> bool:
+        """Whether every number in it is finite."""
+        raise NotImplementedError
+
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs [n, groups, s, in], output gradients [n, groups, s, out / groups], few samples at a time."""
         raise NotImplementedError

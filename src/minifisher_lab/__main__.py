@@ -1,0 +1,24 @@
+"""The command `minifisher`; without the laboratory's packages it says how to install them."""
+
+from __future__ import annotations
+
+import sys
+
+LABORATORY = frozenset(("matplotlib", "numpy", "optuna", "PIL", "pooch", "rich", "scipy", "sklearn", "typer"))
+"""What the extra `lab` installs, by import name."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from minifisher_lab.cli import app
+
+        app()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LABORATORY:
+            raise
+        sys.exit(f"The command line needs {error.name}: pip install 'minifisher[lab]'")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Data in memory as tensors: batches in a seeded order, augmentation, fixed slices to evaluate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from minifisher_lab import data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from minifisher_lab.problems import Problem
+    from minifisher_lab.problems.problem import Augmentation
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs [N, C, H, W] and targets [N]."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def slice(self, size: int) -> Samples:
+        """A fixed random subset, the same in every run whatever its seed."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:size]
+        return Samples(self.inputs[chosen], self.targets[chosen])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The training and the test set, ready for the network."""
+
+    train: Samples
+    test: Samples
+
+
+def load(problem: Problem, device: torch.device) -> Splits:
+    """The problem's data on the device; images of a classifier are standardised by channel."""
+    dataset = data.load(problem.data)
+    train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
+    if problem.classifies:
+        deviation, mean = torch.std_mean(train, dim=(0, 2, 3), keepdim=True)
+        train, test = (train - mean) / deviation, (test - mean) / deviation
+    return Splits(
+        Samples(train.to(device), torch.from_numpy(dataset.train_targets).to(device)),
+        Samples(test.to(device), torch.from_numpy(dataset.test_targets).to(device)),
+    )
+
+
+def batches(
+    samples: Samples, size: int, seed: int, augmentation: Augmentation
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Full batches without end; every pass goes through the samples in a new order drawn from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(samples), generator=generator).to(samples.inputs.device)
+        for chosen in torch.split(order, size)[: len(samples) // size]:
+            inputs = samples.inputs[chosen]
+            if augmentation != "none":
+                inputs = crop(inputs, generator, flip=augmentation == "crop and flip")
+            yield inputs, samples.targets[chosen]
+
+
+def crop(images: Tensor, generator: torch.Generator, *, flip: bool, border: int = 4) -> Tensor:
+    """Each image cut at random from itself with a zero border, [N, C, H, W]; `flip` mirrors half of them."""
+    count, _, height, width = images.shape
+    top, left = torch.randint(0, 2 * border + 1, (2, count, 1), generator=generator)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = functional.pad(images, (border,) * 4).permute(0, 2, 3, 1)
+    which = torch.arange(count)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,241 @@
+"""The command line: problems, optimizers, train, compare, tune, data, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minifisher_lab import batches, data
+from minifisher_lab.compare import Candidate, Plan
+from minifisher_lab.names import UnknownNameError, look_up
+from minifisher_lab.optimizers import choose, optimizers
+from minifisher_lab.problems import PROBLEMS, Problem
+from minifisher_lab.runs import RunFolder
+from minifisher_lab.session import run_plan
+from minifisher_lab.train import Budget, Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from minifisher_lab.batches import Splits
+    from minifisher_lab.optimizers import Choice
+
+Value = TypeVar("Value")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Structured-curvature optimizers for PyTorch: try them, compare them, tune them.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Bring the datasets to this machine.")
+app.add_typer(data_app, name="data")
+console = Console()
+
+ProblemNames = Annotated[
+    list[str], typer.Argument(metavar="PROBLEM...", help="One or more of `minifisher problems`.")
+]
+OptimizerName = Annotated[str, typer.Option(help="One of `minifisher optimizers`.")]
+OptimizerNames = Annotated[str, typer.Option("--optimizers", help="Names, separated by commas.")]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="Five learning rates for each optimizer; the best counts.")
+]
+Rates = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=RATE,...", help="One optimizer's learning rates; may be repeated."),
+]
+ProblemName = Annotated[str, typer.Argument(metavar="PROBLEM", help="One of `minifisher problems`.")]
+DataName = Annotated[str, typer.Argument(metavar="NAME", help="One of `minifisher data list`.")]
+Seconds = Annotated[float | None, typer.Option(min=0.0, help="Training seconds a run.")]
+Epochs = Annotated[
+    float | None, typer.Option(min=0.0, help="Epochs a run; the problem's own number by default.")
+]
+Folder = Annotated[Path, typer.Option(help="Where the run folder is made.")]
+Device = Annotated[str | None, typer.Option(help="A torch device; a GPU where there is one.")]
+Points = Annotated[int, typer.Option(min=1, help="Logged steps a run.")]
+
+
+def _valid(make: Callable[[], Value]) -> Value:
+    """What `make` returns; what it says against the arguments becomes the command line's error."""
+    try:
+        return make()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _problem(name: str) -> Problem:
+    return _valid(lambda: look_up("problem", name, PROBLEMS))
+
+
+def _splits(problem: Problem, device: str | None) -> Splits:
+    try:
+        return batches.load(problem, torch.device(device or _default_device()))
+    except data.DataMissing as error:
+        console.print(f"[red]{error}[/]")
+        raise typer.Exit(1) from error
+
+
+def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Budget:
+    return _valid(lambda: Budget(seconds, epochs if seconds or epochs else problem.epochs))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@app.command("problems")
+def list_problems() -> None:
+    """List the problems: network, batch size, epochs unless told otherwise, number of parameters."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("problem", no_wrap=True)
+    table.add_column("what it is")
+    for name in ("batch", "epochs", "parameters"):
+        table.add_column(name, justify="right")
+    for problem in PROBLEMS.values():
+        numbers = str(problem.batch_size), str(problem.epochs), f"{problem.parameters():,}"
+        table.add_row(problem.name, problem.description, *numbers)
+    console.print(table)
+
+
+@app.command("optimizers")
+def list_optimizers() -> None:
+    """List the optimizers with their default learning rate and the rates that --tune tries."""
+    table = Table("optimizer", "what it is", "lr", "--tune tries", box=None, header_style="bold")
+    for choice in optimizers().values():
+        table.add_row(choice.name, choice.description, f"{choice.rate:g}", _listed(choice.grid))
+    console.print(table)
+    console.print("\nArguments of a method follow its name: mbf:power=0.5:graft=None", highlight=False)
+
+
+def _listed(rates: Iterable[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+@app.command("train")
+def train_command(
+    problem: ProblemName,
+    optimizer: OptimizerName = "mbf",
+    lr: Annotated[float | None, typer.Option(help="Learning rate, if not the default.")] = None,
+    seconds: Seconds = None,
+    epochs: Epochs = None,
+    seed: Annotated[int, typer.Option(help="Of the start and the batches.")] = 0,
+    points: Points = 50,
+    folder: Folder = Path("runs"),
+    device: Device = None,
+) -> None:
+    """Train one problem with one optimizer."""
+    task, choice = _problem(problem), _valid(lambda: choose(optimizer))
+    candidate = Candidate(choice, lr or choice.rate)
+    plan = Plan(task, (candidate,), (seed,), _budget(task, seconds, epochs), points)
+    splits = _splits(task, device)
+    _describe(task, splits, candidate)
+    run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-train"), console)
+
+
+def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
+    """Print what structure a method of minifisher gives each weight."""
+    optimizer = Trainer(problem, splits, candidate.choice, candidate.rate, seed=0).optimizer
+    if hasattr(optimizer, "describe"):
+        console.print(str(optimizer.describe()), highlight=False, markup=False)
+
+
+@app.command("compare")
+def compare_command(
+    problems: ProblemNames,
+    optimizer_names: OptimizerNames = "adamw,sgd,mbf",
+    seconds: Seconds = None,
+    epochs: Epochs = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
+    tune: Tune = False,
+    lr: Rates = None,
+    points: Points = 50,
+    folder: Folder = Path("runs"),
+    device: Device = None,
+) -> None:
+    """Compare optimizers in equal seconds or equal epochs: table, plots, JSON."""
+    tasks = [_problem(name) for name in problems]
+    entrants = _valid(lambda: candidates(optimizer_names, tune, lr or ()))
+    loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
+    for task, splits in zip(tasks, loaded, strict=True):
+        plan = Plan(task, entrants, tuple(range(seeds)), _budget(task, seconds, epochs), points)
+        run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
+
+
+def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
+    """Every optimizer with its learning rates: those given, else its grid with `tune`, else its default."""
+    choices = {choice.name: choice for choice in map(choose, names.split(","))}
+    given = dict(_rates(text, choices) for text in rates)
+    return tuple(
+        Candidate(choice, rate)
+        for name, choice in choices.items()
+        for rate in given.get(name, choice.grid if tune else (choice.rate,))
+    )
+
+
+def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...]]:
+    name, _, numbers = text.rpartition("=")
+    look_up("optimizer among those compared", name, choices)
+    try:
+        rates = tuple(map(float, numbers.split(",")))
+    except ValueError:
+        rates = ()
+    if not rates or min(rates) <= 0:
+        raise UnknownNameError(f"{text!r} is not NAME=RATE,... with rates above 0, as in adamw=1e-3,3e-3")
+    return name, rates
+
+
+@app.command("tune")
+def tune_command(
+    problem: ProblemName,
+    optimizer: OptimizerName = "mbf",
+    trials: Annotated[int, typer.Option(min=1, help="How many settings are tried.")] = 20,
+    seconds: Seconds = None,
+    epochs: Epochs = None,
+    folder: Folder = Path("runs"),
+    device: Device = None,
+) -> None:
+    """Search one optimizer's learning rate, and damping where it has one, with optuna."""
+    from minifisher_lab import tune  # optuna is slow to import and needed here alone
+
+    task, choice = _problem(problem), _valid(lambda: choose(optimizer))
+    search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
+    tune.run(search, _splits(task, device), RunFolder.create(folder, f"{task.name}-tune"), console)
+
+
+@data_app.command("list")
+def list_data() -> None:
+    """List the datasets: where each comes from, and whether it is on this machine."""
+    table = Table(
+        "dataset", "here", "what it holds", "where it comes from", "licence", box=None, header_style="bold"
+    )
+    for row in data.catalogue():
+        table.add_row(row.name, "yes" if row.present else "", row.holds, row.source, row.licence)
+    console.print(table)
+
+
+@data_app.command("get")
+def get_data(name: DataName) -> None:
+    """Fetch a dataset, prove it, and keep it."""
+    _valid(lambda: look_up("dataset", name, dict.fromkeys(data.NAMES)))
+    try:
+        data.get(name)
+    except data.DataUnavailable as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+    console.print(f"{name} is ready.")
+
+
+@app.command("demo")
+def demo_command(
+    seconds: Annotated[float, typer.Option(help="Training seconds a run; there are twelve runs.")] = 5.0,
+    folder: Folder = Path("runs"),
+) -> None:
+    """MBF with its defaults against AdamW at the best of three learning rates, on scikit-learn's digits."""
+    from minifisher_lab import demo
+
+    demo.run(seconds, folder, console)

@@ -1,0 +1,84 @@
+"""Loading a dataset that is on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from minifisher_lab.data import shakespeare, store
+from minifisher_lab.data.records import Array, Arrays, Dataset, Graph, Text
+from minifisher_lab.data.table import ENTRIES, Entry, find
+
+
+def load(name: str, *, seed: int = 0) -> Dataset:
+    """Images scaled to [0, 1]; `seed` chooses the draws of curves and faces and changes nothing else.
+
+    Raises DataMissing where the data has not been fetched.
+    """
+    entry = _of_kind(name, "images")
+    arrays = entry.finish(_stored(entry), seed)
+    return Dataset(
+        name,
+        entry.classes,
+        _scaled(arrays["train_inputs"], entry.scale),
+        arrays["train_targets"].astype(np.int64),
+        _scaled(arrays["test_inputs"], entry.scale),
+        arrays["test_targets"].astype(np.int64),
+    )
+
+
+def load_graph(name: str) -> Graph:
+    """A citation network: cora, citeseer or pubmed."""
+    entry = _of_kind(name, "graph")
+    return Graph(name, entry.classes, **_stored(entry))  # type: ignore[arg-type]
+
+
+def load_text(name: str) -> Text:
+    """Documents: shakespeare."""
+    return Text(name, shakespeare.documents(_stored(_of_kind(name, "text"))))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the catalogue."""
+
+    name: str
+    holds: str
+    source: str
+    licence: str
+    present: bool  # can be loaded now, without fetching
+
+
+def catalogue() -> tuple[Row, ...]:
+    """What there is, where it comes from, and what of it is on this machine."""
+    return tuple(
+        Row(
+            entry.name,
+            entry.holds,
+            entry.source,
+            entry.licence,
+            not entry.routes or store.path(entry.name).exists(),
+        )
+        for entry in ENTRIES
+    )
+
+
+LOADERS = {"images": "load", "graph": "load_graph", "text": "load_text"}
+
+
+def _of_kind(name: str, kind: str) -> Entry:
+    entry = find(name)
+    if entry.kind != kind:
+        raise ValueError(f"the kind of {name} is {entry.kind}: use data.{LOADERS[entry.kind]}({name!r})")
+    return entry
+
+
+def _stored(entry: Entry) -> Arrays:
+    return store.read(entry.name) if entry.routes else {}
+
+
+def _scaled(inputs: Array, white: int) -> npt.NDArray[np.float32]:
+    scaled: npt.NDArray[np.float32] = np.divide(inputs, np.float32(white), dtype=np.float32)
+    return scaled

@@ -1,0 +1,62 @@
+"""Old pickles of numbers, read without trust: any name outside a short list is refused."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+
+from minifisher_lab.data.records import WrongData
+
+_reconstruct = np.empty(0).__reduce__()[0]  # its module differs between releases of numpy
+DAMAGE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)  # what the pickle module raises on broken bytes
+
+
+class SparseRows:
+    """Stands in for scipy.sparse.csr_matrix, whose insides change between releases: keeps its attributes."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the attributes that the pickle holds."""
+        self.state = state
+
+
+ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("scipy.sparse.csr", "csr_matrix"): SparseRows,
+    ("scipy.sparse._csr", "csr_matrix"): SparseRows,
+    ("collections", "defaultdict"): collections.defaultdict,
+    ("__builtin__", "list"): list,
+    ("builtins", "list"): list,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise WrongData(f"the pickle names {module}.{name}, which no data file needs: refused")
+        return ALLOWED[module, name]
+
+
+def loads(data: bytes) -> Any:
+    """What a pickle of Python 2 holds, if that is arrays, sparse matrices, lists and dictionaries."""
+    try:
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    except WrongData:
+        raise
+    except DAMAGE as error:
+        raise WrongData(f"damaged pickle: {error}") from error

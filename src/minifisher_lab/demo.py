@@ -1,0 +1,50 @@
+"""What `make demo` shows: MBF with its defaults against a tuned AdamW, in equal seconds on real data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from minifisher_lab import batches, report
+from minifisher_lab.compare import Candidate, Plan
+from minifisher_lab.optimizers import choose
+from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.runs import RunFolder
+from minifisher_lab.session import run_plan
+from minifisher_lab.train import Budget
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+PROBLEM = "autoencoder-digits"
+ADAMW_RATES = (1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+
+
+def plan(seconds: float) -> Plan:
+    """AdamW at each of its rates, and MBF at its default, over three seeds."""
+    adamw, mbf = choose("adamw"), choose("mbf")
+    candidates = (*(Candidate(adamw, rate) for rate in ADAMW_RATES), Candidate(mbf, mbf.rate))
+    return Plan(PROBLEMS[PROBLEM], candidates, SEEDS, Budget(seconds=seconds))
+
+
+def run(seconds: float, folder: Path, console: Console) -> None:
+    """Run the demonstration and say in one sentence what came out."""
+    comparison = plan(seconds)
+    console.print(_introduction(comparison), highlight=False)
+    splits = batches.load(comparison.problem, torch.device("cpu"))
+    runs = run_plan(comparison, splits, RunFolder.create(folder, "demo"), console)
+    console.print(f"\n[bold]{report.verdict('mbf', runs)}[/]", highlight=False)
+
+
+def _introduction(comparison: Plan) -> str:
+    problem, runs = comparison.problem, len(comparison.candidates) * len(comparison.seeds)
+    return (
+        f"[bold]minifisher demo[/]: an autoencoder ({problem.description}, {problem.parameters():,} "
+        f"weights) on scikit-learn's 1,797 handwritten digits. MBF runs with its defaults, AdamW with "
+        f"{len(ADAMW_RATES)} learning rates of which the best counts; {len(comparison.seeds)} seeds, {runs} "
+        f"runs of {comparison.budget} each.\n"
+    )

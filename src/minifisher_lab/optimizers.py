@@ -1,0 +1,135 @@
+"""The optimizers by name: torch.optim's own, and every method of `minifisher.METHODS`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+import minifisher
+from minifisher_lab.names import UnknownNameError, look_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+
+class MuonWithAdamW:
+    """torch.optim.Muon for the 2-d weights, torch.optim.AdamW for the rest, one learning rate for both."""
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        weights = list(model.parameters())
+        # adjust_lr_fn gives Muon's steps the root mean square of AdamW's, so that one rate serves both.
+        muon = partial(torch.optim.Muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        pairs = (
+            (muon, [w for w in weights if w.ndim == 2]),
+            (torch.optim.AdamW, [w for w in weights if w.ndim != 2]),
+        )
+        self.optimizers: list[torch.optim.Optimizer] = [kind(part, lr=lr) for kind, part in pairs if part]
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """Both optimizers' states."""
+        return {weight: state for optimizer in self.optimizers for weight, state in optimizer.state.items()}
+
+    def step(self, closure: Callable[[], Any]) -> Any:
+        """One evaluation of the closure, then one step of each."""
+        loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+
+Optimizer: TypeAlias = "torch.optim.Optimizer | MuonWithAdamW"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer that can be named: how it is built, its default learning rate and its tuning grid."""
+
+    name: str
+    description: str
+    build: Callable[..., Optimizer]  # build(model, lr=..., **options)
+    rate: float
+    grid: tuple[float, ...]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """What `minifisher tune` searches beside the learning rate, on a logarithmic scale."""
+
+
+def _first_order(
+    name: str, description: str, kind: Callable[..., Optimizer], rate: float, **fixed: Any
+) -> Choice:
+    def build(model: nn.Module, **options: Any) -> Optimizer:
+        return kind(model.parameters(), **{**fixed, **options})
+
+    return Choice(name, description, build, rate, grid_around(rate))
+
+
+def grid_around(rate: float) -> tuple[float, ...]:
+    """Five learning rates, {1, 3} x 10^p, with `rate` in the middle."""
+    ladder = sorted(digit * 10.0**power for power in range(-8, 3) for digit in (1, 3))
+    middle = min(range(len(ladder)), key=lambda index: abs(ladder[index] / rate - 1))
+    return tuple(float(f"{step:.0e}") for step in ladder[middle - 2 : middle + 3])
+
+
+_OPTIM = torch.optim
+FIRST_ORDER = (
+    _first_order("adamw", "Adam with decoupled decay 0.01", _OPTIM.AdamW, 1e-3),
+    _first_order("adam", "Adam", _OPTIM.Adam, 1e-3),
+    _first_order("adagrad", "AdaGrad", _OPTIM.Adagrad, 1e-2),
+    _first_order("rmsprop", "RMSprop", _OPTIM.RMSprop, 1e-3),
+    _first_order("sgd", "SGD with momentum 0.9", _OPTIM.SGD, 1e-2, momentum=0.9),
+    Choice("muon", "Muon for matrices, AdamW for the rest", MuonWithAdamW, 1e-3, grid_around(1e-3)),
+)
+
+# A name for a method with some arguments fixed, written as on the command line: NAME:ARGUMENT=VALUE:...
+ALIASES = {
+    "mbf-empirical": "mbf:fisher=empirical",
+    "mbf-sampled": "mbf:fisher=sampled",
+}
+
+
+def _method(name: str, method: type[minifisher.CurvatureOptimizer]) -> Choice:
+    rate = float(inspect.signature(method).parameters["lr"].default)
+    description = (inspect.getdoc(method) or name).splitlines()[0].rstrip(".")
+    return Choice(name, description, method, rate, grid_around(rate), {"damping": (1e-4, 1e1)})
+
+
+def optimizers() -> dict[str, Choice]:
+    """Every optimizer by name: first order, then minifisher's methods, then the aliases of those."""
+    table = {choice.name: choice for choice in FIRST_ORDER}
+    table |= {name: _method(name, method) for name, method in minifisher.METHODS.items()}
+    aliases = {name: spec for name, spec in ALIASES.items() if spec.partition(":")[0] in table}
+    return table | {name: replace(_with_options(spec, table), name=name) for name, spec in aliases.items()}
+
+
+def choose(spec: str) -> Choice:
+    """The optimizer that `spec` names, with the arguments it fixes: mbf, or mbf:power=0.5:graft=None."""
+    return _with_options(spec, optimizers())
+
+
+def _with_options(spec: str, table: Mapping[str, Choice]) -> Choice:
+    name, *pairs = spec.strip().split(":")
+    choice = look_up("optimizer", name, table)
+    if not pairs:
+        return choice
+    options = dict(map(_option, pairs))
+    shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    build = partial(choice.build, **options)
+    return replace(choice, name=spec.strip(), description=f"{choice.description}; {shown}", build=build)
+
+
+def _option(pair: str) -> tuple[str, object]:
+    key, equals, text = pair.partition("=")
+    if not equals:
+        raise UnknownNameError(f"{pair!r} is not ARGUMENT=VALUE, as in mbf:power=0.5")
+    try:
+        return key, ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a bare word is a string: fisher=empirical
+        return key, text

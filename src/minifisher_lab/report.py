@@ -1,0 +1,198 @@
+"""Results for people and for programs: the table, the sentence under it, and the JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from minifisher_lab.summary import REFERENCE, Spread, all_rows, reference_row, rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from minifisher_lab.compare import Plan
+    from minifisher_lab.runs import Run
+    from minifisher_lab.summary import Row
+
+CAPTION = (
+    "Best loss: lowest training loss on a fixed slice of up to 2,000 training samples, mean ± standard "
+    "deviation over seeds. Seconds count training alone, without evaluation and three warm-up steps."
+)
+
+
+def spread(value: Spread, digits: int = 4) -> str:
+    """`mean ± deviation`, the mean with that many significant digits, the deviation with as many decimals."""
+    if math.isnan(value.mean):
+        return "-"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value.mean)))) if value.mean else digits
+    mean = f"{value.mean:.{decimals}f}"
+    return mean if math.isnan(value.deviation) else f"{mean} ± {value.deviation:.{decimals}f}"
+
+
+def number(value: float, form: str = ".1f") -> str:
+    """The number, or a dash where there is none."""
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def table(plan: Plan, runs: Sequence[Run]) -> Table:
+    """One line an optimizer, the best loss first, and under it what the figures alone would hide."""
+    ranking = rows(runs)
+    reference = reference_row(ranking)
+    seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
+    notes = [f"{row.optimizer}: {remark}" for row in ranking if (remark := note(row))]
+    result = Table(
+        title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
+        caption="\n".join((*notes, CAPTION)),
+        box=SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+    )
+    result.add_column("optimizer", no_wrap=True)
+    for name in _columns(plan, reference):
+        result.add_column(name, justify="right")
+    for row in ranking:
+        cells = _cells(row, reference, plan.problem.classifies)
+        result.add_row(*cells, style="bold" if row is ranking[0] else "")
+    return result
+
+
+def _columns(plan: Plan, reference: Row | None) -> Iterable[str]:
+    yield from ("lr", "best loss")
+    if plan.problem.classifies:
+        yield "accuracy %"
+    yield "seconds"
+    if reference:
+        yield f"to {REFERENCE}'s\nbest, s"
+    yield from ("ms a\nstep", "state\nB/param")
+
+
+def _cells(row: Row, reference: Row | None, classifies: bool) -> Iterable[str]:
+    yield row.optimizer
+    yield f"{row.rate:g}"
+    yield spread(row.best_loss)
+    if classifies:
+        yield spread(row.accuracy)
+    yield number(row.seconds)
+    if reference:
+        yield _seconds_to(row, reference)
+    yield number(1000 * row.step_time, ".3g" if row.step_time < 0.1 else ".0f")
+    yield number(row.state_per_parameter)
+
+
+def _seconds_to(row: Row, reference: Row) -> str:
+    seconds, reached, seeds = row.seconds_to_reference(reference)
+    if not reached:
+        return "never" if seeds else "-"
+    return f"{seconds:.1f}" if reached == seeds else f"{seconds:.1f} ({reached}/{seeds})"
+
+
+def note(row: Row) -> str:
+    """What the figures alone would hide: divergence, interruption, skipped steps, a rate at the edge."""
+    skipped = sum(run.skipped_steps for run in row.runs)
+    unfinished = sum(run.status == "interrupted" for run in row.runs)
+    edge = "; a better one may lie outside" if row.at_edge else ""
+    remarks = (
+        (row.diverged, f"{row.diverged} of {len(row.runs)} diverged"),
+        (unfinished, f"{unfinished} of {len(row.runs)} interrupted"),
+        (skipped, f"{skipped} steps skipped"),
+        (len(row.tried) > 1, f"lr {row.rate:g} is the best of {_listed(row.tried)}{edge}"),
+    )
+    return "; ".join(text for holds, text in remarks if holds)
+
+
+def _listed(rates: Iterable[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
+def verdict(challenger: str, runs: Sequence[Run]) -> str:
+    """One sentence on the challenger against the reference, computed from the runs."""
+    ranking = rows(runs)
+    reference = reference_row(ranking)
+    row = next((row for row in ranking if row.optimizer == challenger and row.counted), None)
+    if row is None or reference is None:
+        return f"Too little was measured to compare {challenger} with {REFERENCE}."
+    ours, theirs = row.best_loss, reference.best_loss
+    wins, seeds = wins_over(row, reference)
+    gap = 100 * abs(ours.mean - theirs.mean) / theirs.mean
+    side = "ahead of" if ours.mean < theirs.mean else "behind"
+    relation = f"{gap:.1f} % {side}" if wins in (0, seeds) else "not clearly apart from"
+    seconds, reached, _ = row.seconds_to_reference(reference)
+    sentence = (
+        f"{challenger.upper()} (lr {row.rate:g}) came to {spread(ours)}, {relation} {REFERENCE} at "
+        f"{spread(theirs)} ({_tried(reference)}); its loss was the lower one in {wins} of {seeds} seeds"
+    )
+    if reached == seeds:
+        sentence += (
+            f", and it came to {REFERENCE}'s best loss after {seconds:.1f} of {row.seconds:.1f} seconds"
+        )
+    return sentence + "."
+
+
+def _tried(row: Row) -> str:
+    rates = len(row.tried)
+    return f"lr {row.rate:g}, the best of {rates} rates" if rates > 1 else f"lr {row.rate:g}"
+
+
+def wins_over(row: Row, reference: Row) -> tuple[int, int]:
+    """In how many of the common seeds the row's best loss is the lower one."""
+    targets = {run.seed: run.best_loss for run in reference.counted}
+    common = [run for run in row.counted if run.seed in targets]
+    return sum(run.best_loss < targets[run.seed] for run in common), len(common)
+
+
+def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
+    """Settings, machine, one entry for every optimizer and rate, and every run without its points."""
+    ranking = rows(runs)
+    return {
+        "problem": plan.problem.name,
+        "seeds": list(plan.seeds),
+        "budget": asdict(plan.budget),
+        "machine": machine(),
+        "best": [_row_json(row, reference_row(ranking)) for row in ranking],
+        "all": [_row_json(row, reference_row(ranking)) for row in all_rows(runs)],
+        "runs": [
+            {
+                **{key: value for key, value in asdict(run).items() if key != "points"},
+                "points": f"{run.name}.jsonl",
+            }
+            for run in runs
+        ],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where the seconds were measured."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _row_json(row: Row, reference: Row | None) -> dict[str, Any]:
+    seconds, reached, seeds = row.seconds_to_reference(reference) if reference else (math.nan, 0, 0)
+    return {
+        "optimizer": row.optimizer,
+        "rate": row.rate,
+        "tried": list(row.tried),
+        "best_loss": asdict(row.best_loss),
+        "test_accuracy": asdict(row.accuracy),
+        "seconds": row.seconds,
+        f"seconds_to_{REFERENCE}": {"mean": seconds, "reached": reached, "seeds": seeds},
+        "step_seconds": row.step_time,
+        "state_bytes_per_parameter": row.state_per_parameter,
+        "diverged": row.diverged,
+        "note": note(row),
+    }

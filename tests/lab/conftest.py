@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from minifisher_lab import batches
+from minifisher_lab.problems import PROBLEMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from minifisher_lab.batches import Splits
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    return batches.load(PROBLEMS["autoencoder-digits"], torch.device("cpu"))

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import minifisher
+from minifisher_lab import __main__, cli, demo
+from minifisher_lab.optimizers import choose
+from minifisher_lab.problems import PROBLEMS
+
+WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
+
+
+def _invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=WIDE)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.console, "width", 200)
+
+
+def _only_folder(parent: Path) -> Path:
+    (folder,) = parent.iterdir()
+    return folder
+
+
+def test_problems_and_optimizers_list_every_name() -> None:
+    for command, names in (("problems", PROBLEMS), ("optimizers", ["adamw", "muon", *minifisher.METHODS])):
+        code, output = _invoke(command)
+        assert code == 0
+        assert all(name in output for name in names)
+
+
+def test_train_leaves_a_run_folder(tmp_path: Path) -> None:
+    code, output = _invoke(
+        *(
+            "train",
+            "autoencoder-digits",
+            "--optimizer",
+            "sgd",
+            "--lr",
+            1e-2,
+            "--epochs",
+            1,
+            "--folder",
+            tmp_path,
+        )
+    )
+    assert code == 0, output
+    assert len((_only_folder(tmp_path) / "sgd-lr0.01-seed0.jsonl").read_text().splitlines()) == 15
+    assert "Best loss" in output
+
+
+def test_compare_takes_problems_rates_and_seeds(tmp_path: Path) -> None:
+    code, output = _invoke(
+        *("compare", "autoencoder-digits", "cnn-digits", "--optimizers", "adamw,sgd", "--epochs", 0.3),
+        *("--seeds", 2, "--lr", "adamw=1e-3,3e-3", "--points", 2, "--folder", tmp_path),
+    )
+    assert code == 0, output
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 2
+    assert all(len(list(folder.glob("*.jsonl"))) == 6 for folder in folders)
+    assert "adamw: lr" in output
+
+
+def test_tune_flag_gives_every_optimizer_its_grid() -> None:
+    candidates = cli.candidates("adamw,sgd", True, ("sgd=0.5",))
+    assert [c.rate for c in candidates if c.choice.name == "adamw"] == list(choose("adamw").grid)
+    assert [c.rate for c in candidates if c.choice.name == "sgd"] == [0.5]
+
+
+def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
+    code, output = _invoke(
+        *(
+            "tune",
+            "autoencoder-digits",
+            "--optimizer",
+            "adamw",
+            "--trials",
+            3,
+            "--epochs",
+            0.5,
+            "--folder",
+            tmp_path,
+        )
+    )
+    assert code == 0, output
+    trials = json.loads((_only_folder(tmp_path) / "trials.json").read_text())["trials"]
+    assert len(trials) == 3
+    assert trials[0]["lr"] == pytest.approx(1e-3)
+    assert "Best: adamw with lr=" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("train", "autoencoder-digit"), "did you mean autoencoder-digits"),
+        (("compare", "cnn-digits", "--optimizers", "adamv"), "did you mean"),
+        (("compare", "cnn-digits", "--optimizers", "adamw", "--lr", "adamv=1"), "did you mean adamw"),
+        (("compare", "cnn-digits", "--optimizers", "adamw", "--lr", "adamw=fast"), "rates above 0"),
+        (
+            ("compare", "cnn-digits", "--optimizers", "adamw", "--seconds", "1", "--epochs", "1"),
+            "either seconds",
+        ),
+        (("data", "get", "minst"), "did you mean mnist"),
+    ],
+)
+def test_wrong_arguments_get_an_answer_that_helps(arguments: tuple[str, ...], expected: str) -> None:
+    code, output = _invoke(*arguments)
+    assert code == 2
+    assert expected in output
+
+
+def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIFISHER_DATA", str(tmp_path))
+    code, output = _invoke(
+        "compare", "autoencoder-mnist", "--optimizers", "adamw", "--folder", tmp_path / "runs"
+    )
+    assert code == 1
+    assert "minifisher data get mnist" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_list_shows_every_dataset() -> None:
+    code, output = _invoke("data", "list")
+    assert code == 0
+    assert all(name in output for name in ("digits", "mnist", "cifar10"))
+
+
+def test_data_get_of_an_embedded_set_is_ready_at_once() -> None:
+    code, output = _invoke("data", "get", "digits")
+    assert code == 0
+    assert "digits is ready" in output
+
+
+def test_demo_gives_adamw_three_rates_and_mbf_its_default(tmp_path: Path) -> None:
+    plan = demo.plan(0.05)
+    rates = {name: [c.rate for c in plan.candidates if c.choice.name == name] for name in ("adamw", "mbf")}
+    assert len(rates["adamw"]) >= 3
+    assert rates["mbf"] == [choose("mbf").rate]
+    assert len(plan.seeds) >= 3
+    code, output = _invoke("demo", "--seconds", 0.05, "--folder", tmp_path)
+    assert code == 0, output
+    assert "MBF (lr" in output
+    assert (_only_folder(tmp_path) / "loss-seconds.png").exists()
+
+
+def test_without_the_laboratorys_packages_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = builtins.__import__
+
+    def without_typer(name: str, *rest: object) -> object:
+        if name == "typer":
+            raise ModuleNotFoundError("No module named 'typer'", name="typer")
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.delitem(sys.modules, "minifisher_lab.cli")
+    monkeypatch.setattr(builtins, "__import__", without_typer)
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    assert stopped.value.code == "The command line needs typer: pip install 'minifisher[lab]'"

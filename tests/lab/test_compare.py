@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from minifisher_lab import batches, compare, plots
+from minifisher_lab.compare import Candidate, Plan
+from minifisher_lab.optimizers import choose
+from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.runs import Run, RunFolder
+from minifisher_lab.session import run_plan
+from minifisher_lab.train import Budget
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from minifisher_lab.batches import Splits
+
+
+def _plan(
+    *entrants: tuple[str, float], epochs: float = 2, seeds: int = 2, problem: str = "autoencoder-digits"
+) -> Plan:
+    candidates = tuple(Candidate(choose(name), rate) for name, rate in entrants)
+    return Plan(PROBLEMS[problem], candidates, tuple(range(seeds)), Budget(epochs=epochs), points=4)
+
+
+def _shown(plan: Plan, splits: Splits, folder: RunFolder) -> tuple[list[Run], str]:
+    console = Console(width=100, record=True, quiet=False, force_terminal=False)
+    runs = run_plan(plan, splits, folder, console)
+    return runs, console.export_text()
+
+
+def test_a_comparison_leaves_lines_results_plots_and_a_table(digits: Splits, tmp_path: Path) -> None:
+    plan = _plan(("adamw", 1e-3), ("adamw", 3e-3), ("sgd", 1e-2))
+    runs, text = _shown(plan, digits, RunFolder(tmp_path))
+    assert len(runs) == 6
+    for run in runs:
+        lines = [json.loads(line) for line in (tmp_path / f"{run.name}.jsonl").read_text().splitlines()]
+        assert [line["train_loss"] for line in lines] == [point.train_loss for point in run.points]
+        assert set(lines[0]) >= {"step", "epoch", "seconds", "batch_loss", "train_loss", "test_loss"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["optimizer"] for entry in results["best"]} == {"adamw", "sgd"}
+    assert len(results["all"]) == 3
+    assert results["machine"]["threads"] == 1
+    for name in ("loss-seconds.png", "loss-epochs.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (1280, 768)
+    assert "adamw's" in text
+    assert "is the best of 0.001, 0.003" in text
+
+
+def test_a_classifier_has_an_accuracy(tmp_path: Path) -> None:
+    plan = _plan(("adamw", 3e-3), problem="cnn-digits", epochs=3, seeds=1)
+    splits = batches.load(plan.problem, torch.device("cpu"))
+    runs, text = _shown(plan, splits, RunFolder(tmp_path))
+    assert runs[0].test_accuracy is not None
+    assert runs[0].test_accuracy > 80
+    assert "accuracy %" in text
+
+
+def test_every_optimizer_starts_from_the_same_weights_on_the_same_seed(
+    digits: Splits, tmp_path: Path
+) -> None:
+    runs, _ = _shown(_plan(("adamw", 1e-3), ("sgd", 1e-2), epochs=0.2), digits, RunFolder(tmp_path))
+    starts = {(run.seed, run.points[0].train_loss) for run in runs}
+    assert len(starts) == 2
+
+
+def test_runs_are_interleaved_by_seed_and_take_turns(digits: Splits) -> None:
+    order = [
+        (seed, candidate.choice.name)
+        for seed, candidate in _plan(("adamw", 1e-3), ("sgd", 1e-2), seeds=3).order()
+    ]
+    names = [(0, "adamw"), (0, "sgd"), (1, "sgd"), (1, "adamw"), (2, "adamw"), (2, "sgd")]
+    assert order == names
+
+
+def test_ctrl_c_keeps_what_was_measured(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(RunFolder):
+        def log(self, run: Run, point: object) -> None:
+            super().log(run, point)  # type: ignore[arg-type]
+            if (run.optimizer, run.seed, len(run.points)) == ("sgd", 0, 3):
+                raise KeyboardInterrupt
+
+    runs, text = _shown(_plan(("adamw", 1e-3), ("sgd", 1e-2)), digits, Impatient(tmp_path))
+    assert [(run.optimizer, run.status) for run in runs] == [("adamw", "finished"), ("sgd", "interrupted")]
+    assert len((tmp_path / "sgd-lr0.01-seed0.jsonl").read_text().splitlines()) == 3
+    assert "sgd: 1 of 1 interrupted" in text
+    assert "Best loss" in text
+    assert (tmp_path / "results.json").exists()
+    assert (tmp_path / "loss-seconds.png").exists()
+
+
+def test_ctrl_c_before_the_first_point_says_so(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "warm_up", interrupted)
+    runs, text = _shown(_plan(("adamw", 1e-3)), digits, RunFolder(tmp_path))
+    assert runs == []
+    assert "before anything was measured" in text
+
+
+def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_path: Path) -> None:
+    runs, text = _shown(_plan(("adamw", 1e-3), ("sgd", 1e6), seeds=1), digits, RunFolder(tmp_path))
+    assert "sgd: 1 of 1 diverged" in text
+    last = (tmp_path / f"{runs[1].name}.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["batch_loss"] is None  # strict JSON has no NaN
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {run["optimizer"]: run["status"] for run in results["runs"]} == {
+        "adamw": "finished",
+        "sgd": "diverged",
+    }
+
+
+def test_run_folders_never_overwrite_each_other(tmp_path: Path) -> None:
+    assert len({RunFolder.create(tmp_path, "demo").path for _ in range(3)}) == 3
+
+
+def test_labels_are_kept_apart() -> None:
+    placed = plots.spaced([0.5, 0.51, 0.1, 0.52], gap=0.05)
+    heights = sorted(placed.values())
+    assert all(b - a >= 0.05 - 1e-9 for a, b in pairwise(heights))
+    assert placed[2] == 0.1
+    assert placed[0] < placed[1] < placed[3]

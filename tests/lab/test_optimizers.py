@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import minifisher
+from minifisher_lab import optimizers as module
+from minifisher_lab.names import UnknownNameError
+from minifisher_lab.optimizers import choose, grid_around, optimizers
+
+FIRST_ORDER = ("adamw", "adam", "adagrad", "rmsprop", "sgd", "muon")
+
+
+def _model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_order_rivals_are_torchs_own_and_step(name: str) -> None:
+    model = _model()
+    choice = choose(name)
+    optimizer = choice.build(model, lr=choice.rate)
+    before = [weight.detach().clone() for weight in model.parameters()]
+
+    def closure() -> torch.Tensor:
+        loss = model(torch.ones(3, 4)).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)
+    parts = optimizer.optimizers if name == "muon" else [optimizer]
+    assert all(type(part).__module__.startswith("torch.optim") for part in parts)
+    assert all(group["lr"] == choice.rate for group in optimizer.param_groups)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    muon, adamw = choose("muon").build(_model(), lr=1e-3).optimizers
+    assert [w.ndim for group in muon.param_groups for w in group["params"]] == [2, 2]
+    assert [w.ndim for group in adamw.param_groups for w in group["params"]] == [1, 1]
+
+
+def test_every_method_of_minifisher_can_be_named() -> None:
+    assert set(minifisher.METHODS) <= set(optimizers())
+
+
+def test_grids_hold_five_rates_with_the_default_in_the_middle() -> None:
+    for choice in optimizers().values():
+        assert len(choice.grid) == 5
+        assert choice.grid[2] == pytest.approx(choice.rate)
+        assert list(choice.grid) == sorted(choice.grid)
+    assert grid_around(1e-3) == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def test_arguments_after_the_name_reach_the_optimizer() -> None:
+    choice = choose("sgd:nesterov=True:weight_decay=0.1")
+    group = choice.build(_model(), lr=0.5).param_groups[0]
+    assert (group["nesterov"], group["weight_decay"], group["momentum"], group["lr"]) == (True, 0.1, 0.9, 0.5)
+    assert choice.name == "sgd:nesterov=True:weight_decay=0.1"
+
+
+def test_an_alias_is_one_row_and_takes_further_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ALIASES", {"heavy": "sgd:momentum=0.99", "later": "absent:argument=1"})
+    assert "later" not in optimizers()
+    group = choose("heavy:weight_decay=0.1").build(_model(), lr=0.5).param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.99, 0.1)
+
+
+@pytest.mark.parametrize(("name", "near"), [("adamm", "adam"), ("SGD", "sgd"), ("rms_prop", "rmsprop")])
+def test_an_unknown_name_lists_the_near_ones(name: str, near: str) -> None:
+    with pytest.raises(UnknownNameError, match=rf"{name}.*did you mean.*\b{near}\b"):
+        choose(name)
+
+
+def test_a_name_near_to_nothing_lists_all() -> None:
+    with pytest.raises(UnknownNameError, match="there are: adamw, adam"):
+        choose("zzzzzz")
+
+
+def test_an_argument_without_a_value_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="is not ARGUMENT=VALUE"):
+        choose("sgd:nesterov")
