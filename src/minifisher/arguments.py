@@ -16,13 +16,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
 _BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "max_dim", "statistics_every", "inverse_every", "statistics_memory")
+_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory", "max_dim", "merge_dims")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
