@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from minifisher.curvature import Plan
+    from minifisher.seats import Seat
     from minifisher.statistics.layers import Layer
 
     Group = dict[str, Any]
@@ -78,7 +79,7 @@ def indices(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[Tens
 
 
 def read_entries(
-    plans: Mapping[Layer, Plan],
+    seats: Mapping[Layer, Seat],
     options: Mapping[Layer, Group],
     saved: Mapping[Any, Entry],
     keys: Mapping[Tensor, Any],
@@ -88,12 +89,12 @@ def read_entries(
     A layer without a gradient so far may have none.
     """
     read: dict[Tensor, Entry] = {}
-    for layer, plan in plans.items():
+    for layer, seat in seats.items():
         found = [saved.get(keys[parameter]) for parameter in layer.parameters]
         if not any(found):
             continue
         for parameter, name, wanted, entry in zip(
-            layer.parameters, _names(layer), _wanted(layer, plan, options[layer]), found, strict=True
+            layer.parameters, _names(layer), _wanted(layer, seat.plan, options[layer]), found, strict=True
         ):
             read[parameter] = _read(name, wanted, entry or {}, parameter.device)
     return read

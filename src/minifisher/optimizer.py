@@ -5,20 +5,24 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
+from minifisher.arguments import Params, as_groups, check_options, check_parameter
 from minifisher.checkpoint import FORMAT_VERSION, indices, merged_groups, read_entries, without_stacks
 from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
+from minifisher.distributed import world_size
+from minifisher.guard import all_finite, counts
 from minifisher.scaling import loss_scale, overflowed, unscale
+from minifisher.seats import Seat, take_seats
 from minifisher.second_pass import SecondPass
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
@@ -57,13 +61,14 @@ class CurvatureOptimizer(Optimizer):
         """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
         self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
         self._plans: dict[Layer, Plan] = {}
+        self._seats: dict[Layer, Seat] = {}
         self._active: list[Layer] = []
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
         self._fallbacks = 0
         check_options(defaults)
-        base = {"adaptive_damping": False, "format_version": FORMAT_VERSION}
+        base = {"adaptive_damping": False, "shard_curvature": False, "format_version": FORMAT_VERSION}
         super().__init__(as_groups(params), {**base, **defaults})
         self._arm()
 
@@ -114,8 +119,12 @@ class CurvatureOptimizer(Optimizer):
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
+        self._seats = self._take_seats(self._plans, self._layers)
         self._active = []
         self._captures = self._new_captures()
+
+    def _take_seats(self, plans: Mapping[Layer, Plan], groups: Mapping[Layer, Any]) -> dict[Layer, Seat]:
+        return take_seats(type(self).__name__, plans, groups, self.defaults["shard_curvature"])
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
@@ -151,11 +160,11 @@ class CurvatureOptimizer(Optimizer):
             return None
         unscale(self)
         active = self._with_gradients()
-        if not _all_finite(active, samples):
+        moves = self._moves(active, samples)
+        if moves is None:
             self._skip()
             return None
         bound = self.defaults.get("kl_clip")
-        moves = (self._move(cohort, samples) for cohort in self._cohorts_of(active))
         prediction: Tensor | float = 0.0
         for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
             if predicting:
@@ -164,6 +173,18 @@ class CurvatureOptimizer(Optimizer):
             self._report_fallen(move.fallen)
             self._keep_counts(move.cohort)
         return prediction
+
+    def _moves(self, active: list[Layer], samples: Samples) -> Iterable[Move] | None:
+        """The step of every cohort, one after another where one process trains; None where it must not be."""
+        if self._alone:
+            if not all_finite(active, samples.values()):
+                return None
+            return (self._move(cohort, samples) for cohort in self._cohorts_of(active))
+        return parallel.moves(self._cohorts_of(active), samples, all_finite(active, ()))
+
+    @property
+    def _alone(self) -> bool:
+        return all(seat.alone for seat in self._seats.values())
 
     @staticmethod
     def _move(cohort: Cohort, samples: Samples) -> Move:
@@ -199,10 +220,14 @@ class CurvatureOptimizer(Optimizer):
         loss_after = passes.second()
         with torch.no_grad():
             secants = passes.secants()
+            if not self._alone:
+                secants = parallel.mean_secants(secants)
             for cohort in self._cohorts:
                 cohort.observe_secants(secants)
         if isinstance(prediction, Tensor):
             groups = self._adaptive_groups()
+            if world_size() > 1:
+                loss, loss_after = parallel.mean_of((loss, loss_after))
             factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
             for group in groups:
                 group["damping"] = within_bounds(group["damping"] * factor)
@@ -239,8 +264,9 @@ class CurvatureOptimizer(Optimizer):
                 self.observe(outputs, likelihood)
                 loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
             samples = self._collect()
-            for cohort in self._cohorts_of(self._with_gradients()):
-                cohort.observe(cohort.gradient(), samples, decay=1 - 1 / count)
+            cohorts = self._cohorts_of(self._with_gradients())
+            gradients = [cohort.gradient() for cohort in cohorts]
+            parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
         self.zero_grad()
         for cohort in self._cohorts:
             cohort.observations = SATURATED
@@ -283,14 +309,14 @@ class CurvatureOptimizer(Optimizer):
         """The cohorts of the layers that have gradients; formed anew only when those change."""
         if active != self._active:
             self._initialise(active)
-            self._cohorts = form_cohorts(active, self._plans, self._layers, self.state)
+            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state)
             self._active = active
         return self._cohorts
 
     def _initialise(self, layers: Iterable[Layer]) -> None:
         for layer in layers:
             if layer.weight not in self.state:
-                self.state.update(initial_state(layer, self._plans[layer], self._layers[layer]))
+                self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
@@ -336,7 +362,7 @@ class CurvatureOptimizer(Optimizer):
 
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
-        weights = {layer.name: _counts(self._entry(layer)) for layer in self._layers}
+        weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
         return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
 
     # ---- checkpoints ----
@@ -353,11 +379,12 @@ class CurvatureOptimizer(Optimizer):
         renewed = {id(old): new for old, new in zip(self.param_groups, groups, strict=True)}
         options = {layer: renewed[id(group)] for layer, group in self._layers.items()}
         plans = {layer: self.plan(layer, group) for layer, group in options.items()}
-        entries = read_entries(plans, options, state_dict["state"], indices(groups, state_dict))
+        seats = self._take_seats(plans, options)
+        entries = read_entries(seats, options, state_dict["state"], indices(groups, state_dict))
         # Without the state, which torch would cast to the parameter's dtype.
         super().load_state_dict({**state_dict, "state": {}})
         self.param_groups[:] = groups
-        self._layers, self._plans = options, plans
+        self._layers, self._plans, self._seats = options, plans, seats
         self.state.update(entries)
         self._active = []
         self._captures = self._new_captures()
@@ -372,28 +399,6 @@ class CurvatureOptimizer(Optimizer):
         super().__setstate__(state)
         if "_layers" in state:  # a copy, not torch's load_state_dict
             self._active, self._cohorts, self._captures = [], [], {}
+            self._seats = self._take_seats(self._plans, self._layers)
             self._captures = self._new_captures()
             self._arm()
-
-
-def _counts(entry: dict[str, Any]) -> dict[str, int]:
-    """Steps, observations, and every whole number that the curvature keeps."""
-    counts = {"step": 0, "observations": 0}
-    for name, value in entry.items():
-        if name in counts or (isinstance(value, Tensor) and not value.is_floating_point()):
-            counts[name] = int(value)
-    return counts
-
-
-def _all_finite(layers: list[Layer], samples: Samples) -> bool:
-    """Whether every gradient is finite, and so small that its square is: the curvature averages squares."""
-    gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for layer in layers:
-        for parameter in layer.parameters:
-            check_gradient(layer.name, parameter)
-            if parameter.grad is not None:
-                gradients[parameter.grad.device].append(parameter.grad)
-    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in gradients.values()]
-    return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
-        record.is_finite() for record in samples.values()
-    )

@@ -49,6 +49,7 @@ class KroneckerBFGS(Curvature):
     """
 
     needs = Secant
+    averages = ("input_moment", "input_mean", "gradient_moment")
 
     shape: torch.Size  # [out, ...], of the layer
     groups: int
@@ -253,6 +254,7 @@ class KBFGS(CurvatureOptimizer):
         fold_bias: bool = True,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
         **own: Any,
     ) -> None:
@@ -273,6 +275,7 @@ class KBFGS(CurvatureOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
             "fisher": "empirical",
             **own,
