@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minifisher.statistics import likelihood
+
 import minifisher
 
 ESTIMATORS = ["gradient", "empirical"]
@@ -39,11 +41,12 @@ def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
 def labels_from_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws depend on the sample alone, so that they are the same however the batch is split."""
 
-    def drawn(probabilities: Tensor, count: int, generator: object = None) -> Tensor:
-        thresholds = (probabilities[:, :1] * 1e4).frac()
-        return (probabilities.cumsum(-1) < thresholds).sum(-1, keepdim=True).clamp_max(3)
+    def drawn(logits: Tensor, generator: object = None) -> Tensor:
+        thresholds = (logits.detach()[:, :1] * 1e3).frac().abs()
+        labels = (logits.detach().softmax(-1).cumsum(-1) < thresholds).sum(-1).clamp_max(3)
+        return functional.cross_entropy(logits, labels, reduction="sum")
 
-    monkeypatch.setattr(torch, "multinomial", drawn)
+    monkeypatch.setitem(likelihood._LOSSES, "categorical", drawn)
 
 
 @pytest.mark.parametrize("fold_bias", [False, True])
