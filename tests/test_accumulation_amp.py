@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minifisher.statistics import likelihood
-
 import minifisher
+from minifisher.statistics import likelihood
 
 ESTIMATORS = ["gradient", "empirical"]
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from minifisher.arguments import check_options
-from minifisher.cohort import initial_state
+from minifisher.cohort import OF_PARAMETER_SHAPE, initial_state
+from minifisher.distributed import as_distributed, is_distributed, local
+from minifisher.seats import whole_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -106,7 +108,7 @@ def _names(layer: Layer) -> list[str]:
 
 def _wanted(layer: Layer, plan: Plan, options: Group) -> list[Entry]:
     """A fresh state of every parameter of the layer, without memory."""
-    meta = [parameter.detach().to("meta") for parameter in layer.parameters]
+    meta = [local(parameter).detach().to("meta") for parameter in layer.parameters]
     blank = replace(layer, weight=meta[0], bias=meta[1] if len(meta) > 1 else None)
     fresh = initial_state(blank, plan, options)
     return [fresh[parameter] for parameter in meta]
@@ -126,6 +128,10 @@ def _read(parameter: str, wanted: Entry, entry: Entry, device: torch.device) -> 
 def _value(parameter: str, name: str, wanted: Any, saved: Any, device: torch.device) -> Any:
     if not isinstance(wanted, Tensor):
         return int(saved)
+    if isinstance(saved, Tensor) and is_distributed(saved):
+        # A dimension of rows was unfolded, so that it is cut where the parameter is.
+        saved = local(saved)
+        saved = saved.reshape(wanted.shape) if saved.numel() == wanted.numel() else saved
     if not isinstance(saved, Tensor) or saved.shape != wanted.shape:
         shape = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         raise ValueError(
@@ -133,6 +139,29 @@ def _value(parameter: str, name: str, wanted: Any, saved: Any, device: torch.dev
             "the parameter's shape or the structure chosen for it is another"
         )
     return saved.detach().to(device=device, dtype=wanted.dtype, copy=True)
+
+
+def whole_entries(layer: Layer, plan: Plan, entries: Mapping[Tensor, Entry]) -> dict[Tensor, Entry]:
+    """The state of a layer's parameters as distributed checkpoints want it: a piece knows of which whole."""
+    if not is_distributed(layer.weight):
+        return {parameter: entries[parameter] for parameter in layer.parameters}
+    return {
+        parameter: {
+            name: _whole(layer, plan, parameter, name, value) if isinstance(value, Tensor) else value
+            for name, value in entries[parameter].items()
+        }
+        for parameter in layer.parameters
+    }
+
+
+def _whole(layer: Layer, plan: Plan, parameter: Tensor, name: str, held: Tensor) -> Tensor:
+    if name in OF_PARAMETER_SHAPE:
+        return as_distributed(held, parameter, {d: d for d in range(parameter.ndim)}, parameter.shape)
+    shape, axes = whole_shape(layer, plan, name)
+    rows = local(layer.weight).shape[:2]
+    if len(shape) > held.ndim:
+        held = held.unflatten(0, rows)  # type: ignore[no-untyped-call]
+    return as_distributed(held, parameter, axes, shape)
 
 
 def without_stacks(entries: Mapping[Tensor, Entry]) -> defaultdict[Tensor, Entry]:

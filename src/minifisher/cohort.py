@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _STACKED_ENTRIES = 65_536
 
 # Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
-_OF_PARAMETER_SHAPE = frozenset(
+OF_PARAMETER_SHAPE = frozenset(
     {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
 )
 _COUNTS = frozenset({"step", "observations"})
@@ -284,7 +284,7 @@ def _cohort(layers: list[Layer], seat: Seat, options: Options, entries: Entries)
     entry = entries[layers[0].weight]
     cohort = Cohort(layers, seat.plan, options, {}, entry["step"], entry["observations"], seat)
     for name in entry:
-        if name in _OF_PARAMETER_SHAPE:
+        if name in OF_PARAMETER_SHAPE:
             cohort.state[name] = cohort.gather(entries[parameter][name] for parameter in cohort.parameters)
             for parameter, view in zip(cohort.parameters, cohort.scatter(cohort.state[name]), strict=True):
                 entries[parameter][name] = view

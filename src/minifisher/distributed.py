@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     Group = Any  # a process group; None is the default one, of all ranks
 
@@ -52,6 +52,11 @@ def cuts(tensor: Tensor) -> tuple[tuple[int, Group], ...]:
         for axis, placement in enumerate(placements)
         if hasattr(placement, "dim") and mesh.size(axis) > 1
     )
+
+
+def placed(tensor: Tensor) -> list[int]:
+    """The dimensions along which a DTensor is cut, also those of which one process holds all."""
+    return [p.dim for p in tensor.placements if hasattr(p, "dim")]  # type: ignore[attr-defined]
 
 
 def sum_over(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
@@ -106,3 +111,28 @@ def _fill_in(members: list[tuple[Tensor, int]]) -> None:
         for tensor in theirs:
             tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
             start += tensor.numel()
+
+
+# ---- pieces in checkpoints ----
+
+
+def as_distributed(
+    held: Tensor, like: Tensor, axes: Mapping[int, int | None], shape: Sequence[int]
+) -> Tensor:
+    """A piece as the DTensor of `shape` that torch.distributed.checkpoint puts together again.
+
+    `like` is the parameter; `axes` says along which dimension the tensor is cut where the parameter is cut
+    along which, None for along none.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = []
+    for placement in like.placements:  # type: ignore[attr-defined]
+        axis = axes.get(placement.dim) if hasattr(placement, "dim") else None
+        placements.append(Replicate() if axis is None else Shard(axis))
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = DTensor.from_local(
+        held, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return whole

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
 from minifisher.arguments import Params, as_groups, check_options, check_parameter
-from minifisher.checkpoint import FORMAT_VERSION, indices, merged_groups, read_entries, without_stacks
+from minifisher.checkpoint import (
+    FORMAT_VERSION,
+    indices,
+    merged_groups,
+    read_entries,
+    whole_entries,
+    without_stacks,
+)
 from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
@@ -371,7 +378,13 @@ class CurvatureOptimizer(Optimizer):
         """As torch's, with an entry for every trainable parameter, also where no gradient came yet."""
         trainable = (layer for layer in self._layers if any(p.requires_grad for p in layer.parameters))
         self._initialise(trainable)
-        return super().state_dict()
+        packed = super().state_dict()
+        keys = indices(self.param_groups, packed)
+        for layer, plan in self._plans.items():
+            if layer.weight in self.state:
+                whole = whole_entries(layer, plan, self.state)
+                packed["state"].update({keys[parameter]: entry for parameter, entry in whole.items()})
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; ValueError, and nothing changed, where it does not fit."""

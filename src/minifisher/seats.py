@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import Curvature, Plan
-from minifisher.distributed import ALL_RANKS, cuts, is_distributed, local, rank, world_size
+from minifisher.distributed import ALL_RANKS, cuts, is_distributed, local, placed, rank, world_size
 from minifisher.placement import assign_owners
 from minifisher.statistics.records import BatchGradient
 
@@ -164,10 +164,10 @@ def shard(method: str, layer: Layer, plan: Plan, shape: torch.Size) -> Curvature
     curvature = plan.curvature.shard(shape)
     if curvature is None:
         raise ValueError(
-            f"{method} cannot precondition the piece {tuple(shape)} of {layer.name} {tuple(layer.shape)} on "
-            "its own: MBF can, where the weight is cut along its first dimension, or along another one at block "
-            "borders (block_size a divisor of the piece); for every method there is DistributedDataParallel, "
-            "where shard_curvature=True spreads the curvature"
+            f"{method} cannot precondition the piece {tuple(shape)} of {layer.name} {tuple(layer.shape)} "
+            "on its own: MBF can, where the weight is cut along its first dimension, or along another one at "
+            "block borders (block_size a divisor of the piece); for every method there is "
+            "DistributedDataParallel, where shard_curvature=True spreads the curvature"
         )
     return curvature
 
@@ -187,6 +187,22 @@ def _exchange_of_piece(
 def cut_dimension(method: str, layer: Layer, plan: Plan, name: str, dimension: int) -> int | None:
     """Along which dimension a tensor of the state is cut when the weight is cut along `dimension`."""
     nothing = torch.Size(0 if axis == dimension else n for axis, n in enumerate(layer.shape))
-    whole = _blank(shard(method, layer, plan, layer.shape), layer)[name].shape
-    empty = _blank(shard(method, layer, plan, nothing), layer)[name].shape
+    whole = _blank(shard(method, layer, plan, layer.shape), piece(layer))[name].shape
+    empty = _blank(shard(method, layer, plan, nothing), piece(layer))[name].shape
     return next((axis for axis, (n, m) in enumerate(zip(whole, empty, strict=True)) if n != m), None)
+
+
+def whole_shape(layer: Layer, plan: Plan, name: str) -> tuple[torch.Size, dict[int, int | None]]:
+    """Of a tensor of the state, put together from its pieces; and where it is cut as the weight is cut.
+
+    Rows that stand for kernels are unfolded into (out, in), for pieces of a weight end between its outputs.
+    """
+    shape = _blank(shard("", layer, plan, layer.shape), piece(layer))[name].shape
+    if plan.curvature.shard(layer.shape) is None:
+        return shape, {}  # one process, and a method that needs the whole weight
+    axes = {dimension: cut_dimension("", layer, plan, name, dimension) for dimension in placed(layer.weight)}
+    outputs, inputs = (*layer.weight.shape, 1, 1)[:2]
+    if layer.weight.ndim > 2 and inputs > 1 and 0 in axes.values() and shape[0] == outputs * inputs:
+        shape = torch.Size((outputs, inputs, *shape[1:]))
+        axes = {dimension: axis if axis is None else dimension for dimension, axis in axes.items()}
+    return shape, axes

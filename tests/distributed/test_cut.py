@@ -2,15 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import minifisher
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional
 
+import minifisher
 from tests.distributed import training
 from tests.distributed.processes import run
 

@@ -38,7 +38,7 @@ def test_nothing_to_own() -> None:
 
 @pytest.mark.parametrize("costs", [[-1.0], [float("nan")], [float("inf")]])
 def test_a_cost_that_is_none(costs: list[float]) -> None:
-    with pytest.raises(ValueError, match="a cost must be finite and >= 0, got .* for item 0"):
+    with pytest.raises(ValueError, match=r"a cost must be finite and >= 0, got .* for item 0"):
         assign_owners(costs, 2)
 
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import minifisher
 import pytest
 import torch
 from torch import Tensor
 
+import minifisher
 from tests.distributed import training
 from tests.distributed.processes import run
 
@@ -23,7 +23,9 @@ CASES |= {
     "tnt of the gradient": ("tnt", {"fisher": "gradient"}),
     "adaptive damping": ("kbfgs", {"adaptive_damping": True}),
 }
-SHARDED = {f"{name}, sharded": (m, {**options, "shard_curvature": True}) for name, (m, options) in CASES.items()}
+SHARDED = {
+    f"{name}, sharded": (m, {**options, "shard_curvature": True}) for name, (m, options) in CASES.items()
+}
 
 
 def train_all(cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Tensor]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import minifisher
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+import minifisher
 from minifisher.statistics import likelihood
 
 SAMPLES = 16
