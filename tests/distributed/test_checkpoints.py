@@ -89,9 +89,7 @@ WORLDS = (1, 2, 4)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, Any]]:
     folders = {world: str(tmp_path_factory.mktemp(f"world{world}")) for world in WORLDS}
-    return {
-        world: (folders[world], run(world, functools.partial(save, folders[world]))[0]) for world in WORLDS
-    }
+    return {world: (folder, run(world, save, folder)[0]) for world, folder in folders.items()}
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -110,13 +110,17 @@ class MiniBlocks(Curvature):
         reading = replace(self.reading, rows=shape[:leading].numel(), length=length)
         return replace(self, reading=reading, shape=shape, of_piece=True)
 
+    @property
+    def _averages_mean(self) -> bool:
+        return self.of_piece and self.relative_damping
+
     def init(self, layer: Layer) -> State:
         """`fisher` is averaged, `inverse` last refreshed from it: [rows | 1, blocks, width, width]."""
         rows = 1 if self.shared else self.reading.rows
         size = (rows, self.reading.blocks, self.reading.width, self.reading.width)
         fisher = torch.zeros(size, dtype=self.dtype, device=layer.weight.device)
         state = {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
-        return {**state, "mean": fisher.new_zeros(1)} if self.of_piece else state
+        return {**state, "mean": fisher.new_zeros(1)} if self._averages_mean else state
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
@@ -127,7 +131,7 @@ class MiniBlocks(Curvature):
             assert isinstance(statistics, LayerSamples)
             fresh = self._second_moment(statistics)
         state["fisher"].lerp_(fresh.to(self.dtype), 1 - decay)
-        if self.of_piece:
+        if self._averages_mean:
             diagonal = fresh.diagonal(dim1=-2, dim2=-1)
             mean = diagonal.sum((-3, -2, -1)) / (fresh.shape[-4] * self.reading.length)
             state["mean"].lerp_(mean.unsqueeze(-1).to(self.dtype), 1 - decay)
