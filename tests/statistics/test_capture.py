@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from minifisher.statistics.capture import Capture
+from minifisher.statistics.layers import layers_of
+from tests.helpers import NETS, Problem, Twice, joined, per_sample_gradients, problem
+
+LARGE = 1 << 30
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def captured(case, fold_bias=False, memory=LARGE):
+    """Layer -> LayerSamples of one training step's backward pass."""
+    capture = Capture(layers_of(case.module, fold_bias), memory)
+    capture.arm()
+    case.mean_loss().backward()
+    capture.disarm()
+    return capture.collect()
+
+
+def oracle(case):
+    return per_sample_gradients(case.module, case.loss, case.inputs, case.targets)
+
+
+def together(samples):
+    return torch.cat(list(samples.gradients()))
+
+
+@pytest.mark.parametrize("fold_bias", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_per_sample_gradients_are_those_of_one_backward_pass_a_sample(name, fold_bias):
+    case = problem(name)
+    expected = oracle(case)
+    readable = [layer for layer in layers_of(case.module, fold_bias) if layer.reads_samples]
+    found = {layer.weight: (layer, samples) for layer, samples in captured(case, fold_bias).items()}
+    assert set(found) == {layer.weight for layer in readable}
+    for layer, samples in found.values():
+        assert samples.count == 5
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+@pytest.mark.parametrize("fold_bias", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_chunks_are_the_normal_form_of_the_same_gradients(name, fold_bias):
+    case = problem(name)
+    expected = oracle(case)
+    for layer, samples in captured(case, fold_bias, memory=1).items():
+        chunks = list(samples.chunks())
+        assert [inputs.shape[0] for inputs, _ in chunks] == [1] * 5
+        for n, (inputs, gradients) in enumerate(chunks):
+            product = torch.einsum("ngso,ngsi->ngoi", gradients, inputs).reshape(layer.shape)
+            torch.testing.assert_close(product, joined(layer, expected)[n], **CLOSE)
+            assert layer.bias is None or (inputs[..., -1] == 1).all()
+
+
+def test_backpack_agrees():
+    backpack = pytest.importorskip("backpack")
+    extensions = pytest.importorskip("backpack.extensions")
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=2),
+        nn.Flatten(), nn.Linear(16, 3),
+    ).double()  # fmt: skip
+    case = Problem(module, torch.randn(6, 2, 6, 5).double(), torch.randint(3, (6,)))
+    found = captured(case)
+    twin = backpack.extend(copy.deepcopy(module))
+    loss = backpack.extend(nn.CrossEntropyLoss())(twin(case.inputs), case.targets)
+    with backpack.backpack(extensions.BatchGrad()):
+        loss.backward()
+    theirs = dict(twin.named_parameters())
+    assert len(found) == 3
+    for layer, samples in found.items():
+        # BackPACK leaves the 1/N of the mean loss in.
+        torch.testing.assert_close(together(samples), theirs[layer.name].grad_batch * 6, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d groups", "twice", "tied", "convolution on two sizes"])
+def test_micro_batches_are_one_large_batch(name):
+    case = problem(name, count=6)
+    capture = Capture(layers_of(case.module, fold_bias=True), LARGE)
+    capture.arm()
+    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        (case.loss(case.module(case.inputs[part]), case.targets[part]) / 3).backward()
+    expected = oracle(case)
+    for layer, samples in capture.collect().items():
+        assert samples.count == 6
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+def test_calls_with_unlike_counts_are_different_samples():
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2).double()
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    few, many = torch.randn(2, 3).double(), torch.randn(3, 3).double()
+    (torch.cat((module(few), module(many))).pow(2).sum() / 5).backward()
+    (samples,) = capture.collect().values()
+    expected = torch.einsum("no,ni->noi", 2 * module(torch.cat((few, many))), torch.cat((few, many)))
+    assert samples.count == 5
+    torch.testing.assert_close(together(samples), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("module", "shape"), [(nn.Linear(3, 2), (3,)), (nn.Conv2d(2, 3, 2), (2, 4, 3))])
+def test_an_input_without_a_sample_dimension_is_one_sample(module, shape):
+    module, inputs = copy.deepcopy(module).double(), torch.randn(shape).double()
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    module(inputs).pow(2).sum().backward()
+    (samples,) = capture.collect().values()
+    assert samples.count == 1
+    torch.testing.assert_close(together(samples)[0], module.weight.grad, **CLOSE)
+
+
+def test_a_call_without_a_gradient_is_dropped_and_does_not_merge_what_follows():
+    case = problem("linear", count=4)
+    capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
+    capture.arm()
+    case.module(case.inputs)  # never differentiated
+    for part in (slice(0, 2), slice(2, 4)):
+        (case.loss(case.module(case.inputs[part]), case.targets[part]) / 2).backward()
+    expected = oracle(case)
+    for layer, samples in capture.collect().items():
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+def test_a_layer_that_was_not_used_is_absent():
+    module = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    module[0](torch.ones(3, 2)).sum().backward()
+    assert [layer.name for layer in capture.collect()] == ["0.weight"]
+
+
+def test_frozen_weights_are_not_kept():
+    case = problem("linear")
+    case.module[0].weight.requires_grad_(False)
+    assert [layer.name for layer in captured(case)] == ["2.weight"]
+
+
+def test_two_losses_of_one_pass_add_up():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
+    capture.arm()
+    loss = case.mean_loss()
+    (0.25 * loss).backward(retain_graph=True)
+    (0.75 * loss).backward()
+    expected = oracle(case)
+    for layer, samples in capture.collect().items():
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints(reentrant):
+    case = problem("linear")
+    expected = oracle(case)
+    capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
+    capture.arm()
+    inputs = case.inputs.clone().requires_grad_()
+    case.loss(checkpoint(case.module, inputs, use_reentrant=reentrant), case.targets).backward()
+    found = capture.collect()
+    assert len(found) == 2
+    for layer, samples in found.items():
+        assert samples.count == 5
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+def test_input_by_keyword():
+    module = nn.Linear(2, 3)
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    module(input=torch.ones(4, 2)).sum().backward()
+    assert [samples.count for samples in capture.collect().values()] == [4]
+
+
+def test_autocast_statistics_are_float32():
+    case = problem("conv2d padding", dtype=torch.float32)
+    capture = Capture(layers_of(case.module, fold_bias=True), LARGE)
+    capture.arm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = case.module(case.inputs)
+    case.loss(outputs.float(), case.targets).backward()
+    expected = oracle(case)
+    for layer, samples in capture.collect().items():
+        found, reference = together(samples), joined(layer, expected)
+        assert found.dtype == torch.float32
+        assert all(tensor.dtype == torch.float32 for chunk in samples.chunks() for tensor in chunk)
+        assert (found - reference).norm() < 0.02 * reference.norm()
+
+
+def test_an_input_changed_in_place_under_autocast_is_read_as_it_was():
+    torch.manual_seed(0)
+    module, inputs = nn.Linear(3, 2), torch.randn(4, 3)
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = module(inputs)
+    kept = inputs.clone()
+    inputs.zero_()
+    outputs.float().mean(0).sum().backward()
+    ((found, _),) = next(iter(capture.collect().values())).chunks()
+    torch.testing.assert_close(found[:, 0, 0], kept.bfloat16().float())
+
+
+def test_half_precision_parameters_are_read_in_float32():
+    case = problem("linear", dtype=torch.bfloat16)
+    assert {gradients.dtype for s in captured(case).values() for gradients in s.gradients()} == {
+        torch.float32
+    }
+
+
+def test_evaluation_is_not_seen():
+    module = nn.Linear(2, 2)
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    with torch.no_grad():
+        module(torch.ones(1, 2))
+    assert not capture.seen
+    module(torch.ones(1, 2))
+    assert capture.seen
+    capture.collect()
+    assert not capture.seen
+
+
+def test_hooks_are_gone_after_disarm_and_gradients_untouched():
+    case = problem("attention")
+    capture = Capture(layers_of(case.module, fold_bias=True), LARGE)
+    hooks = lambda: sum(len(module._forward_hooks) for module in case.module.modules())  # noqa: E731
+    capture.arm()
+    capture.arm()
+    assert hooks() == 2
+    case.mean_loss().backward()
+    observed = [parameter.grad.clone() for parameter in case.module.parameters()]
+    capture.disarm()
+    capture.disarm()
+    assert hooks() == 0
+    case.module.zero_grad()
+    case.mean_loss().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(observed, case.module.parameters(), strict=True))
+
+
+def test_a_capture_thrown_away_while_armed_leaves_nothing():
+    module = nn.Linear(2, 2)
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    del capture
+    gc.collect()
+    assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_armed_module_can_be_copied_and_pickled(sampled):
+    module = nn.Linear(2, 2)
+    capture = Capture(layers_of(module, fold_bias=False), LARGE, sampled)
+    capture.arm()
+    module(torch.ones(3, 2)).sum()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        twin(torch.ones(5, 2)).sum().backward()
+    module.zero_grad()
+    assert capture.collect() == {}
+
+
+def test_sampled_reads_the_summed_loss_and_nothing_else():
+    case = problem("conv2d groups")
+    capture = Capture(layers_of(case.module, fold_bias=True), LARGE, sampled=True)
+    capture.arm()
+    outputs = case.module(case.inputs)
+    other = (case.targets + 1) % outputs.flatten(1).shape[1]
+    capture.sample(functional.cross_entropy(outputs.flatten(1), other, reduction="sum"))
+    assert all(parameter.grad is None for parameter in case.module.parameters())
+    case.loss(outputs, case.targets).backward()
+    expected = per_sample_gradients(case.module, case.loss, case.inputs, other)
+    found = capture.collect()
+    assert len(found) == 2
+    for layer, samples in found.items():
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+    reference = oracle(case)
+    for parameter in case.module.parameters():
+        torch.testing.assert_close(parameter.grad, reference[parameter].mean(0), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["in-place activation", "in-place after convolution", "twice", "tied"])
+def test_sampled_over_micro_batches(name):
+    case = problem(name, count=4)
+    capture = Capture(layers_of(case.module, fold_bias=False), LARGE, sampled=True)
+    capture.arm()
+    for part in (slice(0, 2), slice(2, 4)):
+        outputs = case.module(case.inputs[part])
+        capture.sample(2 * case.loss(outputs, case.targets[part]))  # mean of two, summed
+        case.loss(outputs, case.targets[part]).backward()
+    expected = oracle(case)
+    for layer, samples in capture.collect().items():
+        assert samples.count == 4
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+def test_sampled_without_a_sample_collects_nothing():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module, fold_bias=False), LARGE, sampled=True)
+    capture.arm()
+    case.mean_loss().backward()
+    assert capture.seen
+    assert capture.collect() == {}
+
+
+def test_sampled_through_activation_checkpoints():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module, fold_bias=False), LARGE, sampled=True)
+    capture.arm()
+    outputs = checkpoint(case.module, case.inputs, use_reentrant=False)
+    capture.sample(5 * case.loss(outputs, case.targets))
+    case.loss(outputs, case.targets).backward()
+    expected = oracle(case)
+    found = capture.collect()
+    assert len(found) == 2
+    for layer, samples in found.items():
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+def test_sample_of_an_empirical_capture_is_refused():
+    with pytest.raises(RuntimeError, match="sampled=True"):
+        Capture([], LARGE).sample(torch.tensor(0.0))
+
+
+def test_a_compiled_model_is_read_and_not_recompiled():
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph
+
+    case = problem("linear")
+    compiled = torch.compile(case.module, backend=backend)
+    case.loss(compiled(case.inputs), case.targets).backward()
+    capture = Capture(layers_of(compiled, fold_bias=False), LARGE)
+    expected = oracle(case)
+    for _ in range(3):
+        capture.arm()
+        case.loss(compiled(case.inputs), case.targets).backward()
+        found = capture.collect()
+        assert len(found) == 2
+        for layer, samples in found.items():
+            torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        capture.disarm()
+        case.loss(compiled(case.inputs), case.targets).backward()
+        assert not capture.seen
+    assert len(compilations) == 1
+
+
+def test_two_armed_captures_of_compiled_models_do_not_disturb_each_other():
+    compilations = []
+    modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    compiled = [torch.compile(m, backend=lambda graph, _: compilations.append(1) or graph) for m in modules]
+    first, second = (Capture(layers_of(module, fold_bias=False), LARGE) for module in modules)
+    first.arm()
+    second.arm()
+    first.disarm()
+    compiled[1](torch.ones(1, 2)).sum().backward()
+    assert len(second.collect()) == 1
+    assert not compilations
+    second.disarm()
+    compiled[1](torch.ones(1, 2))
+    assert compilations
+
+
+@pytest.mark.parametrize("route", ["chunks", "gradients"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(16, 16, 5, groups=4, padding=2)])
+@pytest.mark.parametrize("fold_bias", [False, True])
+def test_memory_is_bounded(layer, route, fold_bias):
+    module, memory = Twice(copy.deepcopy(layer)) if layer.groups > 1 else copy.deepcopy(layer), 2 << 20
+    capture = Capture(layers_of(module, fold_bias), memory)
+    capture.arm()
+    module(torch.randn(64, 16, 12, 12)).pow(2).mean().backward()
+    (samples,) = capture.collect().values()
+    peaks, sizes = [], []
+    iterator = getattr(samples, route)()
+    while True:
+        with torch.profiler.profile(
+            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as p:
+            chunk = next(iterator, None)
+        if chunk is None:
+            break
+        sizes.append((chunk[0] if route == "chunks" else chunk).shape[0])
+        peaks.append(peak_bytes(p))
+        del chunk
+    assert sum(sizes) == 64
+    assert sizes[0] > 1
+    assert 0.3 * memory < max(peaks[:1]) <= memory
+
+
+def peak_bytes(profile):
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
