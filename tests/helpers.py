@@ -177,7 +177,7 @@ def dense_empirical_fisher(
 
 
 def dense_exact_fisher(layer: Layer, module: nn.Module, likelihood: str, inputs: Tensor) -> Tensor:
-    """(1/N) sum_n J_n^T H_n J_n, J_n the Jacobian of the outputs and H_n the Fisher matrix of the likelihood."""
+    """(1/N) sum_n J_n^T H_n J_n, J_n the Jacobian of the outputs, H_n the likelihood's Fisher matrix."""
     total = inputs.new_zeros(layer.shape.numel(), layer.shape.numel())
     for n in range(inputs.shape[0]):
         outputs = module(inputs[n : n + 1].clone())

@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -146,6 +149,25 @@ def test_frozen_weights_are_not_kept():
     assert [layer.name for layer in captured(case)] == ["2.weight"]
 
 
+def test_an_empty_batch_is_nothing():
+    module = nn.Linear(2, 2)
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture.arm()
+    module(torch.ones(0, 2)).sum().backward()
+    assert capture.collect() == {}
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_padding_changed_after_construction_is_read_as_the_module_reads_it(mode):
+    case = problem("conv2d reflect" if mode == "reflect" else "conv2d padding")
+    case.module[0].padding = (0, 0) if mode == "reflect" else (2, 1)
+    case.module[0].dilation = (1, 2)
+    case.targets.zero_()  # the output has fewer entries now
+    expected = oracle(case)
+    for layer, samples in captured(case).items():
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
 def test_two_losses_of_one_pass_add_up():
     case = problem("linear")
     capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
@@ -170,6 +192,19 @@ def test_activation_checkpoints(reentrant):
     assert len(found) == 2
     for layer, samples in found.items():
         assert samples.count == 5
+        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["conv2d padding", "conv2d groups", "conv2d 1x1"])
+def test_channels_last_images(name):
+    case = problem(name)
+    expected = oracle(case)
+    laid_out = Problem(
+        case.module.to(memory_format=torch.channels_last),
+        case.inputs.to(memory_format=torch.channels_last),
+        case.targets,
+    )
+    for layer, samples in captured(laid_out, memory=20_000).items():
         torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
 
 
@@ -212,9 +247,7 @@ def test_an_input_changed_in_place_under_autocast_is_read_as_it_was():
 
 def test_half_precision_parameters_are_read_in_float32():
     case = problem("linear", dtype=torch.bfloat16)
-    assert {gradients.dtype for s in captured(case).values() for gradients in s.gradients()} == {
-        torch.float32
-    }
+    assert {together(samples).dtype for samples in captured(case).values()} == {torch.float32}
 
 
 def test_evaluation_is_not_seen():
@@ -254,6 +287,20 @@ def test_a_capture_thrown_away_while_armed_leaves_nothing():
     del capture
     gc.collect()
     assert not module._forward_hooks
+
+
+def test_a_program_that_ends_armed_ends_quietly():
+    program = """
+        import torch
+        from minifisher.statistics.capture import Capture
+        from minifisher.statistics.layers import layers_of
+        capture = Capture(layers_of(torch.nn.Linear(2, 2), False), 1)
+        capture.arm()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -355,6 +402,25 @@ def test_a_compiled_model_is_read_and_not_recompiled():
     assert len(compilations) == 1
 
 
+def test_a_capture_is_armed_from_within_a_compiled_step():
+    module, counter = nn.Linear(2, 2), torch.zeros(())
+    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+
+    @torch.compile(backend="eager")
+    def step():
+        counter.add_(1)
+        capture.disarm()
+        capture.arm()
+        counter.add_(1)
+
+    step()
+    step()
+    assert counter == 4
+    module(torch.ones(1, 2)).sum().backward()
+    assert len(capture.collect()) == 1
+    capture.disarm()
+
+
 def test_two_armed_captures_of_compiled_models_do_not_disturb_each_other():
     compilations = []
     modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
@@ -372,7 +438,14 @@ def test_two_armed_captures_of_compiled_models_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("route", ["chunks", "gradients"])
-@pytest.mark.parametrize("layer", [nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(16, 16, 5, groups=4, padding=2)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.Conv2d(16, 16, 5, groups=4, padding=2),
+        nn.Conv2d(16, 16, 1, groups=16, padding=1),
+    ],
+)
 @pytest.mark.parametrize("fold_bias", [False, True])
 def test_memory_is_bounded(layer, route, fold_bias):
     module, memory = Twice(copy.deepcopy(layer)) if layer.groups > 1 else copy.deepcopy(layer), 2 << 20
@@ -383,14 +456,12 @@ def test_memory_is_bounded(layer, route, fold_bias):
     peaks, sizes = [], []
     iterator = getattr(samples, route)()
     while True:
-        with torch.profiler.profile(
-            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-        ) as p:
+        with torch.profiler.profile(profile_memory=True) as profile:
             chunk = next(iterator, None)
         if chunk is None:
             break
         sizes.append((chunk[0] if route == "chunks" else chunk).shape[0])
-        peaks.append(peak_bytes(p))
+        peaks.append(peak_bytes(profile))
         del chunk
     assert sum(sizes) == 64
     assert sizes[0] > 1

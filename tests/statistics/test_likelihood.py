@@ -60,6 +60,11 @@ def test_one_draw_a_data_point_in_half_precision():
     assert sampled_loss(torch.randn(3, 2).bfloat16(), "categorical").dtype == torch.float32
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_a_prediction_that_is_not_a_number_gives_such_a_loss(likelihood):
+    assert sampled_loss(torch.tensor([[0.0, float("nan")]]), likelihood).isnan()
+
+
 def test_unknown_likelihoods_are_listed():
     with pytest.raises(ValueError, match="'categorical', 'bernoulli', 'gaussian', got 'poisson'"):
         sampled_loss(torch.ones(2, 2), "poisson")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from minifisher.statistics.positions import batched
 from minifisher.statistics.samples import Call, CapturedSamples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from torch import Tensor, nn
 
@@ -52,7 +53,6 @@ class Capture:
         self._layers = {module: layer for layer in layers for module in layer.modules}
         self._memory = memory
         self._sampled = sampled
-        self._sampling = False
         self._passes: dict[Layer, list[list[_Pending]]] = defaultdict(list)
         self._release: weakref.finalize[..., Capture] | None = None
 
@@ -71,19 +71,22 @@ class Capture:
         """Whether a forward pass was seen since the last `collect`."""
         return bool(self._passes)
 
+    @_disable_dynamo
     def arm(self) -> None:
         """Hooks on."""
         if self.armed:
             return
         self._passes.clear()
         hooks = ExitStack()
-        hooks.enter_context(_compiled_models_run_eagerly())
+        _hold_compiled_models_eager()
+        hooks.callback(_release_compiled_models)
         for module in self._layers:
             hooks.callback(module.register_forward_hook(_ForwardHook(self), with_kwargs=True).remove)
         # Also when the optimizer is thrown away while armed.
         self._release = weakref.finalize(self, hooks.close)
         self._release.atexit = False
 
+    @_disable_dynamo
     def disarm(self) -> None:
         """Hooks off; what was kept stays until it is collected."""
         if self._release is not None:
@@ -98,12 +101,8 @@ class Capture:
         pending = [call for call in calls if call.output_gradients is None]
         if not pending:
             return
-        self._sampling = True  # activation checkpoints call their modules again
-        try:
-            edges = [call.edge for call in pending if call.edge is not None]
-            gradients = torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
-        finally:
-            self._sampling = False
+        edges = [call.edge for call in pending if call.edge is not None]
+        gradients = torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
         for call, gradient in zip(pending, gradients, strict=True):
             if gradient is not None:
                 call.receive(gradient)
@@ -124,9 +123,7 @@ class Capture:
 
     def _keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
-        if layer is None or self._sampling or not torch.is_grad_enabled():
-            return
-        if not (output.requires_grad and layer.weight.requires_grad and output.numel()):
+        if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
             return
         # Under autocast the module computes with a copy of its input, and the original may change afterwards.
         kept = batched(module, inputs.detach().to(output.dtype))
@@ -177,16 +174,16 @@ _eager_holders = 0
 _eager_stance = ExitStack()
 
 
-@contextmanager
-def _compiled_models_run_eagerly() -> Iterator[None]:
-    """Until the last of all armed captures is disarmed, in whichever order they are."""
+def _hold_compiled_models_eager() -> None:
     global _eager_holders
     if not _eager_holders:
         _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
     _eager_holders += 1
-    try:
-        yield
-    finally:
-        _eager_holders -= 1
-        if not _eager_holders:
-            _eager_stance.close()
+
+
+def _release_compiled_models() -> None:
+    """The last one to release restores the stance, in whichever order captures are disarmed."""
+    global _eager_holders
+    _eager_holders -= 1
+    if not _eager_holders:
+        _eager_stance.close()

@@ -30,18 +30,20 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None =
 
 def _categorical(logits: Tensor, generator: Generator | None) -> Tensor:
     rows = logits.flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
-    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)
-    return functional.cross_entropy(rows, labels.squeeze(-1), reduction="sum")
+    # The class with the largest logit + Gumbel noise. torch.multinomial and torch.bernoulli would raise on a
+    # prediction that is not a number; here the loss is none either, and whoever averages it can skip it.
+    noise = -torch.empty_like(rows).exponential_(generator=generator).log()
+    return functional.cross_entropy(rows, (rows.detach() + noise).argmax(-1), reduction="sum")
 
 
 def _bernoulli(logits: Tensor, generator: Generator | None) -> Tensor:
-    labels = torch.bernoulli(logits.detach().sigmoid(), generator=generator)
+    uniform = torch.empty_like(logits).uniform_(generator=generator)
+    labels = (uniform < logits.detach().sigmoid()).to(logits.dtype)
     return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
 
 
 def _gaussian(means: Tensor, generator: Generator | None) -> Tensor:
-    # randn_like takes no generator before torch 2.7.
-    noise = torch.randn(means.shape, generator=generator, dtype=means.dtype, device=means.device)
+    noise = torch.empty_like(means).normal_(generator=generator)
     return 0.5 * functional.mse_loss(means, means.detach() + noise, reduction="sum")
 
 

@@ -75,8 +75,8 @@ class CapturedSamples(LayerSamples):
         for call in calls:
             one = call.inputs[:1].to("meta")
             numbers += padded(call.module, one).numel() + input_positions(call.module, one).numel()
-            # Twice where the bias is folded in: room for the ones.
-            numbers += (1 + self._folds_bias) * call.output_gradients[0].numel()
+            numbers += call.output_gradients[0].numel()
+        # A folded bias's ones need no room of their own: they are fewer than the padded input, freed by then.
         return max(1, self.memory // (numbers * _dtype_of(calls).itemsize))
 
     def _read(self, calls: tuple[Call, ...], samples: slice) -> tuple[Tensor, Tensor]:
