@@ -70,7 +70,7 @@ class BlockReading:
         rows = blocks.flatten(-2)
         if self.padding:
             rows = rows[..., : self.length]
-        return rows.reshape(*rows.shape[:-2], *shape)
+        return rows.reshape((*rows.shape[:-2], *shape))
 
     def entries(self, like: Tensor) -> Tensor:
         """1 for every true entry of a block and 0 for padding, [blocks, width]."""
@@ -243,7 +243,7 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
         return BlockReading(shape.numel(), 1, 1), False, "diagonal", "not a matrix"
     kernel = shape[2:].numel()
     if len(shape) > 2 and options["conv_blocks"] == "kernel":
-        reading = BlockReading(shape[0] * shape[1], kernel, options["block_size"] or kernel)
+        reading = BlockReading(shape[0] * shape[1], kernel, min(options["block_size"] or kernel, kernel))
         return reading, False, "kernel blocks", "asked for"
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
