@@ -255,8 +255,17 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
 
 
 def _even_width(length: int, widest: int, kernel: int) -> int:
-    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else `widest`."""
+    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else a ragged one."""
     divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
     whole = [width for width in divisors if width % kernel == 0]
     best = (whole or divisors)[-1]
-    return best if 2 * best > min(widest, length) else min(widest, length)
+    return best if 2 * best > min(widest, length) else _ragged_width(length, widest)
+
+
+def _ragged_width(length: int, widest: int) -> int:
+    """The fewest blocks that, the padding of the last one counted, take no more than an even cut would."""
+    for blocks in range(math.ceil(length / widest), length):
+        width = math.ceil(length / blocks)
+        if blocks * width**2 <= widest * length:
+            return width
+    return 1
