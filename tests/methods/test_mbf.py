@@ -145,6 +145,13 @@ def test_statistics_of_an_independent_per_sample_loop_give_the_same_mean(name):
         torch.testing.assert_close(opt.state[layer.weight]["fisher"][0, 0, : len(mean), : len(mean)], mean)
 
 
+def inject_labels(monkeypatch, labels):
+    def summed(outputs, _likelihood):
+        return nn.functional.cross_entropy(outputs.flatten(0, -2), labels, reduction="sum")
+
+    monkeypatch.setattr("minifisher.optimizer.sampled_loss", summed)
+
+
 CLASSIFIERS = {
     "linear": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), (3, 3)),
     "tokens": (lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)), (2, 2, 3)),
@@ -171,7 +178,7 @@ def test_sampled_blocks_in_expectation_are_those_of_the_exact_fisher(name, fold_
     for labels in itertools.product(range(probabilities.shape[1]), repeat=len(probabilities)):
         drawn = torch.tensor(labels)[:, None]
         chance = probabilities.gather(1, drawn).prod()
-        monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn, **__: drawn)
+        inject_labels(monkeypatch, drawn[:, 0])
         outputs = module(inputs)
         for opt in optimizers:
             opt.observe(outputs)
@@ -249,20 +256,20 @@ def test_warm_start_averages_over_a_pass_then_goes_on_as_a_plain_average(fisher)
     loader = [(case.inputs[:2], case.targets[:2]), (case.inputs[2:], case.targets[2:])]
     before = copy.deepcopy(case.module.state_dict())
     opt.warm_start(case.module, loader, case.loss)
-    layer = layers(case.module)[0]
+    twin = problem("linear", count=6)  # unseen by the hooks of the optimizer
+    layer, own = layers(case.module)[0], layers(twin.module)[0]
 
     def dense(inputs, targets):
-        case.module.zero_grad()
-        case.loss(case.module(inputs), targets).backward()
+        twin.module.zero_grad()
+        twin.loss(twin.module(inputs), targets).backward()
         if fisher == "gradient":
-            return dense_gradient_fisher(layer)
-        return dense_empirical_fisher(layer, case.module, case.loss, inputs, targets)
+            return dense_gradient_fisher(own)
+        return dense_empirical_fisher(own, twin.module, twin.loss, inputs, targets)
 
     mean = (dense(*loader[0]) + dense(*loader[1])) / 2
     assert_blocks(opt.state[layer.weight]["fisher"], expected_blocks(mean, layer.shape, "row", "layer", 9))
     assert all(torch.equal(value, before[name]) for name, value in case.module.state_dict().items())
     fresh = dense(case.inputs, case.targets)
-    case.module.zero_grad()
     case.mean_loss().backward()
     opt.step()
     expected = expected_blocks(0.9 * mean + 0.1 * fresh, layer.shape, "row", "layer", 9)
@@ -315,6 +322,13 @@ def matrix_power(matrix, exponent):
     return vectors @ torch.diag(values**exponent) @ vectors.T
 
 
+def damped_powers(blocks, dampings, exponent):
+    """(F + lambda I)^exponent of every block, one at a time."""
+    unit = identity(blocks.shape[-1])
+    pairs = zip(blocks, dampings, strict=True)
+    return torch.stack([matrix_power(fisher + damping * unit, exponent) for fisher, damping in pairs])
+
+
 def relative(blocks, shape, damping):
     """Damping of every block [rows | 1]: half of the block's mean curvature plus half of the layer's."""
     diagonals = [block.diagonal(dim1=1, dim2=2) for block in blocks]
@@ -351,10 +365,7 @@ def test_the_direction_is_the_damped_power_of_every_block(cut, relative_damping,
             lambdas = [torch.full((len(b),), 0.03, dtype=b.dtype) for b in blocks]
             if relative_damping:
                 lambdas = relative(blocks, layer.shape, 0.03)
-            powers = [
-                torch.stack([matrix_power(f + m * torch.eye(len(f), dtype=f.dtype), -power) for f, m in zip(b, ms, strict=True)])
-                for b, ms in zip(blocks, lambdas, strict=True)
-            ]
+            powers = [damped_powers(b, ms, -power) for b, ms in zip(blocks, lambdas, strict=True)]
             rows = sum(b.shape[-1] for b in powers)
             expected[layer.weight] = block_diagonal(powers, layer.shape.numel() // rows)
         opt.step()
@@ -434,7 +445,7 @@ def test_power_one_half_with_one_by_one_blocks_is_adam():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 7), min_size=0, max_size=5),
+    shape=st.lists(st.integers(1, 7), max_size=5).filter(lambda shape: math.prod(shape) < 150),
     width=st.integers(1, 9),
     share=st.sampled_from(["row", "layer"]),
     conv_blocks=st.sampled_from(["row", "kernel"]),
@@ -510,8 +521,8 @@ def test_steps_equal_the_formula_worked_out_densely(name, recipe):
     }
     opt = MBF(case.module, relative_damping=False, graft=None, **options, **asked(cut))
     own = layers(twin.module)
-    momentum = {layer: 0.0 for layer in own}
-    average, weight = {layer: 0.0 for layer in own}, 0.0
+    momentum = dict.fromkeys(own, 0.0)
+    average, weight = dict.fromkeys(own, 0.0), 0.0
     fisher = dict(average)
     for step in range(9):
         case.inputs.mul_(1.05)  # the batches differ
