@@ -64,7 +64,7 @@ def test_a_generator_that_was_used_up_is_recognised():
         MBF(parameters)
 
 
-@pytest.mark.parametrize("empty", [[], {}, (), nn.ReLU(), nn.Sequential(), [{"params": []}]], ids=str)
+@pytest.mark.parametrize("empty", [[], {}, (), nn.ReLU(), nn.Sequential()], ids=str)
 def test_no_parameters_are_an_error(empty):
     with pytest.raises(ValueError, match="no parameters"):
         MBF(empty)
@@ -141,7 +141,7 @@ def test_an_unknown_likelihood_is_refused():
 def test_a_group_that_was_refused_is_not_added():
     opt = MBF([weight()])
     for bad in ({"lr": -1.0}, {"fisher": "empirical"}):
-        with pytest.raises(ValueError, match="got"):
+        with pytest.raises(ValueError, match=r"lr must|fisher='empirical'"):
             opt.add_param_group({"params": [weight()], **bad})
     with pytest.raises(TypeError, match="complex"):
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]})

@@ -56,7 +56,7 @@ def step(module, opt, seed):
         loss.backward()
         return loss
 
-    return float(opt.step(closure))
+    return opt.step(closure).item()
 
 
 def train(module, opt, steps, start=0):
