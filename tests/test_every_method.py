@@ -80,7 +80,7 @@ def plans(opt, module):
 def test_the_defaults_train_a_network(name, dtype):
     module = network(dtype)
     losses = train(module, minifisher.METHODS[name](module, lr=1e-2), 60)
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 @every_method

@@ -239,7 +239,7 @@ class MBF(CurvatureOptimizer):
 def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
     """How a weight is read, whether its rows share their blocks, and the two in words with the reason."""
     shape = layer.shape
-    if len(shape) < 2:
+    if len(shape) < 2 or not shape.numel():
         return BlockReading(shape.numel(), 1, 1), False, "diagonal", "not a matrix"
     kernel = shape[2:].numel()
     if len(shape) > 2 and options["conv_blocks"] == "kernel":
