@@ -19,14 +19,14 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.norm = nn.BatchNorm2d(1)
         self.image = nn.Conv2d(1, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
         self.body = nn.Sequential(nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
         self.embedding = nn.Embedding(2, 8)
         self.head = nn.Linear(8, 3)
 
     def forward(self, images):
-        hidden = torch.tanh(self.norm(self.image(images))).flatten(1)
+        hidden = torch.tanh(self.image(self.norm(images))).flatten(1)
         side = (images.mean((1, 2, 3)) > 0).long()
         return self.head(torch.tanh(self.body(hidden) + self.embedding(side)))
 
