@@ -60,7 +60,11 @@ class CapturedSamples(LayerSamples):
         """Whether every input and output gradient is finite, and so small that its square is."""
         calls = [call for calls in self.passes for call in calls]
         tensors = [tensor for call in calls for tensor in (call.inputs, call.output_gradients)]
-        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
+        # Half precision would overflow in the sum of squares.
+        wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+        norms = torch.stack(
+            [torch.linalg.vector_norm(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
+        )
         return bool(torch.isfinite(norms.mul_(self.scale).square_()).all())
 
     def _chunks(self, numbers_beside: int) -> Iterator[tuple[Tensor, Tensor]]:
