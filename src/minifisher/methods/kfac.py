@@ -146,7 +146,7 @@ class CorrectedFactors(KroneckerFactors):
         assert isinstance(statistics, LayerSamples)
         bases = _wide(state["input_basis"]), _wide(state["gradient_basis"])
         total = torch.zeros(())
-        for inputs, gradients in self._chunks(statistics):
+        for inputs, gradients in statistics.chunks():
             rotated = inputs @ bases[0].to(inputs.dtype), gradients @ bases[1].to(gradients.dtype)
             total = total + _sum_of_squares(*rotated)
         state["eigenvalues"].lerp_((total / statistics.count).to(self.dtype), 1 - decay)
