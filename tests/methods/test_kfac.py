@@ -125,15 +125,18 @@ def test_factors_are_the_second_moments_of_inputs_and_output_gradients(name, wei
 EVERY = ["linear", *SHARED, "conv1d", "conv3d", "twice", "twice on tokens", "convolution on two sizes", "tied"]
 
 
-@pytest.mark.parametrize("eigenvalue_correction", [False, True])
-@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+# "reduce" leaves factors of low rank, whose eigenvectors are not unique.
+@pytest.mark.parametrize(
+    ("weight_sharing", "eigenvalue_correction"), [("expand", False), ("reduce", False), ("expand", True)]
+)
 @pytest.mark.parametrize("name", EVERY)
 def test_chunks_do_not_matter(name, weight_sharing, eigenvalue_correction):
-    options = {"weight_sharing": weight_sharing, "eigenvalue_correction": eigenvalue_correction, "steps": 2}
-    whole = read(problem(name), statistics_memory=2**30, **options)
-    for one, other in zip(whole, read(problem(name), statistics_memory=1, **options), strict=True):
-        for key, expected in one.state.items():
-            torch.testing.assert_close(other.state[key], expected)
+    options = {"weight_sharing": weight_sharing, "eigenvalue_correction": eigenvalue_correction, "damping": 0.1}
+    case = problem(name, count=30)  # enough for eigenvectors that are unique
+    whole, parts = (read(case, statistics_memory=memory, steps=2, **options) for memory in (2**30, 1))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.dense, other.dense)
+        torch.testing.assert_close(one.preconditioner(0.1), other.preconditioner(0.1))
 
 
 # ---- where theory says that it is exact ----
@@ -375,13 +378,14 @@ def test_one_published_step():
     case = problem("linear")
     before = [layer.weight.detach().clone() for layer in case.module if isinstance(layer, nn.Linear)]
     first = read(case, relative_damping=False, damping=0.2)[0]
+    case.module.zero_grad()
     case.mean_loss().backward()
     linear = case.module[0]
     gradient = torch.cat([linear.weight.grad, linear.bias.grad[:, None]], dim=1)
     step = (first.preconditioner(0.2) @ gradient.flatten()).view_as(gradient)
-    case.module.zero_grad()
     options = {"relative_damping": False, "damping": 0.2, "graft": None, "fisher": "empirical"}
     opt = KFAC(case.module, lr=0.5, weight_decay=0.1, **options)
+    case.module.zero_grad()
     case.mean_loss().backward()
     opt.step()
     torch.testing.assert_close(linear.weight.detach(), before[0] * 0.95 - 0.5 * step[:, :-1])
@@ -428,26 +432,27 @@ def test_a_factor_above_max_dim_is_not_formed():
 
 @pytest.mark.parametrize("graft", [None, "adam"])
 def test_kl_clip_bounds_the_divergence_over_all_layers(graft):
-    moved = {}
-    for clip in (None, 1e-4, 1e9):
+    def moves(clip: float | None) -> tuple[KFAC, dict[str, Tensor]]:
         module = network()
-        before = [parameter.detach().clone() for parameter in module.parameters()]
-        opt = steps(module, count=1, lr=0.1, graft=graft, kl_clip=clip, damping=0.0)
-        moved[clip] = [p.detach() - b for p, b in zip(module.parameters(), before, strict=True)]
-    divergence = 0.0
-    for layer, plan in opt._plans.items():
-        if isinstance(plan.curvature, KroneckerFactors):
-            state = opt.state[layer.weight]
-            each = Read(layer, plan.curvature, {k: v for k, v in state.items() if isinstance(v, Tensor)})
-            assert torch.isfinite(each.dense).all()
-    parameters = list(module.parameters())
-    scales = [
-        float(a.norm() / b.norm()) for a, b in zip(moved[1e-4], moved[None], strict=True) if b.norm() > 0
-    ]
-    torch.testing.assert_close(moved[1e9], moved[None])
-    del divergence, parameters
-    assert scales[2] == scales[3] == 1.0  # batch norm
-    assert len({round(s, 6) for i, s in enumerate(scales) if i not in (2, 3)}) == 1
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        opt = steps(module, count=1, lr=0.1, graft=graft, kl_clip=clip)
+        return opt, {name: parameter.detach() - before[name] for name, parameter in module.named_parameters()}
+
+    def divergence(opt: KFAC, moved: dict[str, Tensor]) -> float:
+        total = 0.0
+        for layer, plan in opt._plans.items():
+            if isinstance(plan.curvature, KroneckerFactors):
+                state = {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)}
+                inverse = dense_preconditioner(plan.curvature, state, layer, opt.defaults["damping"])
+                step = layer.join([moved[layer.name], moved[layer.name.replace("weight", "bias")]]).flatten()
+                total += float(step @ torch.linalg.solve(inverse, step))
+        return total
+
+    (opt, free), (_, loose), (clipped, tight) = moves(None), moves(1e9), moves(1e-4)
+    torch.testing.assert_close(loose, free)
+    assert divergence(opt, free) > 1e-4
+    assert divergence(clipped, tight) == pytest.approx(1e-4)
+    torch.testing.assert_close(tight["1.weight"], free["1.weight"])  # no curvature: not clipped
 
 
 def test_equal_layers_step_together_as_they_step_alone():
@@ -472,7 +477,8 @@ def test_equal_layers_step_together_as_they_step_alone():
 def test_it_trains(fisher, eigenvalue_correction):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    inputs, targets = torch.randn(64, 4), torch.randint(3, (64,))
+    inputs = torch.randn(64, 4)
+    targets = (inputs @ torch.randn(4, 3)).argmax(1)
     opt = KFAC(module, lr=1e-2, fisher=fisher, eigenvalue_correction=eigenvalue_correction)
     losses = []
     with warnings.catch_warnings():
@@ -485,7 +491,7 @@ def test_it_trains(fisher, eigenvalue_correction):
             loss.backward()
             opt.step()
             losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize(

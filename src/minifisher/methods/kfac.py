@@ -176,11 +176,11 @@ class CorrectedFactors(KroneckerFactors):
         return product.reshape(direction.shape).to(direction.dtype)
 
     def _damped(self, state: State, damping: float) -> Tensor:
-        """S + lambda; relative: lambda = damping times the mean of S."""
-        moment = _wide(state["eigenvalues"])
-        return moment + damping * (
-            _pooled(moment.mean((-2, -1)))[..., None, None] if self.relative_damping else 1
-        )
+        """S + lambda; relative: lambda = damping times the mean of S. What rounding hides is no curvature."""
+        eigenvalues = _wide(state["eigenvalues"])
+        mean = _pooled(eigenvalues.mean((-2, -1)))[..., None, None]
+        floor = torch.finfo(mean.dtype).eps * mean
+        return (eigenvalues + damping * (mean if self.relative_damping else 1)).clamp_min(floor)
 
 
 def _sum_of_squares(inputs: Tensor, gradients: Tensor) -> Tensor:
