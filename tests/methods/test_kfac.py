@@ -59,7 +59,9 @@ def read(case: Problem, likelihood: str = "categorical", steps: int = 1, **optio
         case.loss(outputs, case.targets).backward()
         opt.step()
     return [
-        Read(layer, plan.curvature, {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)})
+        Read(
+            layer, plan.curvature, {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)}
+        )
         for layer, plan in opt._plans.items()
         if isinstance(plan.curvature, KroneckerFactors)
     ]
@@ -71,7 +73,9 @@ def calls(case: Problem) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     for n in range(len(case.inputs)):
         found: list[tuple[nn.Module, Tensor, Tensor]] = []
         handles = [
-            leaf.register_forward_hook(lambda leaf, args, output, found=found: found.append((leaf, args[0], output)))
+            leaf.register_forward_hook(
+                lambda leaf, args, output, found=found: found.append((leaf, args[0], output))
+            )
             for leaf in case.module.modules()
             if not list(leaf.children())
         ]
@@ -101,7 +105,14 @@ def places(leaf: nn.Module, gradients: Tensor) -> Tensor:
     return gradients.flatten(2).unflatten(1, (leaf.groups, -1)).mT
 
 
-SHARED = ["linear on tokens", "linear on a grid", "conv2d stride", "conv2d groups", "conv2d depthwise", "conv2d dilation"]
+SHARED = [
+    "linear on tokens",
+    "linear on a grid",
+    "conv2d stride",
+    "conv2d groups",
+    "conv2d depthwise",
+    "conv2d dilation",
+]
 
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
@@ -122,7 +133,16 @@ def test_factors_are_the_second_moments_of_inputs_and_output_gradients(name, wei
         torch.testing.assert_close(each.state["gradient_factor"], gradients)
 
 
-EVERY = ["linear", *SHARED, "conv1d", "conv3d", "twice", "twice on tokens", "convolution on two sizes", "tied"]
+EVERY = [
+    "linear",
+    *SHARED,
+    "conv1d",
+    "conv3d",
+    "twice",
+    "twice on tokens",
+    "convolution on two sizes",
+    "tied",
+]
 
 
 # "reduce" leaves factors of low rank, whose eigenvectors are not unique.
@@ -131,7 +151,11 @@ EVERY = ["linear", *SHARED, "conv1d", "conv3d", "twice", "twice on tokens", "con
 )
 @pytest.mark.parametrize("name", EVERY)
 def test_chunks_do_not_matter(name, weight_sharing, eigenvalue_correction):
-    options = {"weight_sharing": weight_sharing, "eigenvalue_correction": eigenvalue_correction, "damping": 0.1}
+    options = {
+        "weight_sharing": weight_sharing,
+        "eigenvalue_correction": eigenvalue_correction,
+        "damping": 0.1,
+    }
     case = problem(name, count=30)  # enough for eigenvectors that are unique
     whole, parts = (read(case, statistics_memory=memory, steps=2, **options) for memory in (2**30, 1))
     for one, other in zip(whole, parts, strict=True):
@@ -183,7 +207,10 @@ class Pairs(LayerSamples):
 
     def chunks(self):
         n, m = len(self.inputs), len(self.output_gradients)
-        yield self.inputs.repeat_interleave(m, 0)[:, None, None], self.output_gradients.repeat(n, 1)[:, None, None]
+        yield (
+            self.inputs.repeat_interleave(m, 0)[:, None, None],
+            self.output_gradients.repeat(n, 1)[:, None, None],
+        )
 
 
 @pytest.mark.parametrize("form", [KroneckerFactors, CorrectedFactors])
@@ -196,7 +223,9 @@ def test_independent_inputs_and_output_gradients_make_it_exact(form):
     for decay in (0.0, 0.5):  # EKFAC measures nothing before it has a basis
         curvature.observe(state, pairs, decay)
         curvature.refresh(state, 0.0)
-    gradients = torch.stack([torch.outer(g, a).flatten() for g in pairs.output_gradients for a in pairs.inputs])
+    gradients = torch.stack(
+        [torch.outer(g, a).flatten() for g in pairs.output_gradients for a in pairs.inputs]
+    )
     exact = torch.linalg.inv(gradients.T @ gradients / len(gradients))
     torch.testing.assert_close(dense_preconditioner(curvature, state, layer, 0.0), exact)
 
@@ -297,7 +326,9 @@ def test_a_grouped_convolution_has_the_factors_of_its_parts(form):
 def test_the_corrected_diagonal_is_that_of_the_fisher_matrix_in_its_basis(name, weight_sharing):
     case = problem(name)
     # The first observation has no basis yet; decay 0 forgets it.
-    layers = read(case, eigenvalue_correction=True, steps=2, curvature_decay=0.0, weight_sharing=weight_sharing)
+    layers = read(
+        case, eigenvalue_correction=True, steps=2, curvature_decay=0.0, weight_sharing=weight_sharing
+    )
     for each in layers:
         basis, eigenvalues = rotation(each), each.state["eigenvalues"].flatten()
         torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=basis.dtype))
@@ -498,9 +529,17 @@ def test_it_trains(fisher, eigenvalue_correction):
     ("params", "options", "message"),
     [
         (lambda m: list(m.parameters()), {}, r"looks inside the backward pass.*pass the nn.Module"),
-        (lambda m: m, {"fisher": "gradient"}, r"fisher of KFAC must be one of 'empirical', 'sampled', 'exact'"),
+        (
+            lambda m: m,
+            {"fisher": "gradient"},
+            r"fisher of KFAC must be one of 'empirical', 'sampled', 'exact'",
+        ),
         (lambda m: m, {"kl_clip": 0.0}, r"kl_clip must be finite and > 0, or None, got 0.0"),
-        (lambda m: m, {"weight_sharing": "mean"}, r"weight_sharing must be one of 'expand', 'reduce', got 'mean'"),
+        (
+            lambda m: m,
+            {"weight_sharing": "mean"},
+            r"weight_sharing must be one of 'expand', 'reduce', got 'mean'",
+        ),
         (lambda m: m, {"max_dim": 0}, r"max_dim must be a whole number >= 1, or None, got 0"),
     ],
 )
@@ -515,3 +554,51 @@ def test_labels_that_were_never_drawn_are_missed():
     module(torch.randn(4, 2, 6, 6, dtype=torch.float64)).sum().backward()
     with pytest.raises(RuntimeError, match=r"call optimizer.observe\(outputs\)"):
         opt.step()
+
+
+# ---- another implementation ----
+
+
+def flattened(each: Read) -> Tensor:
+    """A (x) G in the order weight.flatten(), bias, [d, d]."""
+    indices = torch.arange(each.layer.shape.numel()).view(each.layer.shape)
+    order = torch.cat([indices[:, :-1].flatten(), indices[:, -1]])
+    return each.dense[order][:, order]
+
+
+CONVOLUTIONS = nn.Sequential(
+    nn.Conv2d(2, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(8, 3)
+)
+TOKENS = nn.Sequential(
+    nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.AvgPool2d((3, 1)), nn.Flatten(), nn.Linear(4, 3)
+)
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(("fisher", "theirs"), [("exact", "type-2"), ("empirical", "empirical")])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)), (3,)),
+        (CONVOLUTIONS, (2, 6, 6)),
+        (TOKENS, (3, 3)),
+    ],
+)
+def test_curvlinops_agrees(module, shape, fisher, theirs, weight_sharing):
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    case = Problem(module.double(), torch.randn(6, *shape, dtype=torch.float64), torch.randint(3, (6,)))
+    operator = curvlinops.KFACLinearOperator(
+        case.module,
+        nn.CrossEntropyLoss(),
+        list(case.module.parameters()),
+        [(case.inputs, case.targets)],
+        fisher_type=theirs,
+        kfac_approx=weight_sharing,
+        separate_weight_and_bias=False,
+        check_deterministic=False,
+    )
+    size = sum(parameter.numel() for parameter in case.module.parameters())
+    expected = operator @ torch.eye(size, dtype=torch.float64)
+    layers = read(case, fisher=fisher, weight_sharing=weight_sharing)
+    torch.testing.assert_close(torch.block_diag(*map(flattened, layers)), expected)
