@@ -68,17 +68,16 @@ def read(case: Problem, likelihood: str = "categorical", steps: int = 1, **optio
 
 
 def calls(case: Problem) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Input and per-sample output gradient of every leaf that is called once: a hook and one backward a sample."""
+    """Input and per-sample output gradient of every leaf that is called once: a backward pass a sample."""
     seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    leaves = [leaf for leaf in case.module.modules() if not list(leaf.children())]
     for n in range(len(case.inputs)):
         found: list[tuple[nn.Module, Tensor, Tensor]] = []
-        handles = [
-            leaf.register_forward_hook(
-                lambda leaf, args, output, found=found: found.append((leaf, args[0], output))
-            )
-            for leaf in case.module.modules()
-            if not list(leaf.children())
-        ]
+
+        def keep(leaf: nn.Module, args: tuple[Tensor], output: Tensor, found: list = found) -> None:
+            found.append((leaf, args[0], output))
+
+        handles = [leaf.register_forward_hook(keep) for leaf in leaves]
         loss = case.loss(case.module(case.inputs[n : n + 1].clone()), case.targets[n : n + 1])
         gradients = torch.autograd.grad(loss, [output for _, _, output in found])
         for handle in handles:
@@ -523,6 +522,27 @@ def test_it_trains(fisher, eigenvalue_correction):
             opt.step()
             losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("eigenvalue_correction", [False, True])
+@pytest.mark.parametrize("curvature_dtype", [None, torch.bfloat16])
+def test_half_precision_weights_keep_a_curvature_of_their_own(curvature_dtype, eigenvalue_correction):
+    module = nn.Linear(4, 3, dtype=torch.bfloat16)
+    opt = KFAC(
+        module,
+        lr=1e-2,
+        fisher="empirical",
+        curvature_dtype=curvature_dtype,
+        eigenvalue_correction=eigenvalue_correction,
+    )
+    for _ in range(3):
+        opt.zero_grad()
+        inputs = torch.randn(8, 4, dtype=torch.bfloat16)
+        functional.cross_entropy(module(inputs), torch.randint(3, (8,))).backward()
+        opt.step()
+    assert opt.state[module.weight]["input_factor"].dtype == (curvature_dtype or torch.float32)
+    assert opt.diagnostics()["fallbacks"] == 0
+    assert torch.isfinite(module.weight).all()
 
 
 @pytest.mark.parametrize(

@@ -213,13 +213,13 @@ def _wide(tensor: Tensor) -> Tensor:
 class KFAC(CurvatureOptimizer):
     """Kronecker-factored Fisher: W <- W - lr (G + gamma_G I)^-1 M (A + gamma_A I)^-1.
 
-    Martens, Grosse 2015, arXiv 1503.05671; convolutions: Grosse, Martens 2016, arXiv 1602.01407. For each layer
-    A = E[a a^T] of its inputs [in, in] and G = E[g g^T] of its per-sample output gradients [out, out] are
-    averaged; with the bias folded in `in` counts one more. Labels are drawn from the model ("sampled": call
-    `observe`), are all labels with their probabilities ("exact": likewise, one backward pass for each entry of
-    a sample's output), or those of the data ("empirical"). Linear layers and convolutions with their groups;
-    everything else takes the graft's first-order step, or the momentum M where there is none, and so does a
-    layer with a factor above `max_dim`: `describe()` says which and why. KFAC needs the nn.Module.
+    Martens, Grosse 2015, arXiv 1503.05671; convolutions: Grosse, Martens 2016, arXiv 1602.01407. For each
+    layer A = E[a a^T] of its inputs [in, in] and G = E[g g^T] of its per-sample output gradients [out, out]
+    are averaged; with the bias folded in `in` counts one more. Labels are drawn from the model ("sampled":
+    call `observe`), are all labels with their probabilities ("exact": likewise, one backward pass for each
+    entry of a sample's output), or those of the data ("empirical"). Linear layers and convolutions with their
+    groups; everything else takes the graft's first-order step, or the momentum M where there is none, and so
+    does a layer with a factor above `max_dim`: `describe()` says which and why. KFAC needs the nn.Module.
 
     `weight_sharing` says how positions (tokens, places of an image) count: "expand", as samples, or "reduce",
     together (Eschenhagen et al. 2023, arXiv 2311.00636). `eigenvalue_correction` measures the diagonal in the
@@ -227,14 +227,15 @@ class KFAC(CurvatureOptimizer):
 
     `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
     multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
-    the layer's mean curvature that lambda is; gamma_A gamma_G = lambda, split by the mean eigenvalues of A and
-    G, or equally with `pi_correction=False`. `kl_clip` is kappa: where lr^2 step^T F step, summed over layers,
-    exceeds it, all steps shrink alike (Ba et al. 2017). `curvature_decay` is beta of the bias-corrected average.
+    the layer's mean curvature that lambda is; gamma_A gamma_G = lambda, split by the mean eigenvalues of A
+    and G, or equally with `pi_correction=False`. `kl_clip` is kappa: where lr^2 step^T F step, summed over
+    layers, exceeds it, all steps shrink alike (Ba et al. 2017). `curvature_decay` is beta of the
+    bias-corrected average.
 
     A layer keeps 2 (in^2 + out^2) numbers (EKFAC in out more). A step takes O(in out (in + out)), with EKFAC
     twice; statistics of N samples at S positions O(N S (in^2 + out^2)) beside a backward pass, every
-    `statistics_every` steps; inverses O(in^3 + out^3), every `inverse_every`. With groups all are those of one
-    group, times their number. The published settings as arguments: docs/methods.md.
+    `statistics_every` steps; inverses O(in^3 + out^3), every `inverse_every`. With groups all are those of
+    one group, times their number. The published settings as arguments: docs/methods.md.
     """
 
     folds = ("linear", "convolution")
