@@ -502,6 +502,33 @@ def test_equal_layers_step_together_as_they_step_alone():
     torch.testing.assert_close(towers(True).state_dict(), towers(False).state_dict())
 
 
+def test_a_warm_start_has_the_factors_of_the_whole_data():
+    case = problem("linear", count=6)
+    whole = read(case)
+    opt = KFAC(case.module, fisher="empirical", statistics_every=3)
+    parts = zip(case.inputs.chunk(3), case.targets.chunk(3), strict=True)
+    opt.warm_start(case.module, parts, case.loss)
+    for each in whole:
+        for key in ("input_factor", "gradient_factor"):
+            torch.testing.assert_close(opt.state[each.layer.weight][key], each.state[key])
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped():
+    first, second = network(), network()
+    opt = steps(first, count=3, seed=1, eigenvalue_correction=True)
+    second.load_state_dict(first.state_dict())
+    resumed = KFAC(second, fisher="empirical", eigenvalue_correction=True)
+    resumed.load_state_dict(opt.state_dict())
+    for module, optimizer in ((first, opt), (second, resumed)):
+        torch.manual_seed(2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            outputs = module(torch.randn(8, 2, 6, 6, dtype=torch.float64))
+            functional.cross_entropy(outputs, torch.randint(3, (8,))).backward()
+            optimizer.step()
+    torch.testing.assert_close(first.state_dict(), second.state_dict())
+
+
 @pytest.mark.parametrize("eigenvalue_correction", [False, True])
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
 def test_it_trains(fisher, eigenvalue_correction):
@@ -559,6 +586,11 @@ def test_half_precision_weights_keep_a_curvature_of_their_own(curvature_dtype, e
             lambda m: m,
             {"weight_sharing": "mean"},
             r"weight_sharing must be one of 'expand', 'reduce', got 'mean'",
+        ),
+        (
+            lambda m: [{"params": m, "kl_clip": 1.0}],
+            {},
+            r"kl_clip is one for all parameter groups, None, and.*1.0",
         ),
         (lambda m: m, {"max_dim": 0}, r"max_dim must be a whole number >= 1, or None, got 0"),
     ],
