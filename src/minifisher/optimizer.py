@@ -12,13 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
-from minifisher.cohort import SATURATED, Cohort, form_cohorts, initial_state
+from minifisher.arguments import (
+    Params,
+    as_groups,
+    check_gradient,
+    check_group,
+    check_options,
+    check_parameter,
+)
+from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
-from minifisher.statistics.likelihood import sampled_loss
+from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
 Samples = dict[Layer, LayerSamples]
@@ -34,6 +41,8 @@ class CurvatureOptimizer(Optimizer):
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of layer whose bias `fold_bias` reads as one more input."""
+    estimators: ClassVar[tuple[str, ...]] = ("gradient", "empirical", "sampled", "exact")
+    """What `fisher` may be."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
@@ -58,6 +67,12 @@ class CurvatureOptimizer(Optimizer):
         """Add a group; its "params" may be a module, and any option may differ from the defaults."""
         options = {**self.defaults, **param_group}
         check_options(options)
+        check_group(param_group, self.defaults)
+        if options["fisher"] not in self.estimators:
+            raise ValueError(
+                f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
+                f"got {options['fisher']!r}"
+            )
         source = param_group["params"]
         if isinstance(source, nn.Module):
             layers = layers_of(source, self.folds if options["fold_bias"] else ())
@@ -84,10 +99,11 @@ class CurvatureOptimizer(Optimizer):
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
         if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
+            way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
             raise ValueError(
                 f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
                 f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
-                'nn.Module that holds them, or use fisher="gradient"'
+                f"nn.Module that holds them{way_out}"
             )
         for layer in layers:
             self._layers[layer] = group
@@ -98,12 +114,12 @@ class CurvatureOptimizer(Optimizer):
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
         for layer, group in self._layers.items():
-            if self._plans[layer].curvature.needs is not BatchGradient:
+            if self._plans[layer].curvature.needs not in (None, BatchGradient):
                 sources[group["fisher"]].append(layer)
         memory = self.defaults["statistics_memory"]
         for capture in self._captures.values():
             capture.disarm()
-        return {source: Capture(layers, memory, source == "sampled") for source, layers in sources.items()}
+        return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
 
     # ---- the step ----
 
@@ -123,13 +139,20 @@ class CurvatureOptimizer(Optimizer):
         if not _all_finite(active, samples):
             self._skip()
             return
-        for cohort in self._cohorts_of(active):
-            gradient = cohort.gradient()
-            if cohort.statistics_due:
-                cohort.observe(gradient, samples, cohort.corrected_decay())
-            cohort.refresh()
-            self._report_fallen(cohort.update(gradient))
-            self._keep_counts(cohort)
+        bound = self.defaults.get("kl_clip")
+        moves = (self._move(cohort, samples) for cohort in self._cohorts_of(active))
+        for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
+            move.cohort.apply(move, scale)
+            self._report_fallen(move.fallen)
+            self._keep_counts(move.cohort)
+
+    @staticmethod
+    def _move(cohort: Cohort, samples: Samples) -> Move:
+        gradient = cohort.gradient()
+        if cohort.statistics_due:
+            cohort.observe(gradient, samples, cohort.corrected_decay())
+        cohort.refresh()
+        return cohort.move(gradient)
 
     def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
         """Draw labels from the model's own prediction and run the extra backward pass, when one is due.
@@ -137,10 +160,10 @@ class CurvatureOptimizer(Optimizer):
         Call it between the forward pass and `loss.backward()`; every `.grad` stays untouched. The outputs are
         logits with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        capture = self._captures.get("sampled")
-        if capture is not None and capture.armed:
-            with torch.enable_grad():
-                capture.sample(sampled_loss(outputs, likelihood))
+        for source, capture in self._captures.items():
+            if source in LABELLED and capture.armed:
+                with torch.enable_grad():
+                    capture.sample(*LABELLED[source](outputs, likelihood))
 
     @torch.no_grad()
     def warm_start(
@@ -189,10 +212,10 @@ class CurvatureOptimizer(Optimizer):
         collected: Samples = {}
         for source, capture in self._captures.items():
             seen, samples = capture.seen, capture.collect()
-            if source == "sampled" and seen and not samples:
+            if source in LABELLED and seen and not samples:
                 raise RuntimeError(
-                    'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) '
-                    "between the forward pass and loss.backward()"
+                    f'fisher="{source}" has seen a forward pass but no labels: call optimizer.observe('
+                    "outputs) between the forward pass and loss.backward()"
                 )
             collected.update(samples)
         return collected
