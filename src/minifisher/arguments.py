@@ -61,6 +61,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         lambda value: 0 < value < math.inf,
         "> 0: 1 for the inverse, 0.5 for the inverse root",
     )
+    _require(
+        "exponent",
+        options,
+        lambda value: value is None or 0 < value < math.inf,
+        "> 0, or None: 1 / (2K) for the published root of each of K modes",
+    )
     for name, choices in _CHOICES.items():
         _require(
             name,

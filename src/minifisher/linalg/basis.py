@@ -10,11 +10,12 @@ def eigenvectors(matrices: Tensor) -> Tensor:
     """The eigenvectors of symmetric A [..., b, b] as columns, the largest eigenvalue first."""
     if matrices.shape[-1] == 1:
         return torch.ones_like(matrices)
-    return torch.linalg.eigh(matrices).eigenvectors.flip(-1)
+    vectors: Tensor = torch.linalg.eigh(matrices).eigenvectors
+    return vectors.flip(-1)
 
 
 def power_iteration(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the orthogonal iteration: Q' R = A Q, the columns of Q first sorted by q^T A q, largest first.
+    """One step of the orthogonal iteration: Q' R = A Q, the columns of Q sorted by q^T A q, largest first.
 
     A and Q are [..., b, b]; the order in which the columns were taken, [..., b], comes with the new basis.
     (Golub, Van Loan, "Matrix Computations", Section 8.2.4.)
@@ -22,4 +23,5 @@ def power_iteration(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     product = matrices @ basis
     order = (basis * product).sum(-2).argsort(dim=-1, descending=True, stable=True)
     sorted_product = product.take_along_dim(order.unsqueeze(-2), -1)
-    return torch.linalg.qr(sorted_product).Q, order
+    turned: Tensor = torch.linalg.qr(sorted_product).Q
+    return turned, order

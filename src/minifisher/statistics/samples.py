@@ -60,7 +60,7 @@ class CapturedSamples(LayerSamples):
         """Whether every input and output gradient is finite, and so small that its square is."""
         calls = [call for calls in self.passes for call in calls]
         tensors = [tensor for call in calls for tensor in (call.inputs, call.output_gradients)]
-        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
+        norms = torch.stack([_norm(tensor) for tensor in tensors])
         return bool(torch.isfinite(norms.mul_(self.scale).square_()).all())
 
     def _chunks(self, numbers_beside: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -93,6 +93,12 @@ class CapturedSamples(LayerSamples):
     @property
     def _folds_bias(self) -> bool:
         return self.layer.bias is not None
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """In float32; half precision would overflow on the way."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=wide).float()
 
 
 def _dtype_of(calls: tuple[Call, ...]) -> torch.dtype:
