@@ -11,7 +11,9 @@ def random_moment(size: int, rank: int, seed: int = 0) -> torch.Tensor:
 
 
 def assert_orthogonal(basis: torch.Tensor) -> None:
-    torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[-1], dtype=basis.dtype).expand_as(basis))
+    torch.testing.assert_close(
+        basis.mT @ basis, torch.eye(basis.shape[-1], dtype=basis.dtype).expand_as(basis)
+    )
 
 
 def test_eigenvectors_diagonalise_with_the_largest_first():

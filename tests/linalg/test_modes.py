@@ -103,6 +103,8 @@ def test_merged_dimensions(shape, limit, modes):
     assert merged(shape, limit) == modes
 
 
-@pytest.mark.parametrize(("length", "widest", "width"), [(10, 16, 10), (784, 256, 196), (785, 256, 197), (9, 1, 1)])
+@pytest.mark.parametrize(
+    ("length", "widest", "width"), [(10, 16, 10), (784, 256, 196), (785, 256, 197), (9, 1, 1)]
+)
 def test_cuts_are_even(length, widest, width):
     assert even_width(length, widest) == width

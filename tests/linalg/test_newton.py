@@ -18,7 +18,9 @@ def positive_definite(size: int, condition: float, seed: int = 0) -> torch.Tenso
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e8])
 def test_roots_equal_an_independent_one(root, condition):
     matrix = positive_definite(12, condition) * 1e-7
-    expected = torch.linalg.inv(torch.as_tensor(scipy.linalg.fractional_matrix_power(matrix.numpy(), 1 / root)))
+    expected = torch.linalg.inv(
+        torch.as_tensor(scipy.linalg.fractional_matrix_power(matrix.numpy(), 1 / root))
+    )
     result, residual = newton_inverse_root(matrix, root)
     assert residual < 1e-13 * condition + 1e-12
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
@@ -52,7 +54,9 @@ def test_a_slow_start_in_single_precision_is_no_end(root):
     assert (result - expected).norm() < 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("matrix", [-torch.eye(3), torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 1.0, -0.5]))])
+@pytest.mark.parametrize(
+    "matrix", [-torch.eye(3), torch.zeros(3, 3), torch.diag(torch.tensor([1.0, 1.0, -0.5]))]
+)
 def test_what_has_no_root_shows_in_the_residual(matrix):
     _, residual = newton_inverse_root(matrix, 4)
     assert not residual < 0.5

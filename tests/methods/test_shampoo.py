@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from minifisher import SOAP, METHODS, Shampoo
+from minifisher import METHODS, SOAP, Shampoo
 from minifisher.statistics.layers import layer_of
 from minifisher.statistics.records import BatchGradient
 from tests.helpers import dense_preconditioner, per_sample_gradients, problem
@@ -52,7 +52,9 @@ def observed(shape: tuple[int, ...], gradients: list[torch.Tensor], damping: flo
     return curvature, state, layer
 
 
-def dense(shape: tuple[int, ...], gradients: list[torch.Tensor], damping: float, **options: object) -> torch.Tensor:
+def dense(
+    shape: tuple[int, ...], gradients: list[torch.Tensor], damping: float, **options: object
+) -> torch.Tensor:
     curvature, state, layer = observed(shape, gradients, damping, **options)
     return dense_preconditioner(curvature, state, layer, damping)
 
@@ -161,7 +163,9 @@ def test_samples_take_the_place_of_the_batch():
 # ---- roots by Newton iteration ----
 
 
-def steps(weight: torch.Tensor, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> torch.Tensor:
+def steps(
+    weight: torch.Tensor, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]
+) -> torch.Tensor:
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
@@ -274,7 +278,9 @@ def test_rotating_the_gradients_rotates_the_steps(method):
 # ---- SOAP ----
 
 
-def dense_soap(gradients: list[torch.Tensor], lr: float, beta: float, epsilon: float, every: int) -> torch.Tensor:
+def dense_soap(
+    gradients: list[torch.Tensor], lr: float, beta: float, epsilon: float, every: int
+) -> torch.Tensor:
     """SOAP for a matrix, written out: Vyas et al. 2024, Algorithm 3, a refreshed basis used at once."""
     rows, columns = gradients[0].shape
     weight, mean, square = (torch.zeros(rows, columns, dtype=torch.float64) for _ in range(3))
@@ -314,7 +320,13 @@ def test_soap_equals_an_independent_one(every):
 def test_soap_in_blocks_of_one_entry_is_adam(shape):
     gradients = random_gradients(shape, count=12)
     weights = [torch.ones(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    options = {"momentum": 0.9, "curvature_decay": 0.999, "damping": 1e-8, "relative_damping": False, "max_dim": 1}
+    options = {
+        "momentum": 0.9,
+        "curvature_decay": 0.999,
+        "damping": 1e-8,
+        "relative_damping": False,
+        "max_dim": 1,
+    }
     ours = steps(weights[0], SOAP([weights[0]], lr=0.01, **options), gradients)
     torch.testing.assert_close(ours, steps(weights[1], torch.optim.Adam([weights[1]], lr=0.01), gradients))
 
@@ -352,7 +364,16 @@ def test_the_eigenbasis_preconditioner_is_symmetric_and_positive(relative):
 
 @pytest.mark.parametrize("method", [Shampoo, SOAP])
 def test_memory_is_bounded_whatever_the_shape(method):
-    shapes = [(10,), (1000, 2048), (10, 4096), (64, 3, 7, 7), (512, 512, 3, 3), (50_000, 64), (96, 1, 3, 3), (3, 71)]
+    shapes = [
+        (10,),
+        (1000, 2048),
+        (10, 4096),
+        (64, 3, 7, 7),
+        (512, 512, 3, 3),
+        (50_000, 64),
+        (96, 1, 3, 3),
+        (3, 71),
+    ]
     weights = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
     for row in method(weights).describe().layers:
         assert row.state_bytes <= 17 * 4 * row.parameters + 16, row
@@ -373,7 +394,9 @@ def test_other_precisions_train_and_resume(method, dtype):
     resumed = method(module)
     resumed.load_state_dict(optimizer.state_dict())
     for name, value in state.items():
-        assert torch.equal(torch.as_tensor(resumed.state[module[0].weight][name]), torch.as_tensor(value)), name
+        assert torch.equal(torch.as_tensor(resumed.state[module[0].weight][name]), torch.as_tensor(value)), (
+            name
+        )
 
 
 def test_describe_names_the_structure_of_every_weight():
