@@ -98,7 +98,8 @@ class CapturedSamples(LayerSamples):
 def _norm(tensor: Tensor) -> Tensor:
     """In float32; half precision would overflow on the way."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=wide).float()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+    return norm.float()
 
 
 def _dtype_of(calls: tuple[Call, ...]) -> torch.dtype:
