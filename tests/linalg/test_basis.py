@@ -57,3 +57,17 @@ def test_power_iteration_converges_and_stays_orthogonal():
 def test_power_iteration_of_nothing_is_still_orthogonal():
     turned, _ = power_iteration(torch.zeros(4, 4), torch.eye(4))
     assert_orthogonal(turned)
+
+
+def test_an_eigendecomposition_that_fails_leaves_a_basis_to_go_on_from(monkeypatch):
+    def fail(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    matrices = torch.stack((random_moment(5, 8, seed=1), random_moment(5, 8, seed=2)))
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    basis = eigenvectors(matrices)
+    assert_orthogonal(basis)
+    for _ in range(500):
+        basis, _ = power_iteration(matrices, basis)
+    rotated = basis.mT @ matrices @ basis
+    assert (rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6

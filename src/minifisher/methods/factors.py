@@ -175,20 +175,22 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def choose_reading(shape: torch.Size, options: dict[str, Any]) -> tuple[TensorReading, str, str]:
     """The modes and blocks of a weight under `max_dim` and `merge_dims`, in words too, and the reason."""
-    dims = merged(shape, options["merge_dims"])
-    widest = options["max_dim"]
-    if widest is not None:
-        reason = f"dimensions cut at max_dim={widest}"
-    elif len(dims) == 1:
-        widest, reason = 1, "not a matrix"
-    else:
-        reason = f"dimensions cut at {_WIDTH}"
+    dims, widest = merged(shape, options["merge_dims"]), options["max_dim"]
+    if widest is None and len(dims) == 1:
+        widest = 1
     widths = tuple(even_width(n, widest or _widest(mode, dims)) for mode, n in enumerate(dims))
     reading = TensorReading(dims, widths)
-    if max(widths) == 1:
-        return reading, "diagonal", reason
     structure = "one factor" if len(dims) == 1 else f"{len(dims)} factors"
-    return reading, structure, reason if reading.blocks > 1 else f"no dimension above {widest or _WIDTH}"
+    return reading, "diagonal" if max(widths) == 1 else structure, _reason(reading, options["max_dim"])
+
+
+def _reason(reading: TensorReading, max_dim: int | None) -> str:
+    cut = "uncut" if reading.blocks == 1 else f"blocks of {'x'.join(map(str, reading.widths))}"
+    if max_dim is not None:
+        return f"{cut}: max_dim={max_dim}"
+    if reading.order == 1:
+        return "not a matrix"
+    return f"{cut}: at most {_WIDTH} wide, and {_ASPECT} times the other modes"
 
 
 def _widest(mode: int, dims: Sequence[int]) -> int:
