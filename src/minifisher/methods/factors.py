@@ -184,6 +184,14 @@ def choose_reading(shape: torch.Size, options: dict[str, Any]) -> tuple[TensorRe
     return reading, "diagonal" if max(widths) == 1 else structure, _reason(reading, options["max_dim"])
 
 
+def choose_schedule(reading: TensorReading, from_gradient: bool, options: dict[str, Any]) -> tuple[int, int]:
+    """T1 and T2: a diagonal of the mini-batch gradient costs next to nothing and is kept up to date."""
+    cheap = from_gradient and max(reading.widths) == 1
+    return options["statistics_every"] or (1 if cheap else 4), options["inverse_every"] or (
+        1 if cheap else 20
+    )
+
+
 def _reason(reading: TensorReading, max_dim: int | None) -> str:
     cut = "uncut" if reading.blocks == 1 else f"blocks of {'x'.join(map(str, reading.widths))}"
     if max_dim is not None:

@@ -19,7 +19,14 @@ from minifisher.linalg.modes import TensorReading
 from minifisher.linalg.newton import newton_inverse_root
 from minifisher.linalg.spd import add_to_diagonal, inverse_power
 from minifisher.methods.eigenbasis import EigenbasisAdam
-from minifisher.methods.factors import NO_CURVATURE, ModeFactors, choose_reading, damped_power, working_dtype
+from minifisher.methods.factors import (
+    NO_CURVATURE,
+    ModeFactors,
+    choose_reading,
+    choose_schedule,
+    damped_power,
+    working_dtype,
+)
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
@@ -177,9 +184,8 @@ class Shampoo(CurvatureOptimizer):
         """A root, or a basis, for each mode of a weight, in blocks that memory allows."""
         reading, structure, reason = choose_reading(layer.shape, options)
         make = _eigenbasis if options["eigenbasis"] else _roots
-        curvature, statistics_every, inverse_every = make(layer, reading, options)
-        blocks, width = reading.blocks, max(reading.widths)
-        return Plan(curvature, structure, reason, blocks, width, statistics_every, inverse_every)
+        curvature, schedule = make(layer, reading, options)
+        return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
 
     def diagnostics(self) -> dict[str, Any]:
         """With `root="newton"` also, for every weight, the worst residual and the roots found otherwise."""
@@ -192,7 +198,11 @@ class Shampoo(CurvatureOptimizer):
         return report
 
 
-def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> tuple[Curvature, int, int]:
+_Choice = tuple[Curvature, tuple[int, int]]
+"""With T1 and T2."""
+
+
+def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> _Choice:
     exponent = options["exponent"] or options["power"] / reading.order
     if options["root"] == "newton" and abs(1 / exponent - round(1 / exponent)) > 1e-6:
         raise ValueError(
@@ -209,10 +219,10 @@ def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> tup
         exponent=exponent,
         root=options["root"],
     )
-    return curvature, options["statistics_every"] or 4, options["inverse_every"] or 20
+    return curvature, choose_schedule(reading, from_gradient, options)
 
 
-def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> tuple[Curvature, int, int]:
+def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> _Choice:
     for name, only in (("exponent", None), ("root", "eigen"), ("fisher", "gradient")):
         if options[name] != only:
             raise ValueError(
@@ -228,7 +238,7 @@ def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -
         power=options["power"],
         relative_damping=options["relative_damping"],
     )
-    return curvature, statistics_every, options["inverse_every"] or 10
+    return curvature, (statistics_every, options["inverse_every"] or 10)
 
 
 class SOAP(Shampoo):

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minifisher.curvature import Plan
-from minifisher.methods.factors import NO_CURVATURE, ModeFactors, choose_reading, damped_power, working_dtype
+from minifisher.methods.factors import (
+    NO_CURVATURE,
+    ModeFactors,
+    choose_reading,
+    choose_schedule,
+    damped_power,
+    working_dtype,
+)
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
@@ -138,7 +145,5 @@ class TNT(CurvatureOptimizer):
             per_sample=options["per_sample"],
             power=options["power"],
         )
-        statistics_every = options["statistics_every"] or 4
-        inverse_every = options["inverse_every"] or 20
-        blocks, width = reading.blocks, max(reading.widths)
-        return Plan(curvature, structure, reason, blocks, width, statistics_every, inverse_every)
+        schedule = choose_schedule(reading, from_gradient, options)
+        return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
