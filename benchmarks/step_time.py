@@ -96,10 +96,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     optimizers = ["adamw", *arguments.optimizers.split(",")]
-    report({
-        name: measure(name, optimizers, arguments.turns, arguments.clock, not arguments.alone)
-        for name in arguments.networks
-    })
+    report(
+        {
+            name: measure(name, optimizers, arguments.turns, arguments.clock, not arguments.alone)
+            for name in arguments.networks
+        }
+    )
 
 
 if __name__ == "__main__":

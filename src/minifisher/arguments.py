@@ -17,13 +17,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
 _BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "max_dim", "statistics_every", "inverse_every", "statistics_memory")
+_COUNTS = ("block_size", "max_dim", "merge_dims", "statistics_every", "inverse_every", "statistics_memory")
 _SHARED = ("statistics_memory", "kl_clip")
 
 
@@ -67,6 +68,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     )
     _require(
         "kl_clip", options, lambda value: value is None or 0 < value < math.inf, "finite and > 0, or None"
+    )
+    _require(
+        "exponent",
+        options,
+        lambda value: value is None or 0 < value < math.inf,
+        "> 0, or None: 1 / (2K) for the published root of each of K modes",
     )
     for name, choices in _CHOICES.items():
         _require(
