@@ -18,11 +18,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "conv_blocks": (None, "kernel", "row"),
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),
+    "adaptive_damping": (False, True),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
-_BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "max_dim", "statistics_every", "inverse_every", "statistics_memory")
+_BELOW_ONE = ("momentum", "curvature_decay", "mu1")
+_COUNTS = ("block_size", "max_dim", "pairs", "statistics_every", "inverse_every", "statistics_memory")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:

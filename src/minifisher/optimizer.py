@@ -124,8 +124,8 @@ class CurvatureOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss.
 
-        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a second
-        look at the mini-batch is due it is called again after the step: see `SecondPass` for what that leaves.
+        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
+        second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
         """
         passes = self._passes_of(closure)
         loss = passes.first() if passes is not None else None
@@ -138,7 +138,7 @@ class CurvatureOptimizer(Optimizer):
         return loss
 
     def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
-        """Step; the change of the loss that is predicted for it (0 where not `predicting`), None if skipped."""
+        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
         active = self._with_gradients()
         if not _all_finite(active, samples):
             self._skip()
@@ -344,7 +344,7 @@ def _counts(entry: dict[str, Any]) -> dict[str, int]:
     """Steps, observations, and every whole number that the curvature keeps."""
     counts = {"step": 0, "observations": 0}
     for name, value in entry.items():
-        if name in counts or (isinstance(value, Tensor) and not value.is_floating_point()):
+        if name in counts or (isinstance(value, Tensor) and value.dtype == torch.int64):
             counts[name] = int(value)
     return counts
 
