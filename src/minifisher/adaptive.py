@@ -73,7 +73,7 @@ def within_bounds(damping: float) -> float:
 
 def _as_number(loss: Any) -> float:
     try:
-        return float(loss)
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"adaptive_damping compares losses: the closure must return one, got {loss!r}"
