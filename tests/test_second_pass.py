@@ -105,7 +105,7 @@ def test_a_step_without_a_closure_says_what_to_do(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_of_no_length_makes_the_state_without_a_closure(method):
     module = nn.Linear(3, 2)
-    optimizer = minifisher.METHODS[method](module, lr=0.0)
+    optimizer = minifisher.METHODS[method](module, lr=0.0, statistics_every=1)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
-_STATISTICS_EVERY = 1
+_STATISTICS_EVERY = 4
 _INVERSE_EVERY = 20
 
 
@@ -272,7 +272,7 @@ class KBFGS(KroneckerBFGSOptimizer):
         *,
         momentum: float = 0.9,
         curvature_decay: float = 0.9,
-        damping: float = 0.1,
+        damping: float = 1.0,
         relative_damping: bool = True,
         mu1: float = 0.2,
         graft: str | None = "adam",

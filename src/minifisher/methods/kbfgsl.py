@@ -86,7 +86,7 @@ class KBFGSL(KroneckerBFGSOptimizer):
         *,
         momentum: float = 0.9,
         curvature_decay: float = 0.9,
-        damping: float = 0.1,
+        damping: float = 1.0,
         relative_damping: bool = True,
         mu1: float = 0.2,
         pairs: int = 100,
