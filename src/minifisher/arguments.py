@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
 _BELOW_ONE = ("momentum", "curvature_decay", "mu1")
 _COUNTS = ("block_size", "max_dim", "pairs", "statistics_every", "inverse_every", "statistics_memory")
+_SHARED = ("statistics_memory", "kl_clip")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
@@ -77,6 +78,16 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> None:
     if name in options and not holds(options[name]):
         raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError where a parameter group wants for itself what all groups share."""
+    for name in _SHARED:
+        if name in group and group[name] != defaults[name]:
+            raise ValueError(
+                f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
+                f"{group[name]!r}: pass it to the optimizer"
+            )
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
+from minifisher.arguments import (
+    Params,
+    as_groups,
+    check_gradient,
+    check_group,
+    check_options,
+    check_parameter,
+)
 from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
@@ -69,6 +76,7 @@ class CurvatureOptimizer(Optimizer):
         """Add a group; its "params" may be a module, and any option may differ from the defaults."""
         options = {**self.defaults, **param_group}
         check_options(options)
+        check_group(param_group, self.defaults)
         if options["fisher"] not in self.estimators:
             raise ValueError(
                 f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
