@@ -20,11 +20,20 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),
+    "adaptive_damping": (False, True),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
-_BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "max_dim", "merge_dims", "statistics_every", "inverse_every", "statistics_memory")
+_BELOW_ONE = ("momentum", "curvature_decay", "mu1")
+_COUNTS = (
+    "block_size",
+    "inverse_every",
+    "max_dim",
+    "merge_dims",
+    "pairs",
+    "statistics_every",
+    "statistics_memory",
+)
 _SHARED = ("statistics_memory", "kl_clip")
 
 
