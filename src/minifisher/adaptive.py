@@ -1,11 +1,11 @@
 """Adaptive damping: the Levenberg-Marquardt rule on the ratio of actual to predicted decrease.
 
-Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015,
-arXiv 1503.05671, Section 6.5; its quadratic model is that of Section 6.4, damping included.
+Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
+2015, arXiv 1503.05671, Section 6.5; its quadratic model is that of Section 6.4, damping included.
 
 A step moves the weights by delta = u + w. The update u = -c P M has the direction P M, the damped inverse
-curvature P times the momentum M, and the length factor c = lr x what the graft makes of it. w = -lr weight_decay W
-is the decoupled decay. The model of the loss has the mini-batch's gradient D and the curvature P^-1:
+curvature P times the momentum M, and the length factor c = lr x what the graft makes of it. The decoupled
+decay is w = -lr weight_decay W. The model of the loss has the mini-batch's gradient D and the curvature P^-1:
 
     q(delta) = D^T delta + delta^T P^-1 delta / 2
 
@@ -13,9 +13,10 @@ Because P is symmetric and P^-1 u = -c M, all but the decay's own square costs i
 
     q(delta) = u^T (D - c M / 2) + w^T (D - c M) + w^T P^-1 w / 2
 
-The last term is of the order (lr weight_decay)^2 and is left out. The prediction is that of the step that was
-taken: c holds the length which the graft gave, M the momentum, and a layer that took a first-order step counts
-with that step's own metric. On a quadratic loss whose Hessian matrix is P^-1 the ratio is exactly 1.
+The last term is of the order (lr weight_decay)^2 and is left out. The prediction is that of the step that
+was taken: c holds the length which the graft gave, M the momentum, and a layer that took a first-order step
+counts with that step's own metric. On a quadratic loss whose Hessian matrix is P^-1 the ratio of the actual
+to the predicted change is exactly 1.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def within_bounds(damping: float) -> float:
 
 def _as_number(loss: Any) -> float:
     try:
-        return float(loss)
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"adaptive_damping compares losses: the closure must return one, got {loss!r}") from error
+        raise TypeError(
+            f"adaptive_damping compares losses: the closure must return one, got {loss!r}"
+        ) from error
 
 
 def _rounding(loss: Any) -> float:

@@ -22,7 +22,7 @@ def counts(entry: dict[str, Any]) -> dict[str, int]:
     """Steps, observations, and every whole number that the curvature keeps."""
     counts = {"step": 0, "observations": 0}
     for name, value in entry.items():
-        if name in counts or (isinstance(value, Tensor) and not value.is_floating_point()):
+        if name in counts or (isinstance(value, Tensor) and value.dtype == torch.int64):
             counts[name] = int(value)
     return counts
 

@@ -5,31 +5,24 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.arguments import Params, as_groups, check_options, check_parameter
-from minifisher.checkpoint import (
-    FORMAT_VERSION,
-    indices,
-    merged_groups,
-    read_entries,
-    whole_entries,
-    without_stacks,
-)
+from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
+from minifisher.checkpoint import FORMAT_VERSION
 from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
 from minifisher.distributed import world_size
 from minifisher.guard import all_finite, counts
+from minifisher.resumable import Resumable
 from minifisher.scaling import loss_scale, overflowed, unscale
-from minifisher.seats import Seat, take_seats
+from minifisher.seats import Seat
 from minifisher.second_pass import SecondPass
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
@@ -45,7 +38,7 @@ _NO_CLOSURE = (
 )
 
 
-class CurvatureOptimizer(Optimizer):
+class CurvatureOptimizer(Resumable):
     """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
 
     A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
@@ -89,6 +82,7 @@ class CurvatureOptimizer(Optimizer):
         """Add a group; its "params" may be a module, and any option may differ from the defaults."""
         options = {**self.defaults, **param_group}
         check_options(options)
+        check_group(param_group, self.defaults)
         if options["fisher"] not in self.estimators:
             raise ValueError(
                 f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
@@ -103,7 +97,11 @@ class CurvatureOptimizer(Optimizer):
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):
             layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
-        self._enrol(layers, group)
+        try:
+            self._enrol(layers, group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # a group that was refused leaves no trace
+            raise
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -130,9 +128,6 @@ class CurvatureOptimizer(Optimizer):
         self._active = []
         self._captures = self._new_captures()
 
-    def _take_seats(self, plans: Mapping[Layer, Plan], groups: Mapping[Layer, Any]) -> dict[Layer, Seat]:
-        return take_seats(type(self).__name__, plans, groups, self.defaults["shard_curvature"])
-
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
         for layer, group in self._layers.items():
@@ -148,8 +143,8 @@ class CurvatureOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss.
 
-        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a second
-        look at the mini-batch is due it is called again after the step: see `SecondPass` for what that leaves.
+        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
+        second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
         """
         passes = self._passes_of(closure)
         loss = passes.first() if passes is not None else None
@@ -162,7 +157,7 @@ class CurvatureOptimizer(Optimizer):
         return loss
 
     def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
-        """Step; the change of the loss that is predicted for it (0 where not `predicting`), None if skipped."""
+        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
         if overflowed(self):
             return None
         unscale(self)
@@ -371,47 +366,3 @@ class CurvatureOptimizer(Optimizer):
         """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
         weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
         return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
-
-    # ---- checkpoints ----
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with an entry for every trainable parameter, also where no gradient came yet."""
-        trainable = (layer for layer in self._layers if any(p.requires_grad for p in layer.parameters))
-        self._initialise(trainable)
-        packed = super().state_dict()
-        keys = indices(self.param_groups, packed)
-        for layer, plan in self._plans.items():
-            if layer.weight in self.state:
-                whole = whole_entries(layer, plan, self.state)
-                packed["state"].update({keys[parameter]: entry for parameter, entry in whole.items()})
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; ValueError, and nothing changed, where it does not fit."""
-        groups = merged_groups(self.param_groups, state_dict, self.defaults)
-        renewed = {id(old): new for old, new in zip(self.param_groups, groups, strict=True)}
-        options = {layer: renewed[id(group)] for layer, group in self._layers.items()}
-        plans = {layer: self.plan(layer, group) for layer, group in options.items()}
-        seats = self._take_seats(plans, options)
-        entries = read_entries(seats, options, state_dict["state"], indices(groups, state_dict))
-        # Without the state, which torch would cast to the parameter's dtype.
-        super().load_state_dict({**state_dict, "state": {}})
-        self.param_groups[:] = groups
-        self._layers, self._plans, self._seats = options, plans, seats
-        self.state.update(entries)
-        self._active = []
-        self._captures = self._new_captures()
-        self._arm()
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("_layers", "_plans", "_fallbacks", "skipped_steps", "loss_scale", "_modules")
-        state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-        return {**state, "state": without_stacks(self.state)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_layers" in state:  # a copy, not torch's load_state_dict
-            self._active, self._cohorts, self._captures = [], [], {}
-            self._seats = self._take_seats(self._plans, self._layers)
-            self._captures = self._new_captures()
-            self._arm()

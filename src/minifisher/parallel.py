@@ -46,8 +46,10 @@ def observe(cohorts: Sequence[Cohort], gradients: Sequence[Tensor], samples: Sam
         return False
     for cohort, state in trials:
         _accept(cohort, state)
-    for cohort, gradient, decay in (*means, *own):
+    for cohort, gradient, decay in means:
         cohort.plan.curvature.observe(cohort.state, BatchGradient(gradient), decay)
+    for cohort, gradient, decay in own:
+        cohort.observe_into(cohort.plan.curvature, cohort.state, gradient, samples, decay)
     for cohort in (*(c for c, _ in trials), *(c for c, _, _ in (*means, *own))):
         cohort.observations += 1
     return True

@@ -27,7 +27,8 @@ class SecondPass:
 
     The second one draws the random numbers of the first, so that dropout masks are the same. Afterwards
     `.grad` of every parameter, every buffer of the modules (running statistics of batch norm) and torch's
-    random state (CPU, CUDA) are as the first one left them, bit by bit. Other side effects of the closure happen twice.
+    random state (CPU, CUDA) are as the first one left them, bit by bit. Other side effects of the closure
+    happen twice.
     """
 
     closure: Callable[[], Any]
@@ -67,7 +68,9 @@ class SecondPass:
 @contextmanager
 def _gradients_kept(parameters: list[Tensor]) -> Iterator[None]:
     # DistributedDataParallel may hand out views of buffers that its next backward pass overwrites.
-    kept = [(p, p.grad, p.grad.clone() if p.grad is not None and p.grad._is_view() else None) for p in parameters]
+    kept = [
+        (p, p.grad, p.grad.clone() if p.grad is not None and p.grad._is_view() else None) for p in parameters
+    ]
     for parameter in parameters:
         parameter.grad = None
     try:

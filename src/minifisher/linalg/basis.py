@@ -7,14 +7,23 @@ from torch import Tensor
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
-    """The eigenvectors of symmetric A [..., b, b] as columns, the largest eigenvalue first."""
+    """The eigenvectors of symmetric A [..., b, b] as columns, the largest eigenvalue first.
+
+    Where the eigendecomposition of the batch does not converge, one power iteration from the identity
+    instead: an orthogonal basis from which later iterations go on.
+    """
     if matrices.shape[-1] == 1:
         return torch.ones_like(matrices)
-    return torch.linalg.eigh(matrices).eigenvectors.flip(-1)
+    try:
+        vectors: Tensor = torch.linalg.eigh(matrices).eigenvectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        return power_iteration(matrices, identity.expand_as(matrices))[0]
+    return vectors.flip(-1)
 
 
 def power_iteration(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the orthogonal iteration: Q' R = A Q, the columns of Q first sorted by q^T A q, largest first.
+    """One step of the orthogonal iteration: Q' R = A Q, the columns of Q sorted by q^T A q, largest first.
 
     A and Q are [..., b, b]; the order in which the columns were taken, [..., b], comes with the new basis.
     (Golub, Van Loan, "Matrix Computations", Section 8.2.4.)
@@ -22,4 +31,5 @@ def power_iteration(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     product = matrices @ basis
     order = (basis * product).sum(-2).argsort(dim=-1, descending=True, stable=True)
     sorted_product = product.take_along_dim(order.unsqueeze(-2), -1)
-    return torch.linalg.qr(sorted_product).Q, order
+    turned: Tensor = torch.linalg.qr(sorted_product).Q
+    return turned, order

@@ -33,10 +33,8 @@ def double_damped(
     return s, y, first | second
 
 
-def _pull(
-    vector: Tensor, target: Tensor, along: Tensor, least: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """theta v + (1 - theta) b t, so that its product with z is at least `least` t^T z; and where theta < 1."""
+def _pull(vector: Tensor, target: Tensor, along: Tensor, least: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Theta v + (1 - theta) b t, its product with z at least `least` t^T z; and where theta < 1."""
     have, want = dot(vector, along), dot(target, along)
     short = have < least * want
     theta = (scale - least) * want / (scale * want - have)
@@ -64,7 +62,9 @@ def limited_memory_middle(changes: Tensor, gradient_changes: Tensor) -> Tensor:
     return torch.cat((upper, lower), dim=-2)
 
 
-def limited_memory_product(changes: Tensor, gradient_changes: Tensor, middle: Tensor, matrix: Tensor) -> Tensor:
+def limited_memory_product(
+    changes: Tensor, gradient_changes: Tensor, middle: Tensor, matrix: Tensor
+) -> Tensor:
     """H X = X + [S Y] C [S Y]^T X for X [..., b, k]."""
     rows = torch.cat((changes, gradient_changes), dim=-2)
     return matrix + rows.mT @ (middle @ (rows @ matrix))
@@ -90,7 +90,8 @@ def reciprocal(change: Tensor, gradient_change: Tensor) -> Tensor:
     product = dot(change, gradient_change)
     lengths = torch.linalg.vector_norm(change, dim=-1) * torch.linalg.vector_norm(gradient_change, dim=-1)
     positive = product > torch.finfo(product.dtype).eps * lengths.unsqueeze(-1)
-    return torch.where(positive, product, 1.0).reciprocal() * positive
+    ratio: Tensor = torch.where(positive, product, 1.0).reciprocal() * positive
+    return ratio
 
 
 def unit(change: Tensor, gradient_change: Tensor) -> tuple[Tensor, Tensor]:

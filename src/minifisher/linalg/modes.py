@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorReading:
-    """A weight read as a tensor of K modes, cut into blocks of one shape; the last ones are padded with zeros.
+    """A weight read as a tensor of K modes, cut into blocks of one shape; the last ones end in zeros.
 
     Every block is a tensor of K modes of its own, as if it were a weight of its own.
     """
@@ -48,7 +48,7 @@ class TensorReading:
 
     def read(self, weight: Tensor, trailing: int) -> Tensor:
         """The last `trailing` dimensions of a weight as [..., blocks, w_1, ..., w_K]."""
-        tensor = weight.reshape(*weight.shape[: weight.ndim - trailing], *self.dims)
+        tensor = weight.reshape((*weight.shape[: weight.ndim - trailing], *self.dims))
         if self.blocks == 1:
             return tensor.unsqueeze(-1 - self.order)
         leading = tensor.ndim - self.order
@@ -61,13 +61,13 @@ class TensorReading:
     def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `read`: [..., blocks, w_1, ..., w_K] to [..., *shape]."""
         leading = blocks.ndim - 1 - self.order
-        pairs = blocks.unflatten(leading, self.counts)
+        pairs = torch.unflatten(blocks, leading, self.counts)
         order = [axis for mode in range(self.order) for axis in (leading + mode, leading + self.order + mode)]
         padded = [count * width for count, width in zip(self.counts, self.widths, strict=True)]
         tensor = pairs.permute(*range(leading), *order).reshape(*blocks.shape[:leading], *padded)
         for mode, n in enumerate(self.dims):
             tensor = tensor.narrow(leading + mode, 0, n)
-        return tensor.reshape(*blocks.shape[:leading], *shape)
+        return tensor.reshape((*blocks.shape[:leading], *shape))
 
     def lengths(self, mode: int, like: Tensor) -> Tensor:
         """The entries of every block along a mode that are no padding, [blocks]."""
@@ -85,8 +85,9 @@ class TensorReading:
 def merged(shape: Sequence[int], limit: int | None) -> tuple[int, ...]:
     """The modes of a weight: its dimensions, those of size one left out and small neighbours merged.
 
-    From the last to the first, neighbours are merged while their product stays within `limit`, so that a kernel is
-    merged before the channels are. None merges the kernel of a convolution and nothing else: (out, in, k_1 k_2).
+    From the last to the first, neighbours are merged while their product stays within `limit`, so that a
+    kernel is merged before the channels are. None merges the kernel of a convolution and nothing else:
+    (out, in, k_1 k_2).
     """
     if limit is None:
         dims = [*shape[:2], math.prod(shape[2:])]
@@ -136,4 +137,4 @@ def _fold(matrix: Tensor, mode: int, widths: Sequence[int]) -> Tensor:
     if order == 1:
         return matrix.squeeze(-1)
     others = [width for axis, width in enumerate(widths) if axis != mode]
-    return matrix.unflatten(-1, others).movedim(-order, mode - order)
+    return torch.unflatten(matrix, -1, others).movedim(-order, mode - order)

@@ -14,7 +14,7 @@ from minifisher.linalg.spd import add_to_diagonal, inverse_power
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics, mean_gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -27,12 +27,14 @@ NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
 _WIDTH = 256
-_ASPECT = 7  # a block is at most 7 times as wide along one mode as all others together: 16 bytes a byte of the weight
+# A block is at most so many times as wide along one mode as along all others together: then factors, and what
+# is refreshed from them, take at most 16 times the memory of the weight.
+_ASPECT = 7
 
 
 @dataclass(frozen=True)
 class ModeFactors(Curvature):
-    """One symmetric matrix for each mode i of each block: H_i = E[mat_i(D) mat_i(D)^T], [..., blocks, w_i, w_i].
+    """One symmetric matrix for each mode i of each block: H_i = E[mat_i(D) mat_i(D)^T], [blocks, w_i, w_i].
 
     The direction is M x_1 P_1 ... x_K P_K; a subclass says in `refresh` which function P_i is of the factors.
     E is over mini-batch gradients D, or over per-sample gradients D_n.
@@ -98,18 +100,32 @@ class ModeFactors(Curvature):
         return [second_moment(blocks, mode, order) for mode in range(order)]
 
     def _sample_moments(self, samples: LayerSamples) -> list[Tensor]:
-        """(1/N) sum_n mat_i(D_n) mat_i(D_n)^T: the samples are one more mode that every product sums over."""
-        order = self.reading.order
-        totals: list[Tensor | float] = [0.0] * order
-        for gradients in samples.gradients():
-            blocks = self._read(gradients).movedim(0, -1)
-            totals = [total + second_moment(blocks, i, order + 1) for i, total in enumerate(totals)]
+        """(1/N) sum_n mat_i(D_n) mat_i(D_n)^T for every mode."""
+        totals: list[Tensor | float] = [0.0] * self.reading.order
+        for moments in self._chunk_moments(samples):
+            totals = [total + moment for total, moment in zip(totals, moments, strict=True)]
         return [torch.as_tensor(total) / samples.count for total in totals]
+
+    def _chunk_moments(self, samples: LayerSamples) -> Iterator[list[Tensor]]:
+        if all(self._is_outer_product(*chunk) for chunk in samples.chunks()):
+            for inputs, gradients in samples.chunks():
+                yield outer_product_moments(self.reading, gradients.flatten(1), inputs.flatten(1))
+            return
+        order = self.reading.order
+        for gradients in samples.gradients():
+            # The samples are one more mode, which every product sums over.
+            blocks = self._read(gradients).movedim(0, -1)
+            yield [second_moment(blocks, mode, order + 1) for mode in range(order)]
+
+    def _is_outer_product(self, inputs: Tensor, gradients: Tensor) -> bool:
+        """Whether every D_n is g_n a_n^T: one position, and modes (out, in)."""
+        sizes = gradients.shape[1:], inputs.shape[1:]
+        return sizes == tuple((1, 1, n) for n in self.reading.dims)
 
     # ---- scale ----
 
     def _mean_squares(self, state: State) -> tuple[Tensor, Tensor]:
-        """The mean square of the gradient's entries, in every block, [..., blocks], and in the layer, [..., 1].
+        """The mean square of the gradient's entries in each block, [..., blocks], and in the layer, [..., 1].
 
         The trace of H_i is the sum of squares, the same for all modes; padding does not count.
         """
@@ -126,6 +142,27 @@ class ModeFactors(Curvature):
         return [self.reading.lengths(mode, like) for mode in range(self.reading.order)]
 
 
+def outer_product_moments(reading: TensorReading, left: Tensor, right: Tensor) -> list[Tensor]:
+    """sum_n mat_i(D_n) mat_i(D_n)^T of D_n = l_n r_n^T, which is never formed: left [n, n_1], right [n, n_2].
+
+    In block (p, q) it is sum_n |r_nq|^2 l_np l_np^T and sum_n |l_np|^2 r_nq r_nq^T: [blocks, w_i, w_i].
+    """
+    pieces = [
+        TensorReading((n,), (width,)).read(vectors, 1)  # [n, blocks along the mode, w_i]
+        for vectors, n, width in zip((left, right), reading.dims, reading.widths, strict=True)
+    ]
+    squares = [piece.square().sum(-1) for piece in pieces]
+    first = _weighted_moments(pieces[0], squares[1])
+    second = _weighted_moments(pieces[1], squares[0]).transpose(0, 1)
+    return [first.flatten(0, 1), second.flatten(0, 1)]
+
+
+def _weighted_moments(vectors: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights_nq v_np v_np^T: vectors [n, p, w], weights [n, q] to [p, q, w, w]."""
+    rows = vectors.permute(1, 2, 0).unsqueeze(1)  # [p, 1, w, n]
+    return (rows * weights.T.unsqueeze(1)) @ rows.mT
+
+
 def damped_power(matrices: Tensor, damping: Tensor, power: float) -> Tensor:
     """(A + lambda I)^(-power): matrices [..., b, b], damping [...]."""
     damped = add_to_diagonal(matrices, damping.unsqueeze(-1))
@@ -138,21 +175,31 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def choose_reading(shape: torch.Size, options: dict[str, Any]) -> tuple[TensorReading, str, str]:
-    """The modes and blocks of a weight under `max_dim` and `merge_dims`, and the two in words with the reason."""
-    dims = merged(shape, options["merge_dims"])
-    widest = options["max_dim"]
-    if widest is not None:
-        reason = f"dimensions cut at max_dim={widest}"
-    elif len(dims) == 1:
-        widest, reason = 1, "not a matrix"
-    else:
-        reason = f"dimensions cut at {_WIDTH}"
+    """The modes and blocks of a weight under `max_dim` and `merge_dims`, in words too, and the reason."""
+    dims, widest = merged(shape, options["merge_dims"]), options["max_dim"]
+    if widest is None and len(dims) == 1:
+        widest = 1
     widths = tuple(even_width(n, widest or _widest(mode, dims)) for mode, n in enumerate(dims))
     reading = TensorReading(dims, widths)
-    if max(widths) == 1:
-        return reading, "diagonal", reason
     structure = "one factor" if len(dims) == 1 else f"{len(dims)} factors"
-    return reading, structure, reason if reading.blocks > 1 else f"no dimension above {widest or _WIDTH}"
+    return reading, "diagonal" if max(widths) == 1 else structure, _reason(reading, options["max_dim"])
+
+
+def choose_schedule(reading: TensorReading, from_gradient: bool, options: dict[str, Any]) -> tuple[int, int]:
+    """T1 and T2: a diagonal of the mini-batch gradient costs next to nothing and is kept up to date."""
+    cheap = from_gradient and max(reading.widths) == 1
+    return options["statistics_every"] or (1 if cheap else 4), options["inverse_every"] or (
+        1 if cheap else 20
+    )
+
+
+def _reason(reading: TensorReading, max_dim: int | None) -> str:
+    cut = "uncut" if reading.blocks == 1 else f"blocks of {'x'.join(map(str, reading.widths))}"
+    if max_dim is not None:
+        return f"{cut}: max_dim={max_dim}"
+    if reading.order == 1:
+        return "not a matrix"
+    return f"{cut}: at most {_WIDTH} wide, and {_ASPECT} times the other modes"
 
 
 def _widest(mode: int, dims: Sequence[int]) -> int:

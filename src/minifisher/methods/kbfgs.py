@@ -1,13 +1,13 @@
-"""K-BFGS and K-BFGS(L): the inverse Hessian of a layer as a Kronecker product of two BFGS matrices.
+"""K-BFGS: the inverse Hessian of a layer as a Kronecker product of two BFGS matrices.
 
-Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks", NeurIPS 2020,
-arXiv 2006.08877. Convolutions follow KFAC's patches, which is our reading: see docs/methods.md.
+Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
+NeurIPS 2020, arXiv 2006.08877. Convolutions follow KFAC's patches, which is our reading: see docs/methods.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -16,8 +16,6 @@ from minifisher.linalg.bfgs import (
     bfgs_update,
     dot,
     double_damped,
-    limited_memory_middle,
-    limited_memory_product,
     reciprocal,
     times,
     unit,
@@ -35,6 +33,10 @@ if TYPE_CHECKING:
 
 # Inputs or gradients that are all zero have no scale of their own, and the direction is zero as well.
 _NO_CURVATURE = 1e-30
+
+# What is chosen where the user says nothing; docs/methods.md has the measurements.
+_STATISTICS_EVERY = 4
+_INVERSE_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,22 @@ class KroneckerBFGS(Curvature):
     dtype: torch.dtype
     relative_damping: bool = True
     mu1: float = 0.2
-    inverse_every: int | None = None  # refreshes; None: H_a is inverted once
+    inverse_every: int = 20  # refreshes, between which H_a is updated
+
+    structure: ClassVar[str] = "Kronecker BFGS"
 
     @property
     def block_shape(self) -> tuple[int, int]:
         """Outputs and inputs of one group; a folded bias is an input."""
         return self.shape[0] // self.groups, self.shape[1:].numel()
 
+    @property
+    def widest(self) -> int:
+        """The largest matrix."""
+        return max(self.block_shape)
+
     def init(self, layer: Layer) -> State:
-        """A, v, mean g^2, s and y are averaged or measured, the inverses made of them; the counts are counts."""
+        """A, mean g^2, s and y are averaged, v is the latest; the inverses are made of them."""
         outputs, inputs = self.block_shape
         state = {
             "input_moment": self._zeros(layer, inputs, inputs),
@@ -76,6 +85,7 @@ class KroneckerBFGS(Curvature):
         }
         counts = ("refreshes", "pairs", "damped_pairs", "skipped_pairs")
         state.update({name: layer.weight.new_zeros((), dtype=torch.int64) for name in counts})
+        state["pair_is_new"] = layer.weight.new_zeros((), dtype=torch.bool)
         return {**state, **self._init_outputs(layer)}
 
     def _init_outputs(self, layer: Layer) -> State:
@@ -114,14 +124,15 @@ class KroneckerBFGS(Curvature):
         for name, fresh in (("output_change", change), ("gradient_change", gradient_change)):
             state[name].lerp_(torch.where(usable, fresh.to(self.dtype), state[name]), 1 - decay)
         state["skipped_pairs"] += ~usable
+        state["pair_is_new"].copy_(usable)
 
     # ---- refresh ----
 
     def refresh(self, state: State, damping: float) -> None:
-        """One BFGS update of H_a and one of H_g; the first time, and every `inverse_every`, H_a is inverted."""
+        """One BFGS update of H_a and one of H_g; at first and every `inverse_every` times H_a is exact."""
         refreshes = int(state["refreshes"].flatten()[0])
         root = damping**0.5
-        self._refresh_inputs(state, root, refreshes % (self.inverse_every or refreshes + 1) == 0)
+        self._refresh_inputs(state, root, refreshes % self.inverse_every == 0)
         scale = self._unit_of(state["gradient_moment"])
         if not refreshes:
             self._start_outputs(state, scale)
@@ -142,7 +153,8 @@ class KroneckerBFGS(Curvature):
     def _refresh_outputs(self, state: State, root: float, scale: Tensor) -> None:
         """One pair into H_g, double damped in units of `scale` [..., groups]."""
         units = scale.unsqueeze(-1)
-        s, y = unit(state["output_change"], state["gradient_change"])
+        new = state["pair_is_new"][..., None, None]
+        s, y = unit(state["output_change"] * new, state["gradient_change"] * new)
         product = self._times_outputs(state, y.unsqueeze(-1)).squeeze(-1)
         s, y, damped = double_damped(s, y / units, product, self.mu1, root)
         known = dot(s, s).squeeze(-1) > 0
@@ -150,6 +162,7 @@ class KroneckerBFGS(Curvature):
         state["pairs"] += known.sum(-1)
         state["damped_pairs"] += (known & damped).sum(-1)
         state["skipped_pairs"] += (known & ~taken).sum(-1)
+        state["pair_is_new"].zero_()
 
     def _unit_of(self, means: Tensor) -> Tensor:  # [..., groups]
         """Relative: the average of the group's mean and the layer's; absolute: 1."""
@@ -182,45 +195,6 @@ class KroneckerBFGS(Curvature):
         return state["output_inverse"] @ matrix
 
 
-@dataclass(frozen=True)
-class LimitedMemoryKroneckerBFGS(KroneckerBFGS):
-    """H_g from the latest `memory` pairs alone, in compact form: m x out numbers instead of out x out."""
-
-    memory: int = 100
-
-    def _init_outputs(self, layer: Layer) -> State:
-        outputs, _ = self.block_shape
-        return {
-            "output_changes": self._zeros(layer, self.memory, outputs),
-            "gradient_changes": self._zeros(layer, self.memory, outputs),
-            "middle": self._zeros(layer, 2 * self.memory, 2 * self.memory),
-            "initial_inverse": self._zeros(layer),
-        }
-
-    def _start_outputs(self, state: State, scale: Tensor) -> None:
-        state["initial_inverse"].copy_(1 / scale)
-
-    def _learn(self, state: State, change: Tensor, gradient_change: Tensor, scale: Tensor) -> Tensor:
-        ratio = reciprocal(change, gradient_change)
-        taken = ratio > 0
-        for name, fresh in (("output_changes", change), ("gradient_changes", gradient_change)):
-            # Scaled to s^T y = 1, which is the same pair and keeps the compact form well conditioned.
-            later = torch.cat((state[name][..., 1:, :], (fresh * ratio.sqrt()).unsqueeze(-2)), dim=-2)
-            state[name].copy_(torch.where(taken.unsqueeze(-1), later, state[name]))
-        state["initial_inverse"].copy_(1 / scale)
-        state["middle"].copy_(limited_memory_middle(*self._scaled_pairs(state)))
-        return taken.squeeze(-1)
-
-    def _times_outputs(self, state: State, matrix: Tensor) -> Tensor:
-        pairs = self._scaled_pairs(state)
-        return state["initial_inverse"][..., None, None] * limited_memory_product(*pairs, state["middle"], matrix)
-
-    def _scaled_pairs(self, state: State) -> tuple[Tensor, Tensor]:
-        """The pairs of gamma^-1 H_g, which start from I, with gamma the initial inverse."""
-        root = state["initial_inverse"].sqrt()[..., None, None]
-        return state["output_changes"] / root, state["gradient_changes"] * root
-
-
 def _keep_finite(inverse: Tensor, updated: Tensor) -> Tensor:
     """The update in place where all of it is finite, and where that is, [..., groups]."""
     finite = torch.isfinite(updated).all(-1).all(-1)
@@ -228,11 +202,69 @@ def _keep_finite(inverse: Tensor, updated: Tensor) -> Tensor:
     return finite
 
 
-class KBFGS(CurvatureOptimizer):
-    """TODO."""
+class KroneckerBFGSOptimizer(CurvatureOptimizer):
+    """What KBFGS and KBFGSL share: the choice between a BFGS curvature and the first-order step."""
 
     folds = ("linear", "convolution")
-    estimators = ("empirical",)
+    estimators = ("empirical",)  # secants and inputs come from the training loss's own backward pass
+
+    def __init__(self, params: Params, options: dict[str, Any]) -> None:
+        super().__init__(params, {**options, "fisher": "empirical"})
+
+    def _curvature(self, common: dict[str, Any], options: dict[str, Any]) -> KroneckerBFGS:
+        return KroneckerBFGS(**common)
+
+    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
+        """Two BFGS matrices where the samples of a layer can be read, else the first-order step."""
+        if not layer.reads_samples:
+            return _first_order(layer.note)
+        every = options["statistics_every"] or _STATISTICS_EVERY
+        inverse_every = options["inverse_every"] or _INVERSE_EVERY
+        common = {
+            "shape": layer.shape,
+            "groups": layer.groups,
+            "dtype": _dtype(layer, options["curvature_dtype"]),
+            "relative_damping": options["relative_damping"],
+            "mu1": options["mu1"],
+            "inverse_every": max(1, inverse_every // every),
+        }
+        curvature = self._curvature(common, options)
+        outputs, inputs = curvature.block_shape
+        if curvature.widest > (options["max_dim"] or curvature.widest):
+            return _first_order(f"a matrix of {curvature.widest} is above max_dim={options['max_dim']}")
+        reason = f"inputs {inputs}, outputs {outputs}; H_a inverted every {inverse_every} steps"
+        return Plan(curvature, curvature.structure, reason, layer.groups, outputs * inputs, every, every)
+
+
+class KBFGS(KroneckerBFGSOptimizer):
+    """Kronecker-factored BFGS: W <- W - lr H_g M H_a for every layer, without a Fisher matrix of the outputs.
+
+    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877. For a Linear W [out, in] (a bias folded in is one more
+    input), with inputs a, outputs h = W a and output gradients g of the samples:
+
+        A <- beta A + (1 - beta) mean a a^T             # [in, in]
+        H_a ~ (A + gamma_A I)^-1                        # [in, in], BFGS on s = H_a v, y = (A + gamma_A I) s
+        s, y: averages of mean h' - mean h, mean g' - mean g    # [out], ' is after the step
+        H_g <- (I - s y^T / s^T y) H_g (I - y s^T / s^T y) + s s^T / s^T y    # [out, out]
+
+    A convolution reads as KFAC's patches: A sums over positions, s and y are means over them (our reading);
+    with groups, every group has its own pair of matrices. All else takes the graft's first-order step.
+
+    `step(closure)` is needed: after the step it evaluates the closure again, on the same mini-batch. That
+    second pass leaves `.grad` of the parameters, the module's buffers (running statistics of batch norm) and
+    torch's random numbers as the first one left them, and draws the same dropout masks; whatever else the
+    closure does (fetch the next batch, write a log) happens twice. Pairs whose s^T y would break positive
+    definiteness are damped twice (`mu1`, and mu2 = sqrt(lambda)); none is dropped in silence: `diagnostics()`
+    counts pairs, damped_pairs and skipped_pairs (not a number, or no curvature left) for each weight.
+
+    Cost a layer, for N samples of S positions: a second pass, O(N S in^2) for A and O(in^2 + out^2) for the
+    updates every `statistics_every` steps; O(in^3) for the exact H_a every `inverse_every` steps (a number
+    beyond the last step: once, as published); O(out in (in + out)) a step. Memory 2 in^2 + out^2 numbers.
+    `damping` is lambda: gamma_A = sqrt(lambda); with `relative_damping` gamma_A is that times the mean
+    diagonal of A, and H_g is measured in units of the mean of g^2. A layer wider than `max_dim` takes the
+    first-order step. The published algorithm as arguments: docs/methods.md. Raises TypeError where `step`
+    gets no closure, ValueError where `params` hold no module that it can look into.
+    """
 
     def __init__(
         self,
@@ -241,7 +273,7 @@ class KBFGS(CurvatureOptimizer):
         *,
         momentum: float = 0.9,
         curvature_decay: float = 0.9,
-        damping: float = 0.1,
+        damping: float = 1.0,
         relative_damping: bool = True,
         mu1: float = 0.2,
         graft: str | None = "adam",
@@ -256,7 +288,6 @@ class KBFGS(CurvatureOptimizer):
         maximize: bool = False,
         shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
-        **own: Any,
     ) -> None:
         options = {
             "lr": lr,
@@ -277,28 +308,18 @@ class KBFGS(CurvatureOptimizer):
             "maximize": maximize,
             "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
-            "fisher": "empirical",
-            **own,
         }
         super().__init__(params, options)
 
-    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """Two BFGS matrices where the samples of a layer can be read, else the first-order step."""
-        if not layer.reads_samples:
-            return _first_order(layer.note)
-        half = layer.weight.dtype not in (torch.float32, torch.float64)
-        kw = dict(
-            shape=layer.shape,
-            groups=layer.groups,
-            dtype=options["curvature_dtype"] or (torch.float32 if half else layer.weight.dtype),
-            relative_damping=options["relative_damping"],
-            mu1=options["mu1"],
-            inverse_every=options["inverse_every"],
+
+def _dtype(layer: Layer, wanted: torch.dtype | None) -> torch.dtype:
+    if wanted == torch.bfloat16:
+        raise ValueError(
+            "curvature_dtype of a BFGS matrix must be float32, float64 or None, got bfloat16: rounded so, "
+            "it would not stay positive definite"
         )
-        curvature = LimitedMemoryKroneckerBFGS(**kw, memory=options["memory"]) if "memory" in options else KroneckerBFGS(**kw)
-        outputs, inputs = curvature.block_shape
-        every = options["statistics_every"] or 1
-        return Plan(curvature, "Kronecker BFGS", f"inputs {inputs}, outputs {outputs}", layer.groups, outputs * inputs, every, every)
+    half = layer.weight.dtype not in (torch.float32, torch.float64)
+    return wanted or (torch.float32 if half else layer.weight.dtype)
 
 
 def _first_order(reason: str) -> Plan:

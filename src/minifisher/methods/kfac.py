@@ -149,7 +149,7 @@ class CorrectedFactors(KroneckerFactors):
         assert isinstance(statistics, LayerSamples)
         bases = _wide(state["input_basis"]), _wide(state["gradient_basis"])
         total = torch.zeros(())
-        for inputs, gradients in self._chunks(statistics):
+        for inputs, gradients in statistics.chunks():
             rotated = inputs @ bases[0].to(inputs.dtype), gradients @ bases[1].to(gradients.dtype)
             total = total + _sum_of_squares(*rotated)
         state["eigenvalues"].lerp_((total / statistics.count).to(self.dtype), 1 - decay)
@@ -179,11 +179,11 @@ class CorrectedFactors(KroneckerFactors):
         return product.reshape(direction.shape).to(direction.dtype)
 
     def _damped(self, state: State, damping: float) -> Tensor:
-        """S + lambda; relative: lambda = damping times the mean of S."""
-        moment = _wide(state["eigenvalues"])
-        return moment + damping * (
-            _pooled(moment.mean((-2, -1)))[..., None, None] if self.relative_damping else 1
-        )
+        """S + lambda; relative: lambda = damping times the mean of S. What rounding hides is no curvature."""
+        eigenvalues = _wide(state["eigenvalues"])
+        mean = _pooled(eigenvalues.mean((-2, -1)))[..., None, None]
+        floor = torch.finfo(mean.dtype).eps * mean
+        return (eigenvalues + damping * (mean if self.relative_damping else 1)).clamp_min(floor)
 
 
 def _sum_of_squares(inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -214,9 +214,31 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class KFAC(CurvatureOptimizer):
-    """Kronecker-factored Fisher: W <- W - lr (G + gamma_G I)^-1 M (A + gamma_A I)^-1 for every layer.
+    """Kronecker-factored Fisher: W <- W - lr (G + gamma_G I)^-1 M (A + gamma_A I)^-1.
 
-    TODO
+    Martens, Grosse 2015, arXiv 1503.05671; convolutions: Grosse, Martens 2016, arXiv 1602.01407. For each
+    layer A = E[a a^T] of its inputs [in, in] and G = E[g g^T] of its per-sample output gradients [out, out]
+    are averaged; with the bias folded in `in` counts one more. Labels are drawn from the model ("sampled":
+    call `observe`), are all labels with their probabilities ("exact": likewise, one backward pass for each
+    entry of a sample's output), or those of the data ("empirical"). Linear layers and convolutions with their
+    groups; everything else takes the graft's first-order step, or the momentum M where there is none, and so
+    does a layer with a factor above `max_dim`: `describe()` says which and why. KFAC needs the nn.Module.
+
+    `weight_sharing` says how positions (tokens, places of an image) count: "expand", as samples, or "reduce",
+    together (Eschenhagen et al. 2023, arXiv 2311.00636). `eigenvalue_correction` measures the diagonal in the
+    eigenvectors of A and G (EKFAC; George et al. 2018, arXiv 1806.03884), which takes the damping unsplit.
+
+    `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
+    multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
+    the layer's mean curvature that lambda is; gamma_A gamma_G = lambda, split by the mean eigenvalues of A
+    and G, or equally with `pi_correction=False`. `kl_clip` is kappa: where lr^2 step^T F step, summed over
+    layers, exceeds it, all steps shrink alike (Ba et al. 2017). `curvature_decay` is beta of the
+    bias-corrected average.
+
+    A layer keeps 2 (in^2 + out^2) numbers (EKFAC in out more). A step takes O(in out (in + out)), with EKFAC
+    twice; statistics of N samples at S positions O(N S (in^2 + out^2)) beside a backward pass, every
+    `statistics_every` steps; inverses O(in^3 + out^3), every `inverse_every`. With groups all are those of
+    one group, times their number. The published settings as arguments: docs/methods.md.
     """
 
     folds = ("linear", "convolution")

@@ -1,9 +1,9 @@
 """Shampoo: a root of a second moment for each mode of a weight; SOAP: Adam in the basis of its eigenvectors.
 
-Sources: Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018, arXiv 1802.09568;
-Anil, Gupta, Koren, Regan, Singer, "Scalable Second Order Optimization for Deep Learning", 2020, arXiv 2002.09018;
-Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson, Kakade, "SOAP: Improving and Stabilizing Shampoo using
-Adam", 2024, arXiv 2409.11321.
+Sources: Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018, arXiv
+1802.09568; Anil, Gupta, Koren, Regan, Singer, "Scalable Second Order Optimization for Deep Learning", 2020,
+arXiv 2002.09018; Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson, Kakade, "SOAP: Improving and
+Stabilizing Shampoo using Adam", 2024, arXiv 2409.11321.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import Curvature, Plan
-from minifisher.linalg.basis import eigenvectors, power_iteration
-from minifisher.linalg.modes import TensorReading, mode_products, second_moment
+from minifisher.linalg.modes import TensorReading
 from minifisher.linalg.newton import newton_inverse_root
 from minifisher.linalg.spd import add_to_diagonal, inverse_power
-from minifisher.methods.factors import NO_CURVATURE, ModeFactors, choose_reading, damped_power, working_dtype
+from minifisher.methods.eigenbasis import EigenbasisAdam
+from minifisher.methods.factors import (
+    NO_CURVATURE,
+    ModeFactors,
+    choose_reading,
+    choose_schedule,
+    damped_power,
+    working_dtype,
+)
 from minifisher.optimizer import CurvatureOptimizer
-from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
+from minifisher.statistics.records import BatchGradient, LayerSamples
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from minifisher.arguments import Params
     from minifisher.curvature import State
-    from minifisher.optimizer import Params
     from minifisher.statistics.layers import Layer
 
 _RESIDUAL = 0.1  # of a Newton root that is still used; in float32 a condition number of about 1e6
@@ -37,8 +44,8 @@ _RESIDUAL = 0.1  # of a Newton root that is still used; in float32 a condition n
 class KroneckerRoots(ModeFactors):
     """Shampoo: M x_i (H_i + lambda_i I)^(-exponent) for every mode i (Gupta et al., 2018, Algorithm 2).
 
-    The published exponent is 1 / (2K). `root="newton"` finds the roots by the coupled Newton iteration; where the
-    measured residual exceeds the tolerance they are found by eigendecomposition, and counted.
+    The published exponent is 1 / (2K). `root="newton"` finds the roots by the coupled Newton iteration;
+    where the measured residual exceeds the tolerance they are found by eigendecomposition, and counted.
     """
 
     exponent: float = 0.25
@@ -46,7 +53,7 @@ class KroneckerRoots(ModeFactors):
     tolerance: float = _RESIDUAL
 
     def init(self, layer: Layer) -> State:
-        """With "newton" also `residual`, the worst of the last refresh, and `newton_fallbacks`, roots so far: []."""
+        """With "newton" also `residual`, the worst of a refresh, and `newton_fallbacks`, all so far: []."""
         state = super().init(layer)
         if self.root == "newton":
             state["residual"] = torch.zeros((), dtype=torch.float32, device=layer.weight.device)
@@ -58,14 +65,16 @@ class KroneckerRoots(ModeFactors):
         find = self._newton if self.root == "newton" else self._eigen
         if self.root == "newton":
             state["residual"].zero_()
-        for mode, (factor, level) in enumerate(zip(self._factors(state), self._damping(state, damping), strict=True)):
+        factors, levels = self._factors(state), self._damping(state, damping)
+        for mode, (factor, level) in enumerate(zip(factors, levels, strict=True)):
             state[f"inverse_{mode}"].copy_(find(state, factor, level))
 
     def _damping(self, state: State, damping: float) -> list[Tensor]:
         """lambda_i of every block, [..., blocks]: as given, or relative to the mean eigenvalue of H_i.
 
-        Relative: `damping` times the average of the block's mean and what it would be if its entries were of the
-        layer's mean square, so that a block without curvature (dead units) is damped as its layer is.
+        Relative: `damping` times the average of the block's mean and what it would be if its entries were
+        of the layer's mean square, so that a block without curvature (dead units) is damped as its layer
+        is.
         """
         block, layer = self._mean_squares(state)
         if not self.relative_damping:
@@ -92,123 +101,32 @@ class KroneckerRoots(ModeFactors):
 
 def _warn(residual: float, tolerance: float) -> None:
     warnings.warn(
-        f"a root by Newton iteration has residual {residual:.1g} > {tolerance:.1g}: it was found by eigendecomposition; "
-        'raise the damping or use root="eigen". optimizer.diagnostics() counts on',
+        f"a root by Newton iteration has residual {residual:.1g} > {tolerance:.1g}: it was found by "
+        'eigendecomposition; raise the damping or use root="eigen". optimizer.diagnostics() counts on',
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-@dataclass(frozen=True)
-class EigenbasisAdam(Curvature):
-    """SOAP: Adam in the basis Q_i of the eigenvectors of every H_i (Vyas et al., 2024, Algorithm 3).
-
-    With D' = D x_i Q_i^T: V <- beta V + (1 - beta) D'^2; direction (M' / (sqrt(V) + lambda)^(2 power)) x_i Q_i, where
-    M' is the mean of past gradients, not their sum: the step has Adam's length without a graft. A basis follows its
-    factor by one step of the orthogonal iteration each refresh, and V is sorted as the basis is.
-    """
-
-    reading: TensorReading
-    shape: torch.Size
-    dtype: torch.dtype
-    momentum: float
-    statistics_every: int
-    power: float = 0.5
-    relative_damping: bool = True
-    needs: type[Statistics] = BatchGradient
-
-    def init(self, layer: Layer) -> State:
-        """`factor_i` and `rotated_square`, V, are averaged; `basis_i` is what was last refreshed.
-
-        [blocks, w_i, w_i] each, V [blocks, w_1, ..., w_K]; `momentum_weight` [] is what the weights in M sum to.
-        """
-        device, blocks, widths = layer.weight.device, self.reading.blocks, self.reading.widths
-        state = {
-            "rotated_square": torch.zeros((blocks, *widths), dtype=self.dtype, device=device),
-            "momentum_weight": torch.zeros((), dtype=torch.float32, device=device),
-        }
-        for mode, width in enumerate(widths):
-            state[f"factor_{mode}"] = torch.zeros((blocks, width, width), dtype=self.dtype, device=device)
-            state[f"basis_{mode}"] = torch.zeros_like(state[f"factor_{mode}"])
-        return state
-
-    def observe(self, state: State, statistics: Statistics, decay: float) -> None:
-        """H_i <- beta H_i + (1 - beta) mat_i(D) mat_i(D)^T; V likewise, in the basis that is there.
-
-        The first observation, whose decay is 0, makes the basis: V must not mix the squares of two unlike bases.
-        """
-        assert isinstance(statistics, BatchGradient)
-        blocks, order = self._read(statistics.gradient), self.reading.order
-        for mode in range(order):
-            factor = state[f"factor_{mode}"]
-            factor.lerp_(second_moment(blocks, mode, order).to(self.dtype), 1 - decay)
-            if decay == 0:
-                state[f"basis_{mode}"].copy_(eigenvectors(factor.to(blocks.dtype)))
-        rotated = mode_products(blocks, [basis.mT for basis in self._bases(state)])
-        state["rotated_square"].lerp_(rotated.square().to(self.dtype), 1 - decay)
-        fresh = self.momentum**self.statistics_every  # the weight of what was there at the last observation
-        state["momentum_weight"].mul_(fresh).add_((1 - fresh) / (1 - self.momentum))
-
-    def refresh(self, state: State, damping: float) -> None:
-        """Turn every Q_i towards the eigenvectors of H_i, and sort V along mode i as its columns were."""
-        for mode, width in enumerate(self.reading.widths):
-            if width == 1:
-                continue
-            basis = state[f"basis_{mode}"]
-            factor = state[f"factor_{mode}"].to(working_dtype(self.dtype))
-            turned, columns = power_iteration(factor, basis.to(factor.dtype))
-            basis.copy_(turned)
-            square = state["rotated_square"]
-            axis = mode - self.reading.order
-            index = columns.view(*columns.shape, *[1] * (-1 - axis))
-            index = index.view(*columns.shape[:-1], *[1] * mode, width, *[1] * (-1 - axis))
-            square.copy_(square.take_along_dim(index, axis))
-
-    def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
-        """Adam's step in the eigenbasis, turned back."""
-        bases = self._bases(state)
-        rotated = mode_products(self._read(direction), [basis.mT for basis in bases])
-        rotated /= self._denominator(state, damping)
-        return self.reading.write(mode_products(rotated, bases), self.shape).to(direction.dtype)
-
-    def _denominator(self, state: State, damping: float) -> Tensor:
-        """(sqrt(V) + lambda)^(2 power) times what the weights in M sum to, [..., blocks, w_1, ..., w_K].
-
-        lambda is `damping`, or relative that fraction of the root mean square of the layer's gradient.
-        """
-        square = state["rotated_square"].to(working_dtype(self.dtype))
-        axes = tuple(range(-1 - self.reading.order, 0))
-        if self.relative_damping:
-            mean = square.sum(axes, keepdim=True) / self.shape.numel()
-            level = damping * mean.clamp_min(NO_CURVATURE).sqrt()
-        else:
-            level = square.new_tensor(damping)
-        weight = state["momentum_weight"].to(square.dtype)
-        return square.sqrt().add_(level).pow_(2 * self.power).mul_(weight.view(*weight.shape, *[1] * len(axes)))
-
-    def _read(self, tensor: Tensor) -> Tensor:
-        return self.reading.read(tensor.to(working_dtype(self.dtype)), len(self.shape))
-
-    def _bases(self, state: State) -> list[Tensor]:
-        return [state[f"basis_{i}"].to(working_dtype(self.dtype)) for i in range(self.reading.order)]
-
-
 class Shampoo(CurvatureOptimizer):
     """Shampoo: W <- W - lr M x_1 (H_1 + lambda_1 I)^(-1/(2K)) ... x_K (H_K + lambda_K I)^(-1/(2K)).
 
-    Gupta, Koren, Singer 2018, arXiv 1802.09568. A weight is a tensor of K modes: (out, in) of a Linear, (out, in,
-    k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are merged while their product
-    stays within it. H_i is the running mean of mat_i(D) mat_i(D)^T, D the mini-batch gradient ("gradient"), or of
-    its samples ("empirical", "sampled"). Dimensions above `max_dim` are cut into blocks, each a tensor of its own;
-    None chooses, and gives vectors a diagonal; a large number the full matrix for vectors, too.
+    Gupta, Koren, Singer 2018, arXiv 1802.09568. A weight is a tensor of K modes: (out, in) of a Linear,
+    (out, in, k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are
+    merged while their product stays within it. H_i is the running mean of mat_i(D) mat_i(D)^T, D the
+    mini-batch gradient ("gradient"), or of its samples ("empirical", "sampled"). Dimensions above `max_dim`
+    are cut into blocks, each a tensor of its own; None chooses, and gives vectors a diagonal; a large
+    number the full matrix for vectors, too.
 
-    The exponent of every mode is power / K, or `exponent` where given. `root`: "eigen", by eigendecomposition, or
-    "newton", by the coupled Newton iteration, for which 1 / exponent must be whole; roots whose measured residual is
-    above 0.1 are found by eigendecomposition, and counted in `diagnostics()`. `eigenbasis=True` is SOAP: see there.
+    The exponent of every mode is power / K, or `exponent` where given. `root`: "eigen", by
+    eigendecomposition, or "newton", by the coupled Newton iteration, for which 1 / exponent must be whole;
+    roots whose measured residual is above 0.1 are found by eigendecomposition, and counted in
+    `diagnostics()`. `eigenbasis=True` is SOAP: see there.
 
-    `damping` is lambda, or with `relative_damping` the fraction of the mean eigenvalue of H_i that lambda_i is. `lr` is
-    in step lengths of `graft`. For [out, in] with blocks of [w_1, w_2]: a step and an observation cost
-    O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 + w_2^2) a block of w_1 w_2 weights.
+    `damping` is lambda, or with `relative_damping` the fraction of the mean eigenvalue of H_i that lambda_i
+    is. `lr` is in step lengths of `graft`. For [out, in] with blocks of [w_1, w_2]: a step and an
+    observation cost O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 + w_2^2) a
+    block of w_1 w_2 weights.
     """
 
     def __init__(
@@ -238,42 +156,41 @@ class Shampoo(CurvatureOptimizer):
         shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
-        options = dict(
-            lr=lr,
-            momentum=momentum,
-            curvature_decay=curvature_decay,
-            damping=damping,
-            relative_damping=relative_damping,
-            power=power,
-            exponent=exponent,
-            root=root,
-            eigenbasis=eigenbasis,
-            graft=graft,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            fisher=fisher,
-            max_dim=max_dim,
-            merge_dims=merge_dims,
-            statistics_every=statistics_every,
-            inverse_every=inverse_every,
-            fold_bias=fold_bias,
-            curvature_dtype=curvature_dtype,
-            maximize=maximize,
-            shard_curvature=shard_curvature,
-            statistics_memory=statistics_memory,
-        )
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "curvature_decay": curvature_decay,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "power": power,
+            "exponent": exponent,
+            "root": root,
+            "eigenbasis": eigenbasis,
+            "graft": graft,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "fisher": fisher,
+            "max_dim": max_dim,
+            "merge_dims": merge_dims,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "fold_bias": fold_bias,
+            "curvature_dtype": curvature_dtype,
+            "maximize": maximize,
+            "shard_curvature": shard_curvature,
+            "statistics_memory": statistics_memory,
+        }
         super().__init__(params, options)
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """A root, or a basis, for each mode of a weight, in blocks that memory allows."""
         reading, structure, reason = choose_reading(layer.shape, options)
         make = _eigenbasis if options["eigenbasis"] else _roots
-        curvature, statistics_every, inverse_every = make(layer, reading, options)
-        blocks, width = reading.blocks, max(reading.widths)
-        return Plan(curvature, structure, reason, blocks, width, statistics_every, inverse_every)
+        curvature, schedule = make(layer, reading, options)
+        return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
 
     def diagnostics(self) -> dict[str, Any]:
-        """With `root="newton"` also, for every weight, the worst residual and the fallbacks to eigendecomposition."""
+        """With `root="newton"` also, for every weight, the worst residual and the roots found otherwise."""
         report = super().diagnostics()
         for layer in self._layers:
             entry = self._entry(layer)
@@ -283,7 +200,11 @@ class Shampoo(CurvatureOptimizer):
         return report
 
 
-def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> tuple[Curvature, int, int]:
+_Choice = tuple[Curvature, tuple[int, int]]
+"""With T1 and T2."""
+
+
+def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> _Choice:
     exponent = options["exponent"] or options["power"] / reading.order
     if options["root"] == "newton" and abs(1 / exponent - round(1 / exponent)) > 1e-6:
         raise ValueError(
@@ -300,13 +221,15 @@ def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> tup
         exponent=exponent,
         root=options["root"],
     )
-    return curvature, options["statistics_every"] or 4, options["inverse_every"] or 20
+    return curvature, choose_schedule(reading, from_gradient, options)
 
 
-def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> tuple[Curvature, int, int]:
+def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> _Choice:
     for name, only in (("exponent", None), ("root", "eigen"), ("fisher", "gradient")):
         if options[name] != only:
-            raise ValueError(f"{name}={options[name]!r} has no meaning with eigenbasis=True: leave it at {only!r}")
+            raise ValueError(
+                f"{name}={options[name]!r} has no meaning with eigenbasis=True: leave it at {only!r}"
+            )
     statistics_every = options["statistics_every"] or 1
     curvature = EigenbasisAdam(
         reading=reading,
@@ -317,16 +240,17 @@ def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -
         power=options["power"],
         relative_damping=options["relative_damping"],
     )
-    return curvature, statistics_every, options["inverse_every"] or 10
+    return curvature, (statistics_every, options["inverse_every"] or 10)
 
 
 class SOAP(Shampoo):
-    """SOAP: Adam in the eigenbasis of Shampoo's factors, with the defaults of Vyas et al. 2024, arXiv 2409.11321.
+    """SOAP: Adam in the eigenbasis of Shampoo's factors, as in Vyas et al. 2024, arXiv 2409.11321.
 
-    It is `Shampoo(eigenbasis=True, graft=None)`: W <- W - lr (M' / (sqrt(V) + lambda)) x_1 Q_1 ... x_K Q_K, with M' and
-    V the means of gradients, and of their squares, in the basis Q_i of the eigenvectors of H_i. `lr` is in Adam's step
-    lengths; `damping` is lambda, with `relative_damping` as a fraction of the layer's root mean square. A step costs
-    O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block; memory 2 (w_1^2 + w_2^2) + w_1 w_2 a block.
+    It is `Shampoo(eigenbasis=True, graft=None)`: W <- W - lr (M' / (sqrt(V) + lambda)) x_1 Q_1 ... x_K Q_K,
+    with M' and V the means of gradients, and of their squares, in the basis Q_i of the eigenvectors of H_i.
+    `lr` is in Adam's step lengths; `damping` is lambda, with `relative_damping` as a fraction of the
+    layer's root mean square. A step costs O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block; memory
+    2 (w_1^2 + w_2^2) + w_1 w_2 a block.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """TNT: the covariance of a weight's gradient read as a tensor-normal distribution, one factor for each mode.
 
-Source: Ren, Goldfarb, "Tensor Normal Training for Deep Learning Models", NeurIPS 2021, arXiv 2106.02925, and the
-authors' public code.
+Source: Ren, Goldfarb, "Tensor Normal Training for Deep Learning Models", NeurIPS 2021, arXiv 2106.02925,
+and the authors' public code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minifisher.curvature import Plan
-from minifisher.methods.factors import NO_CURVATURE, ModeFactors, choose_reading, damped_power, working_dtype
+from minifisher.methods.factors import (
+    NO_CURVATURE,
+    ModeFactors,
+    choose_reading,
+    choose_schedule,
+    damped_power,
+    working_dtype,
+)
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
@@ -18,18 +25,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from minifisher.arguments import Params
     from minifisher.curvature import State
-    from minifisher.optimizer import Params
     from minifisher.statistics.layers import Layer
 
 
 @dataclass(frozen=True)
 class TensorNormal(ModeFactors):
-    """The covariance Omega_1 (x) ... (x) Omega_K of a tensor-normal gradient; direction M x_i (Omega_i + lambda I)^-1.
+    """The covariance Omega_1 (x) ... (x) Omega_K of a tensor-normal gradient; M x_i (Omega_i + lambda I)^-1.
 
-    E[mat_i(D) mat_i(D)^T] = Omega_i prod_(j != i) tr(Omega_j) leaves the scale of each factor open; it is set so that
-    all have the same mean eigenvalue c = (T / n)^(1/K), where T = tr(H_i), equal for all modes, and n = prod n_j:
-    Omega_i = H_i / (c^(K-1) prod_(j != i) n_j).
+    E[mat_i(D) mat_i(D)^T] = Omega_i prod_(j != i) tr(Omega_j) leaves the scale of each factor open. All get
+    the same mean eigenvalue c = (T / n)^(1/K), where T = tr(H_i), equal for all modes, and n = prod n_j:
+    Omega_i = H_i / (c^(K-1) prod_(j != i) n_j). (Ren, Goldfarb, 2021, and the published code.)
     """
 
     power: float = 1.0
@@ -65,16 +72,17 @@ class TensorNormal(ModeFactors):
 class TNT(CurvatureOptimizer):
     """Tensor Normal Training: W <- W - lr M x_1 (Omega_1 + lambda I)^-1 ... x_K (Omega_K + lambda I)^-1.
 
-    Ren, Goldfarb 2021, arXiv 2106.02925. A weight is a tensor of K modes: (out, in) of a Linear, (out, in, k_1 k_2)
-    of a convolution. H_i is the running mean of mat_i(D) mat_i(D)^T, D the gradient of the mini-batch's *mean* loss
-    for labels drawn from the model (`fisher="sampled"`: call `observe`), as in the published code; its scale is
-    F / N. `per_sample=True` averages over the gradients of single samples instead. Omega_i is H_i scaled so that all
-    modes have the mean eigenvalue c. Layers that cannot be read sample by sample are measured by their mini-batch
-    gradient; `describe()` says which, and which dimensions were cut into blocks (`max_dim`, by default 256).
+    Ren, Goldfarb 2021, arXiv 2106.02925. A weight is a tensor of K modes: (out, in) of a Linear, (out, in,
+    k_1 k_2) of a convolution. H_i is the running mean of mat_i(D) mat_i(D)^T, D the gradient of the
+    mini-batch's *mean* loss for labels drawn from the model (`fisher="sampled"`: call `observe`), as in the
+    published code; its scale is F / N. `per_sample=True` averages over the gradients of single samples
+    instead. Omega_i is H_i scaled so that all modes have the mean eigenvalue c. Layers that cannot be read
+    sample by sample are measured by their mini-batch gradient; `describe()` says which, and which
+    dimensions were cut into blocks (`max_dim`, by default 256).
 
-    `damping` is lambda, the same for every mode, or with `relative_damping` the fraction of c that lambda is. `lr` is
-    in step lengths of `graft`. For [out, in] with blocks of w: a step costs O(out in w), the statistics the same, an
-    inverse O(out in w), memory 2 (w_1^2 + w_2^2) a block of w_1 w_2 weights.
+    `damping` is lambda, the same for every mode, or with `relative_damping` the fraction of c that lambda
+    is. `lr` is in step lengths of `graft`. For [out, in] with blocks of w: a step costs O(out in w), the
+    statistics the same, an inverse O(out in w), memory 2 (w_1^2 + w_2^2) a block of w_1 w_2 weights.
     """
 
     def __init__(
@@ -102,28 +110,28 @@ class TNT(CurvatureOptimizer):
         shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
-        options = dict(
-            lr=lr,
-            momentum=momentum,
-            curvature_decay=curvature_decay,
-            damping=damping,
-            relative_damping=relative_damping,
-            power=power,
-            graft=graft,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            fisher=fisher,
-            per_sample=per_sample,
-            max_dim=max_dim,
-            merge_dims=merge_dims,
-            statistics_every=statistics_every,
-            inverse_every=inverse_every,
-            fold_bias=fold_bias,
-            curvature_dtype=curvature_dtype,
-            maximize=maximize,
-            shard_curvature=shard_curvature,
-            statistics_memory=statistics_memory,
-        )
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "curvature_decay": curvature_decay,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "power": power,
+            "graft": graft,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "fisher": fisher,
+            "per_sample": per_sample,
+            "max_dim": max_dim,
+            "merge_dims": merge_dims,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "fold_bias": fold_bias,
+            "curvature_dtype": curvature_dtype,
+            "maximize": maximize,
+            "shard_curvature": shard_curvature,
+            "statistics_memory": statistics_memory,
+        }
         super().__init__(params, options)
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
@@ -139,7 +147,5 @@ class TNT(CurvatureOptimizer):
             per_sample=options["per_sample"],
             power=options["power"],
         )
-        statistics_every = options["statistics_every"] or 4
-        inverse_every = options["inverse_every"] or 20
-        blocks, width = reading.blocks, max(reading.widths)
-        return Plan(curvature, structure, reason, blocks, width, statistics_every, inverse_every)
+        schedule = choose_schedule(reading, from_gradient, options)
+        return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)

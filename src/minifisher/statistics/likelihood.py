@@ -19,7 +19,8 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None =
     "categorical": logits [..., classes]; "bernoulli": independent entries, a logit each; "gaussian": entries
     y ~ Normal(z, 1), half squared error. (Martens and Grosse, 2015, Section 5.)
     """
-    return _LOSSES[likelihood](_checked(outputs, likelihood), generator)
+    wide = _checked(outputs, likelihood)
+    return _LOSSES[likelihood](wide, generator)
 
 
 def fisher_losses(outputs: Tensor, likelihood: str) -> tuple[Tensor, ...]:
@@ -30,11 +31,10 @@ def fisher_losses(outputs: Tensor, likelihood: str) -> tuple[Tensor, ...]:
     Fisher matrix. Likelihoods as in `sampled_loss`, samples in the first dimension.
     """
     wide = _checked(outputs, likelihood)
-    columns = _ROOTS[likelihood](
-        wide.unsqueeze(0) if wide.dim() < 2 and likelihood == "categorical" else wide
-    )
-    entries = columns.reshape(columns.shape[0], -1)
-    return tuple((entries.sum(0) * entries.shape[1] ** 0.5).unbind())
+    if likelihood == "categorical" and wide.dim() == 1:
+        wide = wide.unsqueeze(0)
+    roots = _ROOTS[likelihood](wide).flatten(1) if wide.dim() > 1 else _ROOTS[likelihood](wide).unsqueeze(1)
+    return tuple((roots.sum(0) * roots.shape[1] ** 0.5).unbind())
 
 
 def _checked(outputs: Tensor, likelihood: str) -> Tensor:
