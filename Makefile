@@ -17,9 +17,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/oracles.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fast,lab,test]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracles.txt
 	touch $@
 
 clean:

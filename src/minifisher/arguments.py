@@ -14,15 +14,27 @@ Params = nn.Module | Iterable[Any]
 """What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "fisher": ("gradient", "empirical", "sampled"),
+    "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
+    "weight_sharing": ("expand", "reduce"),
+    "adaptive_damping": (False, True),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
-_BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory")
+_BELOW_ONE = ("momentum", "curvature_decay", "mu1")
+_COUNTS = (
+    "block_size",
+    "inverse_every",
+    "max_dim",
+    "merge_dims",
+    "pairs",
+    "statistics_every",
+    "statistics_memory",
+)
+_SHARED = ("statistics_memory", "kl_clip")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
@@ -63,6 +75,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         lambda value: _is_number(value) and 0 < value < math.inf,
         "> 0: 1 for the inverse, 0.5 for the inverse root",
     )
+    _require(
+        "kl_clip", options, lambda value: value is None or 0 < value < math.inf, "finite and > 0, or None"
+    )
+    _require(
+        "exponent",
+        options,
+        lambda value: value is None or 0 < value < math.inf,
+        "> 0, or None: 1 / (2K) for the published root of each of K modes",
+    )
     for name, choices in _CHOICES.items():
         _require(
             name,
@@ -79,6 +100,16 @@ def _is_number(value: Any) -> bool:
 def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> None:
     if name in options and not holds(options[name]):
         raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError where a parameter group wants for itself what all groups share."""
+    for name in _SHARED:
+        if name in group and group[name] != defaults[name]:
+            raise ValueError(
+                f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
+                f"{group[name]!r}: pass it to the optimizer"
+            )
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:

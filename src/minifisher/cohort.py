@@ -7,7 +7,7 @@ optimizer keeps of a parameter is a slice of the stack.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from minifisher.statistics.records import BatchGradient
 if TYPE_CHECKING:
     from minifisher.curvature import Plan, State
     from minifisher.statistics.layers import Layer
-    from minifisher.statistics.records import LayerSamples
+    from minifisher.statistics.records import LayerSamples, Secant
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
@@ -95,6 +95,8 @@ class Cohort:
     def observe(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples], decay: float) -> None:
         """Average in what the backward pass told; nothing where it told nothing of these layers."""
         curvature = self.plan.curvature
+        if curvature.needs is None:
+            return
         if curvature.needs is BatchGradient:
             curvature.observe(self.state, BatchGradient(gradient), decay)
         elif any(layer not in samples for layer in self.layers):
@@ -103,6 +105,13 @@ class Cohort:
             for index, layer in enumerate(self.layers):
                 curvature.observe(self._of_layer(index), samples[layer], decay)
         self.observations += 1
+
+    def observe_secants(self, secants: Mapping[Layer, Secant]) -> None:
+        """Average in how the layers' means moved with the step that was just taken."""
+        curvature = self.plan.curvature
+        for index, layer in enumerate(self.layers):
+            if layer in secants:
+                curvature.observe(self._of_layer(index), secants[layer], self.options["curvature_decay"])
 
     def _of_layer(self, index: int) -> State:
         if len(self.layers) == 1:
@@ -121,42 +130,44 @@ class Cohort:
 
     # ---- direction, graft, update ----
 
-    def update(self, gradient: Tensor) -> int:
-        """Momentum, direction, graft and decay into the weights; returns how many layers fell back.
+    def move(self, gradient: Tensor) -> Move:
+        """M <- mu M + D, and the step that follows from it; the weights stay as they are.
 
-        M <- mu M + D; W <- (1 - lr weight_decay) W - lr length(first-order step) P M / |P M|. A layer without
-        curvature yet, or whose direction is not finite, takes the first-order step itself.
+        The direction is P M, with the length of the graft's first-order step. A layer without curvature yet,
+        or whose direction is not finite, takes the first-order step itself.
         """
         self.step += 1
-        decay, rate = self.options["weight_decay"], float(self.options["lr"])
-        if decay and not self.options["decoupled_weight_decay"]:
-            gradient = gradient + decay * self.gather(self.parameters)
-        direction, length, fallen = self._direction(gradient)
-        if decay and self.options["decoupled_weight_decay"]:
-            torch._foreach_mul_(self.parameters, 1 - rate * decay)
-        if len(self.layers) > 1:
-            direction, length = direction.mul_(length), length.new_ones(())
-        for parameter, part in zip(self.parameters, self.scatter(direction), strict=True):
-            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
-        return fallen
-
-    def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The direction, the factors [layers, 1, ...] to the graft's length, how many layers fell back."""
+        of_loss = gradient
+        if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
+            gradient = gradient + self.options["weight_decay"] * self.gather(self.parameters)
         graft = GRAFTS[self.options["graft"]]
         momentum = self._momentum(gradient)
         graft.observe(self.state, gradient)
         step = graft.step(self.state, momentum, self.step, self.options["momentum"])
         if not self.observations:
-            return step.clone(), torch.ones((), dtype=step.dtype, device=step.device), 0
+            length = torch.ones((), dtype=step.dtype, device=step.device)
+            return Move(self, of_loss, momentum, step.clone(), length)
         direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
         norm = self._norm(direction)
         length = self._norm(step) / norm if graft.rescales else torch.ones_like(norm)
         usable = torch.isfinite(norm) & torch.isfinite(length)
         if usable.all():
-            return direction, length, 0
+            return Move(self, of_loss, momentum, direction, length)
         # Where the first-order step is zero as well, neither moves, and nothing was lost.
-        fallen = ~usable & (self._norm(step) != 0)
-        return torch.where(usable, direction, step), length.masked_fill(~usable, 1), int(fallen.sum())
+        fallen = int((~usable & (self._norm(step) != 0)).sum())
+        direction, length = torch.where(usable, direction, step), length.masked_fill(~usable, 1)
+        return Move(self, of_loss, momentum, direction, length, fallen)
+
+    def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
+        """W <- (1 - lr weight_decay) W - lr scale length direction."""
+        decay, rate = self.options["weight_decay"], float(self.options["lr"])
+        if decay and self.options["decoupled_weight_decay"]:
+            torch._foreach_mul_(self.parameters, 1 - rate * decay)
+        direction, length = move.direction, move.length * scale
+        if len(self.layers) > 1:
+            direction, length = direction.mul_(length), length.new_ones(())
+        for parameter, part in zip(self.parameters, self.scatter(direction), strict=True):
+            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def _momentum(self, gradient: Tensor) -> Tensor:
         if not self.options["momentum"]:
@@ -167,6 +178,36 @@ class Cohort:
         each_layer = tuple(range(1, stack.ndim)) if len(self.layers) > 1 else None
         norm: Tensor = torch.linalg.vector_norm(stack, dim=each_layer, keepdim=len(self.layers) > 1)
         return norm
+
+
+@dataclass(eq=False)
+class Move:
+    """The step that a cohort is about to take: W <- W - lr length direction."""
+
+    cohort: Cohort
+    gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
+    momentum: Tensor  # M, likewise
+    direction: Tensor  # likewise
+    length: Tensor  # [] or [layers, 1, ...]
+    fallen: int = 0  # layers that took the first-order step because their direction was not finite
+
+    def divergence(self) -> Tensor:
+        """lr^2 step^T P^-1 step: of a Fisher matrix, twice the step's Kullback-Leibler divergence."""
+        if not self.cohort.observations:
+            return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
+        rate = float(self.cohort.options["lr"])
+        return rate**2 * (self.length**2 * self.direction * self.momentum).sum()
+
+
+def clipped(moves: Sequence[Move], bound: float) -> Iterator[tuple[Move, Tensor | float]]:
+    """Every move with its scale: min(1, sqrt(bound / sum of divergences)) for those that have a curvature.
+
+    Ba, Grosse, Martens, "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
+    ICLR 2017.
+    """
+    divergence = torch.stack([move.divergence().float() for move in moves]).sum()
+    scale = (bound / divergence).sqrt().clamp(max=1)
+    return ((move, scale if move.cohort.observations else 1.0) for move in moves)
 
 
 def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:

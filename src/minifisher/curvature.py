@@ -23,8 +23,8 @@ class Curvature(ABC):
     Tensors may carry leading dimensions `...`: the engine stacks equal layers and calls each verb once.
     """
 
-    needs: type[Statistics]
-    """The record that `observe` reads: BatchGradient, LayerSamples or Secant."""
+    needs: type[Statistics] | None
+    """The record that `observe` reads: BatchGradient, LayerSamples or Secant; None where it reads none."""
 
     @abstractmethod
     def init(self, layer: Layer) -> State:
@@ -40,6 +40,27 @@ class Curvature(ABC):
     @abstractmethod
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """The damped inverse curvature times `direction`, [..., *layer.shape]: linear, of the same shape."""
+
+
+@dataclass(frozen=True)
+class FirstOrder(Curvature):
+    """No curvature: the layer takes the graft's first-order step, or the momentum M where there is no graft.
+
+    That is what the engine does with a layer of which it has observed nothing.
+    """
+
+    needs = None
+
+    def init(self, layer: Layer) -> State:
+        """Nothing."""
+        return {}
+
+    def observe(self, state: State, statistics: Statistics, decay: float) -> None:
+        """Nothing."""
+
+    def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
+        """The direction."""
+        return direction
 
 
 @dataclass(frozen=True)

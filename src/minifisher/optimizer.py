@@ -12,16 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
-from minifisher.cohort import SATURATED, Cohort, form_cohorts, initial_state
+from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
+from minifisher.arguments import (
+    Params,
+    as_groups,
+    check_gradient,
+    check_group,
+    check_options,
+    check_parameter,
+)
+from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
+from minifisher.second_pass import SecondPass
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
-from minifisher.statistics.likelihood import sampled_loss
-from minifisher.statistics.records import BatchGradient, LayerSamples
+from minifisher.statistics.likelihood import LABELLED
+from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 
 Samples = dict[Layer, LayerSamples]
+
+_NO_CLOSURE = (
+    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
+    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
+    "loss.backward() and returns the loss"
+)
 
 
 class CurvatureOptimizer(Optimizer):
@@ -34,6 +49,8 @@ class CurvatureOptimizer(Optimizer):
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of layer whose bias `fold_bias` reads as one more input."""
+    estimators: ClassVar[tuple[str, ...]] = ("gradient", "empirical", "sampled", "exact")
+    """What `fisher` may be."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
@@ -43,9 +60,10 @@ class CurvatureOptimizer(Optimizer):
         self._active: list[Layer] = []
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
+        self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
         self._fallbacks = 0
         check_options(defaults)
-        super().__init__(as_groups(params), defaults)
+        super().__init__(as_groups(params), {"adaptive_damping": False, **defaults})
         self._arm()
 
     @abstractmethod
@@ -58,10 +76,17 @@ class CurvatureOptimizer(Optimizer):
         """Add a group; its "params" may be a module, and any option may differ from the defaults."""
         options = {**self.defaults, **param_group}
         check_options(options)
+        check_group(param_group, self.defaults)
+        if options["fisher"] not in self.estimators:
+            raise ValueError(
+                f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
+                f"got {options['fisher']!r}"
+            )
         source = param_group["params"]
         if isinstance(source, nn.Module):
             layers = layers_of(source, self.folds if options["fold_bias"] else ())
             param_group = {**param_group, "params": list(source.parameters())}
+            self._modules.append(source)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):
@@ -84,10 +109,11 @@ class CurvatureOptimizer(Optimizer):
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
         if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
+            way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
             raise ValueError(
                 f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
                 f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
-                'nn.Module that holds them, or use fisher="gradient"'
+                f"nn.Module that holds them{way_out}"
             )
         for layer in layers:
             self._layers[layer] = group
@@ -98,38 +124,89 @@ class CurvatureOptimizer(Optimizer):
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
         for layer, group in self._layers.items():
-            if self._plans[layer].curvature.needs is not BatchGradient:
+            if self._plans[layer].curvature.needs not in (None, BatchGradient):
                 sources[group["fisher"]].append(layer)
         memory = self.defaults["statistics_memory"]
         for capture in self._captures.values():
             capture.disarm()
-        return {source: Capture(layers, memory, source == "sampled") for source, layers in sources.items()}
+        return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
 
     # ---- the step ----
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss.
+
+        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
+        second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
+        """
+        passes = self._passes_of(closure)
+        loss = passes.first() if passes is not None else None
+        adapting = passes is not None and self._adaptation_due()
         with torch.no_grad():
-            self._advance(self._collect())
+            prediction = self._advance(self._collect(), adapting)
+        if passes is not None and prediction is not None and (passes.layers or adapting):
+            self._look_again(passes, loss, prediction)
         self._arm()
         return loss
 
-    def _advance(self, samples: Samples) -> None:
+    def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
+        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
         active = self._with_gradients()
         if not _all_finite(active, samples):
             self._skip()
-            return
-        for cohort in self._cohorts_of(active):
-            gradient = cohort.gradient()
-            if cohort.statistics_due:
-                cohort.observe(gradient, samples, cohort.corrected_decay())
-            cohort.refresh()
-            self._report_fallen(cohort.update(gradient))
-            self._keep_counts(cohort)
+            return None
+        bound = self.defaults.get("kl_clip")
+        moves = (self._move(cohort, samples) for cohort in self._cohorts_of(active))
+        prediction: Tensor | float = 0.0
+        for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
+            if predicting:
+                prediction = prediction + predicted_change(move, scale)
+            move.cohort.apply(move, scale)
+            self._report_fallen(move.fallen)
+            self._keep_counts(move.cohort)
+        return prediction
+
+    @staticmethod
+    def _move(cohort: Cohort, samples: Samples) -> Move:
+        gradient = cohort.gradient()
+        if cohort.statistics_due:
+            cohort.observe(gradient, samples, cohort.corrected_decay())
+        cohort.refresh()
+        return cohort.move(gradient)
+
+    # ---- the second pass ----
+
+    def _passes_of(self, closure: Callable[[], Any] | None) -> SecondPass | None:
+        secants = [layer for layer in self._layers if self._plans[layer].curvature.needs is Secant]
+        if closure is None:
+            # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
+            if (secants or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
+                raise TypeError(_NO_CLOSURE.format(type(self).__name__))
+            return None
+        due = [layer for layer in secants if self._statistics_due(layer)]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return SecondPass(closure, parameters, self._modules, due)
+
+    def _adaptive_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["adaptive_damping"]]
+
+    def _adaptation_due(self) -> bool:
+        taken = max((self._entry(layer).get("step", 0) for layer in self._layers), default=0)
+        return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
+
+    def _look_again(self, passes: SecondPass, loss: Any, prediction: Tensor | float) -> None:
+        for capture in self._captures.values():
+            capture.disarm()
+        loss_after = passes.second()
+        with torch.no_grad():
+            secants = passes.secants()
+            for cohort in self._cohorts:
+                cohort.observe_secants(secants)
+        if isinstance(prediction, Tensor):
+            groups = self._adaptive_groups()
+            factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
+            for group in groups:
+                group["damping"] = within_bounds(group["damping"] * factor)
 
     def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
         """Draw labels from the model's own prediction and run the extra backward pass, when one is due.
@@ -137,10 +214,10 @@ class CurvatureOptimizer(Optimizer):
         Call it between the forward pass and `loss.backward()`; every `.grad` stays untouched. The outputs are
         logits with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        capture = self._captures.get("sampled")
-        if capture is not None and capture.armed:
-            with torch.enable_grad():
-                capture.sample(sampled_loss(outputs, likelihood))
+        for source, capture in self._captures.items():
+            if source in LABELLED and capture.armed:
+                with torch.enable_grad():
+                    capture.sample(*LABELLED[source](outputs, likelihood))
 
     @torch.no_grad()
     def warm_start(
@@ -189,10 +266,10 @@ class CurvatureOptimizer(Optimizer):
         collected: Samples = {}
         for source, capture in self._captures.items():
             seen, samples = capture.seen, capture.collect()
-            if source == "sampled" and seen and not samples:
+            if source in LABELLED and seen and not samples:
                 raise RuntimeError(
-                    'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) '
-                    "between the forward pass and loss.backward()"
+                    f'fisher="{source}" has seen a forward pass but no labels: call optimizer.observe('
+                    "outputs) between the forward pass and loss.backward()"
                 )
             collected.update(samples)
         return collected
@@ -255,11 +332,8 @@ class CurvatureOptimizer(Optimizer):
         return Description(type(self).__name__, tuple(rows))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Counts of what went wrong, and for every weight the steps and observations so far."""
-        weights = {
-            layer.name: {name: self._entry(layer).get(name, 0) for name in ("step", "observations")}
-            for layer in self._layers
-        }
+        """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
+        weights = {layer.name: _counts(self._entry(layer)) for layer in self._layers}
         return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
 
     # ---- checkpoints ----
@@ -276,6 +350,15 @@ class CurvatureOptimizer(Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
         self._active = []
         self._arm()
+
+
+def _counts(entry: dict[str, Any]) -> dict[str, int]:
+    """Steps, observations, and every whole number that the curvature keeps."""
+    counts = {"step": 0, "observations": 0}
+    for name, value in entry.items():
+        if name in counts or (isinstance(value, Tensor) and value.dtype == torch.int64):
+            counts[name] = int(value)
+    return counts
 
 
 def _all_finite(layers: list[Layer], samples: Samples) -> bool:

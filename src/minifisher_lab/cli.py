@@ -36,6 +36,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Bring the datasets to this machine.")
 app.add_typer(data_app, name="data")
 console = Console()
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 ProblemNames = Annotated[
     list[str], typer.Argument(metavar="PROBLEM...", help="One or more of `minifisher problems`.")
@@ -80,6 +81,15 @@ def _splits(problem: Problem, device: str | None) -> Splits:
         raise typer.Exit(1) from error
 
 
+def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
+    """Build every optimizer once, so that a wrong argument is answered before the first run."""
+    for choice, rate in candidates:
+        try:
+            choice.build(problem.build(seed=0), lr=rate)
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(f"{choice.name} on {problem.name}: {error}") from error
+
+
 def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Budget:
     return _valid(lambda: Budget(seconds, epochs if seconds or epochs else problem.epochs))
 
@@ -107,13 +117,11 @@ def list_optimizers() -> None:
     """List the optimizers with their default learning rate and the rates that --tune tries."""
     table = Table("optimizer", "what it is", "lr", "--tune tries", box=None, header_style="bold")
     for choice in optimizers().values():
-        table.add_row(choice.name, choice.description, f"{choice.rate:g}", _listed(choice.grid))
+        table.add_row(
+            choice.name, choice.description, f"{choice.rate:g}", f"{choice.grid[0]:g} to {choice.grid[-1]:g}"
+        )
     console.print(table)
     console.print("\nArguments of a method follow its name: mbf:power=0.5:graft=None", highlight=False)
-
-
-def _listed(rates: Iterable[float]) -> str:
-    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 @app.command("train")
@@ -130,8 +138,9 @@ def train_command(
 ) -> None:
     """Train one problem with one optimizer."""
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
-    candidate = Candidate(choice, lr or choice.rate)
+    candidate = Candidate(choice, choice.rate if lr is None else lr)
     plan = Plan(task, (candidate,), (seed,), _budget(task, seconds, epochs), points)
+    _check(task, (candidate,))
     splits = _splits(task, device)
     _describe(task, splits, candidate)
     run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-train"), console)
@@ -141,7 +150,7 @@ def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
     """Print what structure a method of minifisher gives each weight."""
     optimizer = Trainer(problem, splits, candidate.choice, candidate.rate, seed=0).optimizer
     if hasattr(optimizer, "describe"):
-        console.print(str(optimizer.describe()), highlight=False, markup=False)
+        console.print(str(optimizer.describe()), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("compare")
@@ -160,10 +169,14 @@ def compare_command(
     """Compare optimizers in equal seconds or equal epochs: table, plots, JSON."""
     tasks = [_problem(name) for name in problems]
     entrants = _valid(lambda: candidates(optimizer_names, tune, lr or ()))
+    for task in tasks:
+        _check(task, entrants)
     loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
     for task, splits in zip(tasks, loaded, strict=True):
         plan = Plan(task, entrants, tuple(range(seeds)), _budget(task, seconds, epochs), points)
-        run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
+        runs = run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
+        if not plan.completed(runs):
+            raise typer.Exit(INTERRUPTED)
 
 
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
@@ -232,7 +245,7 @@ def get_data(name: DataName) -> None:
 
 @app.command("demo")
 def demo_command(
-    seconds: Annotated[float, typer.Option(help="Training seconds a run; there are twelve runs.")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Training seconds a run; there are twelve runs.")] = 4.5,
     folder: Folder = Path("runs"),
 ) -> None:
     """MBF with its defaults against AdamW at the best of three learning rates, on scikit-learn's digits."""

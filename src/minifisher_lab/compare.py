@@ -9,7 +9,7 @@ from minifisher_lab.runs import Run
 from minifisher_lab.train import Trainer, train, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from minifisher_lab.batches import Splits
     from minifisher_lab.optimizers import Choice
@@ -57,6 +57,10 @@ class Plan:
             turn = index % len(self.candidates)
             for candidate in self.candidates[turn:] + self.candidates[:turn]:
                 yield seed, candidate
+
+    def completed(self, runs: Sequence[Run]) -> bool:
+        """Whether all runs of the plan came to their own end: no Ctrl-C."""
+        return len(runs) == len(self.seeds) * len(self.candidates) and runs[-1].status != "interrupted"
 
 
 def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> list[Run]:

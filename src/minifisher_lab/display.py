@@ -84,14 +84,14 @@ class RunBars(PairOfBars):
 
     def ended(self, run: Run) -> None:
         """Leave one line behind."""
-        parts = [f"{MARKS[run.status]} {run.optimizer:<14} lr {run.rate:<7g} seed {run.seed}"]
-        parts.append(f"best loss {run.best_loss:.5g}")
+        parts = [f"{MARKS[run.status]} {run.optimizer:<13} lr {run.rate:<6g} seed {run.seed}"]
+        parts.append(f"loss {run.best_loss:<7.5g}")
         if run.test_accuracy is not None:
             parts.append(f"accuracy {run.test_accuracy:.2f} %")
-        parts.append(f"{run.steps:,} steps in {run.seconds:.1f} s")
+        parts.append(f"{run.steps:,} steps, {run.seconds:.1f} s")
         if run.status != "finished":
             parts.append(run.status)
-        self.finish("   ".join(parts))
+        self.finish("  ".join(parts))
 
 
 class TrialBars(PairOfBars):

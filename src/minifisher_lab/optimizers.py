@@ -97,7 +97,7 @@ ALIASES = {
 
 def _method(name: str, method: type[minifisher.CurvatureOptimizer]) -> Choice:
     rate = float(inspect.signature(method).parameters["lr"].default)
-    description = (inspect.getdoc(method) or name).splitlines()[0].rstrip(".")
+    description = (inspect.getdoc(method) or name).splitlines()[0].partition(":")[0].rstrip(".")
     return Choice(name, description, method, rate, grid_around(rate), {"damping": (1e-4, 1e1)})
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from sklearn.isotonic import isotonic_regression
 
 from minifisher_lab.summary import rows
 
@@ -80,7 +81,7 @@ def _figure(plan: Plan, ranking: Sequence[Row], axis: Axis, label: str, path: Pa
         colour = colours[row.optimizer]
         axes.fill_between(positions, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(positions, mean, color=colour, linewidth=2.2 if row is ranking[0] else 1.7)
-        ends.append((float(positions[-1]), float(mean[-1]), row.optimizer, colour))
+        ends.append((float(positions[-1]), float(mean[-1]), _label(row), colour))
     _frame(axes, [mean for _, mean, _, _ in bands.values()], max(end[0] for end in ends))
     _labels(axes, ends)
     axes.set_xlabel(label)
@@ -92,6 +93,10 @@ def _figure(plan: Plan, ranking: Sequence[Row], axis: Axis, label: str, path: Pa
     return path
 
 
+def _label(row: Row) -> str:
+    return f"{row.optimizer} (lr {row.rate:g})" if len(row.tried) > 1 else row.optimizer
+
+
 def _colours(ranking: Sequence[Row]) -> dict[str, str]:
     others = [row.optimizer for row in ranking if row.optimizer not in OWN_COLOURS]
     cycle = OTHER_COLOURS * (len(others) // len(OTHER_COLOURS) + 1)
@@ -101,25 +106,25 @@ def _colours(ranking: Sequence[Row]) -> dict[str, str]:
 def _frame(axes: Axes, means: Sequence[Floats], right: float) -> None:
     """A logarithmic loss axis that leaves out the first fall, where all lines are one."""
     bottom = min(float(mean.min()) for mean in means)
-    top = float(np.median([mean[max(1, len(mean) // 25)] for mean in means]))
+    top = float(np.median([mean[len(mean) // 12] for mean in means]))
     axes.set_yscale("log")
     axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
     axes.set_xlim(0, right)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    wide = top > 10 * bottom
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
 
 
 def _labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.052) -> None:
     """Name every line at its end, at least `gap` of the height apart, with a thin lead to the end."""
     low, high = np.log(axes.get_ylim())
     heights = [(np.log(end[1]) - low) / (high - low) for end in ends]
-    for index, height in spaced(heights, gap).items():
-        x, y, text, colour = ends[index]
+    for (x, y, text, colour), height in zip(ends, spaced(heights, gap), strict=True):
         axes.annotate(
             text,
             xy=(x, min(y, float(np.exp(high)))),
@@ -136,14 +141,19 @@ def _labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: floa
                 "linestyle": ":",
                 "shrinkA": 1,
                 "shrinkB": 0,
+                "relpos": (0, 0.5),
             },
         )
 
 
-def spaced(heights: Sequence[float], gap: float) -> dict[int, float]:
-    """The same heights, within 0 and 1, moved up as little as keeps them `gap` apart from the bottom up."""
-    placed: dict[int, float] = {}
-    floor = -gap
-    for index in sorted(range(len(heights)), key=lambda index: heights[index]):
-        floor = placed[index] = max(min(heights[index], 1.0), floor + gap)
+def spaced(heights: Sequence[float], gap: float) -> Floats:
+    """The heights, moved as little as keeps them within 0 and 1, in order and `gap` apart.
+
+    Least squares under order: with i the rank, h_i - i gap must not fall, which is isotonic regression.
+    """
+    order = np.argsort(heights)
+    steps = gap * np.arange(len(heights))
+    placed: Floats = np.empty(len(heights))
+    fitted = isotonic_regression(np.asarray(heights)[order] - steps, y_min=0.0, y_max=1.0 - steps[-1])
+    placed[order] = fitted + steps
     return placed

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from minifisher_lab.runs import Run
     from minifisher_lab.summary import Row
 
-CAPTION = (
+MEANING = (
     "Best loss: lowest training loss on a fixed slice of up to 2,000 training samples, mean ± standard "
-    "deviation over seeds. Seconds count training alone, without evaluation and three warm-up steps."
+    "deviation over seeds. Seconds count training alone, without evaluation and three warm-up steps; "
+    "{threads} of torch's."
 )
 
 
@@ -42,36 +43,47 @@ def number(value: float, form: str = ".1f") -> str:
 
 
 def table(plan: Plan, runs: Sequence[Run]) -> Table:
-    """One line an optimizer, the best loss first, and under it what the figures alone would hide."""
+    """One line an optimizer, the best loss first."""
     ranking = rows(runs)
     reference = reference_row(ranking)
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
-    notes = [f"{row.optimizer}: {remark}" for row in ranking if (remark := note(row))]
     result = Table(
         title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
-        caption="\n".join((*notes, CAPTION)),
         box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
         title_style="bold",
         title_justify="left",
-        caption_justify="left",
     )
     result.add_column("optimizer", no_wrap=True)
     for name in _columns(plan, reference):
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     for row in ranking:
         cells = _cells(row, reference, plan.problem.classifies)
         result.add_row(*cells, style="bold" if row is ranking[0] else "")
     return result
 
 
+def footnotes(runs: Sequence[Run]) -> str:
+    """What belongs under the table: remarks on single optimizers, and what the figures mean."""
+    remarks = [f"{row.optimizer}: {remark}." for row in rows(runs) if (remark := note(row))]
+    return "\n".join((*remarks, MEANING.format(threads=_threads())))
+
+
+def _threads() -> str:
+    threads = torch.get_num_threads()
+    return f"{threads} threads" if threads > 1 else "1 thread"
+
+
 def _columns(plan: Plan, reference: Row | None) -> Iterable[str]:
     yield from ("lr", "best loss")
     if plan.problem.classifies:
-        yield "accuracy %"
-    yield "seconds"
+        yield "accuracy\n%"
+    yield "train\ns"
     if reference:
-        yield f"to {REFERENCE}'s\nbest, s"
-    yield from ("ms a\nstep", "state\nB/param")
+        yield f"s to\n{REFERENCE}'s\nbest"
+    yield from ("ms a\nstep", "state\nB per\nparam")
 
 
 def _cells(row: Row, reference: Row | None, classifies: bool) -> Iterable[str]:
@@ -79,7 +91,7 @@ def _cells(row: Row, reference: Row | None, classifies: bool) -> Iterable[str]:
     yield f"{row.rate:g}"
     yield spread(row.best_loss)
     if classifies:
-        yield spread(row.accuracy)
+        yield spread(row.accuracy, digits=3)
     yield number(row.seconds)
     if reference:
         yield _seconds_to(row, reference)

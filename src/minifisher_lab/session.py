@@ -26,5 +26,6 @@ def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) ->
     written = [folder.write("results.json", report.as_json(plan, runs)), *plots.plot(plan, runs, folder.path)]
     console.print()
     console.print(report.table(plan, runs))
+    console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
     console.print(f"{folder.path}/ holds {', '.join(path.name for path in written)} and one .jsonl a run.")
     return runs

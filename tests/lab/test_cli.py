@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import signal
+import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +76,22 @@ def test_compare_takes_problems_rates_and_seeds(tmp_path: Path) -> None:
     assert "adamw: lr" in output
 
 
+def test_ctrl_c_ends_the_whole_command_with_the_table_so_far(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "minifisher_lab", "compare", "autoencoder-digits", "cnn-digits"]
+    command += ["--optimizers", "sgd", "--seconds", "30", "--folder", str(tmp_path)]
+    # A shell's background job ignores Ctrl-C, and so would its children.
+    wait = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=wait) as process:
+        while not list(tmp_path.glob("*/*.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "sgd: 1 of 1 interrupted" in output
+    assert (_only_folder(tmp_path) / "results.json").exists()
+
+
 def test_tune_flag_gives_every_optimizer_its_grid() -> None:
     candidates = cli.candidates("adamw,sgd", True, ("sgd=0.5",))
     assert [c.rate for c in candidates if c.choice.name == "adamw"] == list(choose("adamw").grid)
@@ -111,6 +131,8 @@ def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
             ("compare", "cnn-digits", "--optimizers", "adamw", "--seconds", "1", "--epochs", "1"),
             "either seconds",
         ),
+        (("train", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
+        (("train", "cnn-digits", "--optimizer", "sgd", "--lr", "-1"), "Invalid learning rate"),
         (("data", "get", "minst"), "did you mean mnist"),
     ],
 )

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from minifisher.statistics.capture import Capture
-from minifisher.statistics.layers import layers_of
+from minifisher.statistics.layers import EVERY_KIND, layers_of
 from tests.helpers import NETS, Problem, Twice, joined, per_sample_gradients, problem
 
 LARGE = 1 << 30
@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 def captured(case, fold_bias=False, memory=LARGE):
     """Layer -> LayerSamples of one training step's backward pass."""
-    capture = Capture(layers_of(case.module, fold_bias), memory)
+    capture = Capture(layers_of(case.module, EVERY_KIND if fold_bias else ()), memory)
     capture.arm()
     case.mean_loss().backward()
     capture.disarm()
@@ -43,7 +43,9 @@ def together(samples):
 def test_per_sample_gradients_are_those_of_one_backward_pass_a_sample(name, fold_bias):
     case = problem(name)
     expected = oracle(case)
-    readable = [layer for layer in layers_of(case.module, fold_bias) if layer.reads_samples]
+    readable = [
+        layer for layer in layers_of(case.module, EVERY_KIND if fold_bias else ()) if layer.reads_samples
+    ]
     found = {layer.weight: (layer, samples) for layer, samples in captured(case, fold_bias).items()}
     assert set(found) == {layer.weight for layer in readable}
     for layer, samples in found.values():
@@ -89,7 +91,7 @@ def test_backpack_agrees():
 @pytest.mark.parametrize("name", ["linear", "conv2d groups", "twice", "tied", "convolution on two sizes"])
 def test_micro_batches_are_one_large_batch(name):
     case = problem(name, count=6)
-    capture = Capture(layers_of(case.module, fold_bias=True), LARGE)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     capture.arm()
     for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
         (case.loss(case.module(case.inputs[part]), case.targets[part]) / 3).backward()
@@ -102,7 +104,7 @@ def test_micro_batches_are_one_large_batch(name):
 def test_calls_with_unlike_counts_are_different_samples():
     torch.manual_seed(0)
     module = nn.Linear(3, 2).double()
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     few, many = torch.randn(2, 3).double(), torch.randn(3, 3).double()
     (torch.cat((module(few), module(many))).pow(2).sum() / 5).backward()
@@ -115,7 +117,7 @@ def test_calls_with_unlike_counts_are_different_samples():
 @pytest.mark.parametrize(("module", "shape"), [(nn.Linear(3, 2), (3,)), (nn.Conv2d(2, 3, 2), (2, 4, 3))])
 def test_an_input_without_a_sample_dimension_is_one_sample(module, shape):
     module, inputs = copy.deepcopy(module).double(), torch.randn(shape).double()
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     module(inputs).pow(2).sum().backward()
     (samples,) = capture.collect().values()
@@ -125,7 +127,7 @@ def test_an_input_without_a_sample_dimension_is_one_sample(module, shape):
 
 def test_a_call_without_a_gradient_is_dropped_and_does_not_merge_what_follows():
     case = problem("linear", count=4)
-    capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
     case.module(case.inputs)  # never differentiated
     for part in (slice(0, 2), slice(2, 4)):
@@ -137,7 +139,7 @@ def test_a_call_without_a_gradient_is_dropped_and_does_not_merge_what_follows():
 
 def test_a_layer_that_was_not_used_is_absent():
     module = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     module[0](torch.ones(3, 2)).sum().backward()
     assert [layer.name for layer in capture.collect()] == ["0.weight"]
@@ -151,7 +153,7 @@ def test_frozen_weights_are_not_kept():
 
 def test_an_empty_batch_is_nothing():
     module = nn.Linear(2, 2)
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     module(torch.ones(0, 2)).sum().backward()
     assert capture.collect() == {}
@@ -170,7 +172,7 @@ def test_padding_changed_after_construction_is_read_as_the_module_reads_it(mode)
 
 def test_two_losses_of_one_pass_add_up():
     case = problem("linear")
-    capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
     loss = case.mean_loss()
     (0.25 * loss).backward(retain_graph=True)
@@ -184,7 +186,7 @@ def test_two_losses_of_one_pass_add_up():
 def test_activation_checkpoints(reentrant):
     case = problem("linear")
     expected = oracle(case)
-    capture = Capture(layers_of(case.module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
     inputs = case.inputs.clone().requires_grad_()
     case.loss(checkpoint(case.module, inputs, use_reentrant=reentrant), case.targets).backward()
@@ -210,7 +212,7 @@ def test_channels_last_images(name):
 
 def test_input_by_keyword():
     module = nn.Linear(2, 3)
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     module(input=torch.ones(4, 2)).sum().backward()
     assert [samples.count for samples in capture.collect().values()] == [4]
@@ -218,7 +220,7 @@ def test_input_by_keyword():
 
 def test_autocast_statistics_are_float32():
     case = problem("conv2d padding", dtype=torch.float32)
-    capture = Capture(layers_of(case.module, fold_bias=True), LARGE)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     capture.arm()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = case.module(case.inputs)
@@ -234,7 +236,7 @@ def test_autocast_statistics_are_float32():
 def test_an_input_changed_in_place_under_autocast_is_read_as_it_was():
     torch.manual_seed(0)
     module, inputs = nn.Linear(3, 2), torch.randn(4, 3)
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = module(inputs)
@@ -252,7 +254,7 @@ def test_half_precision_parameters_are_read_in_float32():
 
 def test_evaluation_is_not_seen():
     module = nn.Linear(2, 2)
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     with torch.no_grad():
         module(torch.ones(1, 2))
@@ -265,7 +267,7 @@ def test_evaluation_is_not_seen():
 
 def test_hooks_are_gone_after_disarm_and_gradients_untouched():
     case = problem("attention")
-    capture = Capture(layers_of(case.module, fold_bias=True), LARGE)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     hooks = lambda: sum(len(module._forward_hooks) for module in case.module.modules())  # noqa: E731
     capture.arm()
     capture.arm()
@@ -282,7 +284,7 @@ def test_hooks_are_gone_after_disarm_and_gradients_untouched():
 
 def test_a_capture_thrown_away_while_armed_leaves_nothing():
     module = nn.Linear(2, 2)
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
     capture.arm()
     del capture
     gc.collect()
@@ -306,7 +308,7 @@ def test_a_program_that_ends_armed_ends_quietly():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_an_armed_module_can_be_copied_and_pickled(sampled):
     module = nn.Linear(2, 2)
-    capture = Capture(layers_of(module, fold_bias=False), LARGE, sampled)
+    capture = Capture(layers_of(module), LARGE, sampled)
     capture.arm()
     module(torch.ones(3, 2)).sum()
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -317,7 +319,7 @@ def test_an_armed_module_can_be_copied_and_pickled(sampled):
 
 def test_sampled_reads_the_summed_loss_and_nothing_else():
     case = problem("conv2d groups")
-    capture = Capture(layers_of(case.module, fold_bias=True), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, sampled=True)
     capture.arm()
     outputs = case.module(case.inputs)
     other = (case.targets + 1) % outputs.flatten(1).shape[1]
@@ -337,7 +339,7 @@ def test_sampled_reads_the_summed_loss_and_nothing_else():
 @pytest.mark.parametrize("name", ["in-place activation", "in-place after convolution", "twice", "tied"])
 def test_sampled_over_micro_batches(name):
     case = problem(name, count=4)
-    capture = Capture(layers_of(case.module, fold_bias=False), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, sampled=True)
     capture.arm()
     for part in (slice(0, 2), slice(2, 4)):
         outputs = case.module(case.inputs[part])
@@ -351,7 +353,7 @@ def test_sampled_over_micro_batches(name):
 
 def test_sampled_without_a_sample_collects_nothing():
     case = problem("linear")
-    capture = Capture(layers_of(case.module, fold_bias=False), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, sampled=True)
     capture.arm()
     case.mean_loss().backward()
     assert capture.seen
@@ -360,7 +362,7 @@ def test_sampled_without_a_sample_collects_nothing():
 
 def test_sampled_through_activation_checkpoints():
     case = problem("linear")
-    capture = Capture(layers_of(case.module, fold_bias=False), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, sampled=True)
     capture.arm()
     outputs = checkpoint(case.module, case.inputs, use_reentrant=False)
     capture.sample(5 * case.loss(outputs, case.targets))
@@ -387,7 +389,7 @@ def test_a_compiled_model_is_read_and_not_recompiled():
     case = problem("linear")
     compiled = torch.compile(case.module, backend=backend)
     case.loss(compiled(case.inputs), case.targets).backward()
-    capture = Capture(layers_of(compiled, fold_bias=False), LARGE)
+    capture = Capture(layers_of(compiled), LARGE)
     expected = oracle(case)
     for _ in range(3):
         capture.arm()
@@ -404,7 +406,7 @@ def test_a_compiled_model_is_read_and_not_recompiled():
 
 def test_a_capture_is_armed_from_within_a_compiled_step():
     module, counter = nn.Linear(2, 2), torch.zeros(())
-    capture = Capture(layers_of(module, fold_bias=False), LARGE)
+    capture = Capture(layers_of(module), LARGE)
 
     @torch.compile(backend="eager")
     def step():
@@ -425,7 +427,7 @@ def test_two_armed_captures_of_compiled_models_do_not_disturb_each_other():
     compilations = []
     modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
     compiled = [torch.compile(m, backend=lambda graph, _: compilations.append(1) or graph) for m in modules]
-    first, second = (Capture(layers_of(module, fold_bias=False), LARGE) for module in modules)
+    first, second = (Capture(layers_of(module), LARGE) for module in modules)
     first.arm()
     second.arm()
     first.disarm()
@@ -449,7 +451,7 @@ def test_two_armed_captures_of_compiled_models_do_not_disturb_each_other():
 @pytest.mark.parametrize("fold_bias", [False, True])
 def test_memory_is_bounded(layer, route, fold_bias):
     module, memory = Twice(copy.deepcopy(layer)) if layer.groups > 1 else copy.deepcopy(layer), 2 << 20
-    capture = Capture(layers_of(module, fold_bias), memory)
+    capture = Capture(layers_of(module, EVERY_KIND if fold_bias else ()), memory)
     capture.arm()
     module(torch.randn(64, 16, 12, 12)).pow(2).mean().backward()
     (samples,) = capture.collect().values()

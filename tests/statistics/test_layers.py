@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from minifisher.statistics.layers import layer_of, layers_of
+from minifisher.statistics.layers import EVERY_KIND, layer_of, layers_of
 from tests.helpers import NETS, Attention, Tied, Twice
 
 
@@ -38,14 +38,14 @@ def patched():
 
 
 def layer_named(module, name, fold_bias=False):
-    return next(layer for layer in layers_of(module, fold_bias) if layer.name == name)
+    return next(layer for layer in layers_of(module, EVERY_KIND if fold_bias else ()) if layer.name == name)
 
 
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_every_parameter_exactly_once_and_in_order(name, fold_bias):
     module = NETS[name][0]()
-    layers = layers_of(module, fold_bias)
+    layers = layers_of(module, EVERY_KIND if fold_bias else ())
     order = {parameter: place for place, parameter in enumerate(module.parameters())}
     found = [parameter for layer in layers for parameter in layer.parameters]
     assert len(found) == len(order)
@@ -108,7 +108,7 @@ def test_a_lazy_module_is_understood_after_its_first_forward_pass():
 
 def test_a_tied_weight_is_one_layer_with_its_biases_apart():
     module = Tied()
-    layers = layers_of(module, fold_bias=True)
+    layers = layers_of(module, EVERY_KIND)
     assert [layer.name for layer in layers] == ["first.weight", "first.bias", "second.bias"]
     assert layers[0].modules == (module.first, module.second)
 
@@ -116,7 +116,7 @@ def test_a_tied_weight_is_one_layer_with_its_biases_apart():
 def test_a_tied_bias_is_not_folded():
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
     module[1].bias = module[0].bias
-    assert [layer.name for layer in layers_of(module, fold_bias=True)] == ["0.weight", "0.bias", "1.weight"]
+    assert [layer.name for layer in layers_of(module, EVERY_KIND)] == ["0.weight", "0.bias", "1.weight"]
 
 
 def test_a_frozen_bias_is_not_folded():
@@ -139,7 +139,7 @@ def test_weights_tied_between_unlike_convolutions_are_not_read():
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("module", [nn.Linear(3, 2), nn.Conv2d(4, 2, (3, 2), groups=2), nn.LayerNorm(3)])
 def test_join_and_split(module, fold_bias):
-    for layer in layers_of(module, fold_bias):
+    for layer in layers_of(module, EVERY_KIND if fold_bias else ()):
         tensors = [torch.randn_like(parameter) for parameter in layer.parameters]
         joined = layer.join(tensors)
         assert joined.shape == layer.shape

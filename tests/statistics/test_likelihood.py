@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from minifisher.statistics.capture import Capture
-from minifisher.statistics.layers import layers_of
+from minifisher.statistics.layers import EVERY_KIND, layers_of
 from minifisher.statistics.likelihood import sampled_loss
 from tests.helpers import dense_empirical_fisher, dense_exact_fisher, problem
 
@@ -89,7 +89,7 @@ def captured_outer_products(capture, case, loss_of, weights):
 @pytest.mark.parametrize("name", ["linear", "twice", "tied"])
 def test_over_all_labels_the_sampled_estimator_is_the_exact_fisher(name, fold_bias):
     case = problem(name, count=3)
-    capture = Capture(layers_of(case.module, fold_bias), 1 << 20, sampled=True)
+    capture = Capture(layers_of(case.module, EVERY_KIND if fold_bias else ()), 1 << 20, sampled=True)
     capture.arm()
     probability = case.module(case.inputs).softmax(1).detach()
     total = {}
@@ -112,7 +112,7 @@ def test_over_all_labels_the_sampled_estimator_is_the_exact_fisher(name, fold_bi
 def test_over_many_draws_the_sampled_estimator_is_the_exact_fisher(likelihood):
     case = problem("linear", count=1)
     module, inputs = case.module, case.inputs
-    capture = Capture(layers_of(module, fold_bias=True), 1 << 30, sampled=True)
+    capture = Capture(layers_of(module, EVERY_KIND), 1 << 30, sampled=True)
     capture.arm()
     generator = torch.Generator().manual_seed(0)
     capture.sample(sampled_loss(module(inputs.expand(DRAWS, -1)), likelihood, generator))
@@ -124,7 +124,7 @@ def test_over_many_draws_the_sampled_estimator_is_the_exact_fisher(likelihood):
 
 def test_the_two_dense_oracles_agree_where_the_labels_are_the_predicted_ones():
     case = problem("linear", count=1)
-    layer = layers_of(case.module, fold_bias=True)[0]
+    layer = layers_of(case.module, EVERY_KIND)[0]
     probability = case.module(case.inputs).softmax(1).detach()[0]
     expected = sum(
         p * dense_empirical_fisher(layer, case.module, case.loss, case.inputs, torch.tensor([label]))

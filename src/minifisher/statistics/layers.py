@@ -30,6 +30,9 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "convolution",
     nn.Conv3d: "convolution",
 }
+EVERY_KIND = tuple(sorted(set(_KINDS.values())))
+"""The kinds of layer that a capture reads."""
+
 _METHODS_THAT_COMPUTE = ("forward", "_conv_forward")
 
 

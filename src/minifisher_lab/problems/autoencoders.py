@@ -39,7 +39,7 @@ SMALL = (784, 500, 250, 30)
 
 # Widths, batch 1000 and losses: Goldfarb, Ren, Bahamou 2020 (arXiv 2006.08877), published code.
 AUTOENCODERS = (
-    _problem("autoencoder-digits", "digits", (64, 200, 100, 50, 10), batch_size=100, epochs=100),
+    _problem("autoencoder-digits", "digits", (64, 400, 200, 50, 10), batch_size=100, epochs=50),
     _problem("autoencoder-mnist", "mnist", LARGE, batch_size=1000, epochs=50),
     _problem("autoencoder-mnist-small", "mnist", SMALL, batch_size=500, epochs=10),
     _problem("autoencoder-fashion", "fashion-mnist", SMALL, batch_size=500, epochs=10),
