@@ -46,8 +46,20 @@ class Newton(CurvatureOptimizer):
     """Direction H^-1 M."""
 
     def __init__(self, params, inverse, **options):
-        defaults = dict(lr=0.1, momentum=0.9, curvature_decay=0.9, damping=0.5, graft=None, weight_decay=0.0)
-        defaults |= dict(decoupled_weight_decay=True, fisher="gradient", fold_bias=False, maximize=False)
+        defaults = {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "curvature_decay": 0.9,
+            "damping": 0.5,
+            "graft": None,
+            "weight_decay": 0.0,
+        }
+        defaults |= {
+            "decoupled_weight_decay": True,
+            "fisher": "gradient",
+            "fold_bias": False,
+            "maximize": False,
+        }
         self.inverse = inverse
         super().__init__(params, {**defaults, "statistics_memory": 1, "adaptive_damping": True, **options})
 
@@ -108,7 +120,7 @@ def factors(monkeypatch):
 @pytest.mark.parametrize("coupled", [0.0, 0.1])
 def test_on_a_quadratic_the_ratio_is_exactly_one(factors, graft, momentum, coupled, maximize):
     problem = Quadratic(maximize)
-    options = dict(graft=graft, momentum=momentum, weight_decay=coupled, decoupled_weight_decay=False)
+    options = {"graft": graft, "momentum": momentum, "weight_decay": coupled, "decoupled_weight_decay": False}
     optimizer = Newton(problem.weights, problem.inverse, lr=0.01, maximize=maximize, **options)
     for _ in range(11):
         optimizer.step(problem.closure(optimizer))

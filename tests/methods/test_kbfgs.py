@@ -18,7 +18,7 @@ from minifisher.statistics.layers import layers_of
 from minifisher.statistics.records import LayerSamples, Secant
 
 GROUPS, OUT, IN, N = 2, 3, 4, 7
-PUBLISHED = dict(relative_damping=False, graft=None, curvature_decay=0.9, inverse_every=10**9)
+PUBLISHED = {"relative_damping": False, "graft": None, "curvature_decay": 0.9, "inverse_every": 10**9}
 
 
 @dataclass(frozen=True)
@@ -375,10 +375,10 @@ def test_limited_memory_takes_wide_outputs_and_neither_takes_wide_inputs():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mu1=1.0), "mu1 must be"),
-        (dict(pairs=0), "pairs must be"),
-        (dict(curvature_dtype=torch.bfloat16), "float32, float64 or None"),
-        (dict(adaptive_damping=2), "adaptive_damping must be"),
+        ({"mu1": 1.0}, "mu1 must be"),
+        ({"pairs": 0}, "pairs must be"),
+        ({"curvature_dtype": torch.bfloat16}, "float32, float64 or None"),
+        ({"adaptive_damping": 2}, "adaptive_damping must be"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_the_cure(options, message):
