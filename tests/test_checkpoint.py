@@ -159,7 +159,7 @@ def test_every_tensor_keeps_its_dtype(method: str) -> None:
     train(network, optimizer, range(3))
     state = saved(optimizer)["state"]
     curvature = {t.dtype for e in state.values() for t in e.values() if isinstance(t, Tensor)}
-    curvature.discard(torch.int64)  # counts
+    curvature -= {torch.int64, torch.bool}  # counts
     assert curvature == {torch.bfloat16, torch.float32}
     _, resumed = make(method, torch.bfloat16)
     resumed.load_state_dict(saved(optimizer))

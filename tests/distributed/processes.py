@@ -32,3 +32,5 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # Gloo's threads of subgroups may still wind down, and an interpreter that ends meanwhile aborts.
+    os._exit(0)

@@ -16,11 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed import training
 from tests.distributed.processes import run
 
-FIRST, ALL = range(6), range(12)
+FIRST, ALL = range(5), range(10)
 # Cut weights: kernels, whose rows are inputs times outputs, and rows that share.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "cut": ("cut", "mbf", {}),
-    "cut kernels": ("cut", "mbf", {"conv_blocks": "kernel", "share": "row"}),
+    "cut": ("cut", "mbf", {"conv_blocks": "kernel"}),
     "copied": ("copied", "mbf", {"fisher": "empirical"}),
     "owned": ("copied", "kfac", {"shard_curvature": True, "fisher": "exact"}),
 }
