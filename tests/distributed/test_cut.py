@@ -59,30 +59,32 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in full.items()}
 
 
-def train_all(shape: tuple[int, ...]) -> dict[str, dict[str, Tensor]]:
-    names = ("replicas", "pieces")[-len(shape) :]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    return {
-        f"{kind.__name__} {name}": trained(kind, options, mesh)
-        for kind in (training.Network, Uneven)
-        for name, options in OPTIONS.items()
-    }
+CASES = [
+    *((training.Network, name) for name in OPTIONS),
+    *((Uneven, name) for name in ("default", "kernels", "folded")),
+]
+
+
+def train_all(shapes: list[tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
+    """On every mesh, whose last dimension is the one of pieces."""
+    results = {}
+    for shape in shapes:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "pieces")[-len(shape) :])
+        for kind, name in CASES:
+            results[f"{kind.__name__} {name} {shape}"] = trained(kind, OPTIONS[name], mesh)
+    return results
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Tensor]]:
-    return {
-        f"{kind.__name__} {name}": trained(kind, options)
-        for kind in (training.Network, Uneven)
-        for name, options in OPTIONS.items()
-    }
+    return {f"{kind.__name__} {name}": trained(kind, OPTIONS[name]) for kind, name in CASES}
 
 
-@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)])
-def test_fully_sharded_trains_the_same(shape: tuple[int, ...], alone: dict[str, dict[str, Tensor]]) -> None:
-    world = torch.Size(shape).numel()
-    for rank, results in enumerate(run(world, train_all, shape)):
+@pytest.mark.parametrize("world", MESHES)
+def test_fully_sharded_trains_the_same(world: int, alone: dict[str, dict[str, Tensor]]) -> None:
+    for rank, results in enumerate(run(world, train_all, MESHES[world])):
         for name, result in results.items():
+            expected = alone[name[: name.index(" (")]]
             torch.testing.assert_close(
-                result, alone[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name, r=rank: f"{n}, rank {r}: {m}"
+                result, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name, r=rank: f"{n}, rank {r}: {m}"
             )

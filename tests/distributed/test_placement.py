@@ -15,7 +15,7 @@ def loads(costs: list[float], owners: list[int], ranks: int) -> list[float]:
 
 
 def test_the_costliest_go_first_to_whoever_has_least() -> None:
-    assert assign_owners([1, 7, 4, 4, 2], 2) == [0, 0, 1, 1, 0]
+    assert assign_owners([1, 7, 4, 4, 2], 2) == [1, 0, 1, 1, 0]
 
 
 def test_equal_costs_go_around() -> None:
