@@ -20,7 +20,7 @@ from minifisher.statistics.records import BatchGradient
 if TYPE_CHECKING:
     from minifisher.curvature import Plan, State
     from minifisher.statistics.layers import Layer
-    from minifisher.statistics.records import LayerSamples
+    from minifisher.statistics.records import LayerSamples, Secant
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
@@ -72,6 +72,7 @@ class Cohort:
     def gradient(self) -> Tensor:
         """D; zero where only the weight or only the bias of a layer got one."""
         gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        gradient = gradient.to(_kept(gradient.dtype))
         return -gradient if self.options["maximize"] else gradient
 
     # ---- statistics and curvature ----
@@ -105,6 +106,13 @@ class Cohort:
                 curvature.observe(self._of_layer(index), samples[layer], decay)
         self.observations += 1
 
+    def observe_secants(self, secants: Mapping[Layer, Secant]) -> None:
+        """Average in how the layers' means moved with the step that was just taken."""
+        curvature = self.plan.curvature
+        for index, layer in enumerate(self.layers):
+            if layer in secants:
+                curvature.observe(self._of_layer(index), secants[layer], self.options["curvature_decay"])
+
     def _of_layer(self, index: int) -> State:
         if len(self.layers) == 1:
             return self.state
@@ -129,6 +137,7 @@ class Cohort:
         or whose direction is not finite, takes the first-order step itself.
         """
         self.step += 1
+        of_loss = gradient
         if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
             gradient = gradient + self.options["weight_decay"] * self.gather(self.parameters)
         graft = GRAFTS[self.options["graft"]]
@@ -136,18 +145,18 @@ class Cohort:
         graft.observe(self.state, gradient)
         step = graft.step(self.state, momentum, self.step, self.options["momentum"])
         if not self.observations:
-            return Move(self, momentum, step.clone(), torch.ones((), dtype=step.dtype, device=step.device))
+            length = torch.ones((), dtype=step.dtype, device=step.device)
+            return Move(self, of_loss, momentum, step.clone(), length)
         direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
         norm = self._norm(direction)
         length = self._norm(step) / norm if graft.rescales else torch.ones_like(norm)
         usable = torch.isfinite(norm) & torch.isfinite(length)
         if usable.all():
-            return Move(self, momentum, direction, length)
-        # 0 / 0: neither step moves, and nothing was lost.
-        fallen = int((~usable & ((norm != 0) | (self._norm(step) != 0))).sum())
-        return Move(
-            self, momentum, torch.where(usable, direction, step), length.masked_fill(~usable, 1), fallen
-        )
+            return Move(self, of_loss, momentum, direction, length)
+        # Where the first-order step is zero as well, neither moves, and nothing was lost.
+        fallen = int((~usable & (self._norm(step) != 0)).sum())
+        direction, length = torch.where(usable, direction, step), length.masked_fill(~usable, 1)
+        return Move(self, of_loss, momentum, direction, length, fallen)
 
     def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
         """W <- (1 - lr weight_decay) W - lr scale length direction."""
@@ -176,7 +185,8 @@ class Move:
     """The step that a cohort is about to take: W <- W - lr length direction."""
 
     cohort: Cohort
-    momentum: Tensor  # M, [*layer.shape] or [layers, *layer.shape]
+    gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
+    momentum: Tensor  # M, likewise
     direction: Tensor  # likewise
     length: Tensor  # [] or [layers, 1, ...]
     fallen: int = 0  # layers that took the first-order step because their direction was not finite
@@ -204,11 +214,19 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     """The entries of a layer's parameters in the optimizer's state before the first step."""
     names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
     entries: dict[Tensor, dict[str, Any]] = {
-        parameter: {"step": 0, **{name: torch.zeros_like(parameter) for name in names}}
+        parameter: {
+            "step": 0,
+            **{name: torch.zeros_like(parameter, dtype=_kept(parameter.dtype)) for name in names},
+        }
         for parameter in layer.parameters
     }
     entries[layer.weight].update(observations=0, **plan.curvature.init(layer))
     return entries
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """Float16 has no room for a square of a gradient, nor for a direction: float32 in its place."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def form_cohorts(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
 from minifisher.arguments import (
     Params,
     as_groups,
@@ -23,12 +24,19 @@ from minifisher.arguments import (
 from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
+from minifisher.second_pass import SecondPass
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
 from minifisher.statistics.likelihood import LABELLED
-from minifisher.statistics.records import BatchGradient, LayerSamples
+from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 
 Samples = dict[Layer, LayerSamples]
+
+_NO_CLOSURE = (
+    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
+    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
+    "loss.backward() and returns the loss"
+)
 
 
 class CurvatureOptimizer(Optimizer):
@@ -52,9 +60,10 @@ class CurvatureOptimizer(Optimizer):
         self._active: list[Layer] = []
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
+        self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
         self._fallbacks = 0
         check_options(defaults)
-        super().__init__(as_groups(params), defaults)
+        super().__init__(as_groups(params), {"adaptive_damping": False, **defaults})
         self._arm()
 
     @abstractmethod
@@ -77,11 +86,16 @@ class CurvatureOptimizer(Optimizer):
         if isinstance(source, nn.Module):
             layers = layers_of(source, self.folds if options["fold_bias"] else ())
             param_group = {**param_group, "params": list(source.parameters())}
+            self._modules.append(source)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):
             layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
-        self._enrol(layers, group)
+        try:
+            self._enrol(layers, group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # a group that was refused leaves no trace
+            raise
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -120,27 +134,37 @@ class CurvatureOptimizer(Optimizer):
     # ---- the step ----
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss.
+
+        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
+        second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
+        """
+        passes = self._passes_of(closure)
+        loss = passes.first() if passes is not None else None
+        adapting = passes is not None and self._adaptation_due()
         with torch.no_grad():
-            self._advance(self._collect())
+            prediction = self._advance(self._collect(), adapting)
+        if passes is not None and prediction is not None and (passes.layers or adapting):
+            self._look_again(passes, loss, prediction)
         self._arm()
         return loss
 
-    def _advance(self, samples: Samples) -> None:
+    def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
+        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
         active = self._with_gradients()
         if not _all_finite(active, samples):
             self._skip()
-            return
+            return None
         bound = self.defaults.get("kl_clip")
         moves = (self._move(cohort, samples) for cohort in self._cohorts_of(active))
+        prediction: Tensor | float = 0.0
         for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
+            if predicting:
+                prediction = prediction + predicted_change(move, scale)
             move.cohort.apply(move, scale)
             self._report_fallen(move.fallen)
             self._keep_counts(move.cohort)
+        return prediction
 
     @staticmethod
     def _move(cohort: Cohort, samples: Samples) -> Move:
@@ -149,6 +173,40 @@ class CurvatureOptimizer(Optimizer):
             cohort.observe(gradient, samples, cohort.corrected_decay())
         cohort.refresh()
         return cohort.move(gradient)
+
+    # ---- the second pass ----
+
+    def _passes_of(self, closure: Callable[[], Any] | None) -> SecondPass | None:
+        secants = [layer for layer in self._layers if self._plans[layer].curvature.needs is Secant]
+        if closure is None:
+            # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
+            if (secants or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
+                raise TypeError(_NO_CLOSURE.format(type(self).__name__))
+            return None
+        due = [layer for layer in secants if self._statistics_due(layer)]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return SecondPass(closure, parameters, self._modules, due)
+
+    def _adaptive_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["adaptive_damping"]]
+
+    def _adaptation_due(self) -> bool:
+        taken = max((self._entry(layer).get("step", 0) for layer in self._layers), default=0)
+        return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
+
+    def _look_again(self, passes: SecondPass, loss: Any, prediction: Tensor | float) -> None:
+        for capture in self._captures.values():
+            capture.disarm()
+        loss_after = passes.second()
+        with torch.no_grad():
+            secants = passes.secants()
+            for cohort in self._cohorts:
+                cohort.observe_secants(secants)
+        if isinstance(prediction, Tensor):
+            groups = self._adaptive_groups()
+            factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
+            for group in groups:
+                group["damping"] = within_bounds(group["damping"] * factor)
 
     def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
         """Draw labels from the model's own prediction and run the extra backward pass, when one is due.
@@ -274,11 +332,8 @@ class CurvatureOptimizer(Optimizer):
         return Description(type(self).__name__, tuple(rows))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Counts of what went wrong, and for every weight the steps and observations so far."""
-        weights = {
-            layer.name: {name: self._entry(layer).get(name, 0) for name in ("step", "observations")}
-            for layer in self._layers
-        }
+        """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
+        weights = {layer.name: _counts(self._entry(layer)) for layer in self._layers}
         return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
 
     # ---- checkpoints ----
@@ -295,6 +350,15 @@ class CurvatureOptimizer(Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
         self._active = []
         self._arm()
+
+
+def _counts(entry: dict[str, Any]) -> dict[str, int]:
+    """Steps, observations, and every whole number that the curvature keeps."""
+    counts = {"step": 0, "observations": 0}
+    for name, value in entry.items():
+        if name in counts or (isinstance(value, Tensor) and value.dtype == torch.int64):
+            counts[name] = int(value)
+    return counts
 
 
 def _all_finite(layers: list[Layer], samples: Samples) -> bool:

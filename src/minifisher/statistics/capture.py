@@ -88,8 +88,8 @@ class Capture:
             return
         self._passes.clear()
         hooks = ExitStack()
-        _hold_compiled_models_eager()
-        hooks.callback(_release_compiled_models)
+        hold_compiled_models_eager()
+        hooks.callback(release_compiled_models)
         for module in self._layers:
             hooks.callback(module.register_forward_hook(_ForwardHook(self), with_kwargs=True).remove)
         # Also when the optimizer is thrown away while armed.
@@ -188,14 +188,15 @@ _eager_holders = 0
 _eager_stance = ExitStack()
 
 
-def _hold_compiled_models_eager() -> None:
+def hold_compiled_models_eager() -> None:
+    """Compiled models run eagerly until it is released."""
     global _eager_holders
     if not _eager_holders:
         _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
     _eager_holders += 1
 
 
-def _release_compiled_models() -> None:
+def release_compiled_models() -> None:
     """The last one to release restores the stance, in whichever order captures are disarmed."""
     global _eager_holders
     _eager_holders -= 1

@@ -54,3 +54,14 @@ class LayerSamples(Statistics):
     def gradients(self) -> Iterator[Tensor]:
         """Per-sample gradients D_n, [n, *layer.shape], few samples at a time."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Secant(Statistics):
+    """How far a layer's means moved from the mini-batch before the step to the same one after it.
+
+    Means over samples and shared positions alike: s = mean h' - mean h, y = mean g' - mean g.
+    """
+
+    output_change: Tensor  # s, [groups, out / groups]
+    gradient_change: Tensor  # y, [groups, out / groups], per sample
