@@ -72,6 +72,7 @@ class Cohort:
     def gradient(self) -> Tensor:
         """D; zero where only the weight or only the bias of a layer got one."""
         gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        gradient = gradient.to(_kept(gradient.dtype))
         return -gradient if self.options["maximize"] else gradient
 
     # ---- statistics and curvature ----
@@ -152,8 +153,8 @@ class Cohort:
         usable = torch.isfinite(norm) & torch.isfinite(length)
         if usable.all():
             return Move(self, of_loss, momentum, direction, length)
-        # 0 / 0: neither step moves, and nothing was lost.
-        fallen = int((~usable & ((norm != 0) | (self._norm(step) != 0))).sum())
+        # Where the first-order step is zero as well, neither moves, and nothing was lost.
+        fallen = int((~usable & (self._norm(step) != 0)).sum())
         direction, length = torch.where(usable, direction, step), length.masked_fill(~usable, 1)
         return Move(self, of_loss, momentum, direction, length, fallen)
 
@@ -213,11 +214,19 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     """The entries of a layer's parameters in the optimizer's state before the first step."""
     names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
     entries: dict[Tensor, dict[str, Any]] = {
-        parameter: {"step": 0, **{name: torch.zeros_like(parameter) for name in names}}
+        parameter: {
+            "step": 0,
+            **{name: torch.zeros_like(parameter, dtype=_kept(parameter.dtype)) for name in names},
+        }
         for parameter in layer.parameters
     }
     entries[layer.weight].update(observations=0, **plan.curvature.init(layer))
     return entries
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """Float16 has no room for a square of a gradient, nor for a direction: float32 in its place."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def form_cohorts(

@@ -96,7 +96,11 @@ class CurvatureOptimizer(Optimizer):
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):
             layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
-        self._enrol(layers, group)
+        try:
+            self._enrol(layers, group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # a group that was refused leaves no trace
+            raise
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"

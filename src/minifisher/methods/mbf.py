@@ -70,7 +70,7 @@ class BlockReading:
         rows = blocks.flatten(-2)
         if self.padding:
             rows = rows[..., : self.length]
-        return rows.reshape(*rows.shape[:-2], *shape)
+        return rows.reshape((*rows.shape[:-2], *shape))
 
     def entries(self, like: Tensor) -> Tensor:
         """1 for every true entry of a block and 0 for padding, [blocks, width]."""
@@ -241,11 +241,11 @@ class MBF(CurvatureOptimizer):
 def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
     """How a weight is read, whether its rows share their blocks, and the two in words with the reason."""
     shape = layer.shape
-    if len(shape) < 2:
+    if len(shape) < 2 or not shape.numel():
         return BlockReading(shape.numel(), 1, 1), False, "diagonal", "not a matrix"
     kernel = shape[2:].numel()
     if len(shape) > 2 and options["conv_blocks"] == "kernel":
-        reading = BlockReading(shape[0] * shape[1], kernel, options["block_size"] or kernel)
+        reading = BlockReading(shape[0] * shape[1], kernel, min(options["block_size"] or kernel, kernel))
         return reading, False, "kernel blocks", "asked for"
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
@@ -257,8 +257,17 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
 
 
 def _even_width(length: int, widest: int, kernel: int) -> int:
-    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else `widest`."""
+    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else a ragged one."""
     divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
     whole = [width for width in divisors if width % kernel == 0]
     best = (whole or divisors)[-1]
-    return best if 2 * best > min(widest, length) else min(widest, length)
+    return best if 2 * best > min(widest, length) else _ragged_width(length, widest)
+
+
+def _ragged_width(length: int, widest: int) -> int:
+    """The fewest blocks that, the padding of the last one counted, take no more than an even cut would."""
+    for blocks in range(math.ceil(length / widest), length):
+        width = math.ceil(length / blocks)
+        if blocks * width**2 <= widest * length:
+            return width
+    return 1

@@ -1,0 +1,108 @@
+"""A whole training step (forward, backward, optimizer) against AdamW (foreach), in one process, taking turns."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from alternate import CLOCKS, alternate, compare, report
+from torch import Tensor, nn
+from torch.nn import functional
+
+import minifisher
+from minifisher_lab.problems.autoencoders import LARGE, SMALL, autoencoder
+from minifisher_lab.problems.cnns import five_layer, resnet, vgg
+
+STEPS = 4  # in a turn, or the least common period of statistics and inverses if that is longer
+
+Network = tuple[Callable[[], nn.Module], tuple[int, ...], bool]  # builder, input shape, classifies
+NETWORKS: dict[str, Network] = {
+    "autoencoder": (partial(autoencoder, SMALL), (500, 784), False),
+    "autoencoder-large": (partial(autoencoder, LARGE), (1000, 784), False),
+    "five-layer": (partial(five_layer, 1, 32, 10), (128, 1, 28, 28), True),
+    "resnet32": (partial(resnet, 32, 3, 10), (128, 3, 32, 32), True),
+    "vgg16": (partial(vgg, 16, 3, 10), (128, 3, 32, 32), True),
+}
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "adamw": lambda network: torch.optim.AdamW(network.parameters(), foreach=True),
+    "mbf": lambda network: minifisher.MBF(network),
+    "mbf-kernel": lambda network: minifisher.MBF(
+        network, conv_blocks="kernel", statistics_every=1, inverse_every=1
+    ),
+    "mbf-empirical": lambda network: minifisher.MBF(network, fisher="empirical", statistics_every=10),
+}
+
+
+def training(network: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, classifies: bool) -> Any:
+    """One whole step on a fixed batch."""
+    targets = torch.arange(len(inputs)) % 10
+
+    def step() -> None:
+        optimizer.zero_grad()
+        outputs = network(inputs)
+        if classifies:
+            loss = functional.cross_entropy(outputs, targets)
+        else:
+            total = functional.binary_cross_entropy_with_logits(outputs, inputs, reduction="sum")
+            loss = total / len(inputs)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def optimizer_alone(network: nn.Module, optimizer: torch.optim.Optimizer, *_: object) -> Any:
+    """Only the optimizer's step, on fixed gradients."""
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter).mul_(1e-3)
+    return optimizer.step
+
+
+def measure(name: str, optimizers: list[str], turns: int, clock: str, whole: bool) -> dict[str, Any]:
+    build, shape, classifies = NETWORKS[name]
+    torch.manual_seed(0)
+    start, inputs = build(), torch.rand(shape)
+    rivals = {}
+    for optimizer in optimizers:
+        network = copy.deepcopy(start)
+        make = training if whole else optimizer_alone
+        step = make(network, OPTIMIZERS[optimizer](network), inputs, classifies)
+        period = 10 if "empirical" in optimizer else STEPS
+        for _ in range(2 * period):
+            step()
+        rivals[optimizer] = step
+    steps = 20 if any("empirical" in optimizer for optimizer in optimizers) else STEPS
+    repeated = {name: partial(_repeat, step, steps) for name, step in rivals.items()}
+    return compare(alternate(repeated, turns, clock), "adamw", steps)
+
+
+def _repeat(step: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=["autoencoder", "five-layer"], metavar="NETWORK")
+    parser.add_argument("--optimizers", default="mbf", help=f"of {', '.join(OPTIMIZERS)}, with commas")
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--alone", action="store_true", help="the optimizer's step without the network")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    optimizers = ["adamw", *arguments.optimizers.split(",")]
+    report(
+        {
+            name: measure(name, optimizers, arguments.turns, arguments.clock, not arguments.alone)
+            for name in arguments.networks
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
