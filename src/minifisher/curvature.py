@@ -29,7 +29,7 @@ class Curvature(ABC):
 
     @property
     def averages(self) -> tuple[str, ...] | None:
-        """What `observe` writes, the average of what samples told: ranks exchange it; None for all tensors."""
+        """What `observe` writes, averages of what samples told: ranks exchange it; None for all."""
         return None
 
     @property
