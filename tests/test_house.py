@@ -35,6 +35,7 @@ WALK = [
     ("description",),
     ("cohort",),
     ("adaptive", "parallel", "checkpoint"),
+    ("resumable",),
     ("optimizer",),
     ("methods",),
     ("",),

@@ -71,3 +71,19 @@ def test_an_eigendecomposition_that_fails_leaves_a_basis_to_go_on_from(monkeypat
         basis, _ = power_iteration(matrices, basis)
     rotated = basis.mT @ matrices @ basis
     assert (rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
+
+
+def test_a_silent_nan_in_single_precision_is_tried_again_in_double(monkeypatch):
+    """Seen with MKL: one block of a batch of 28, of rank one, came back as NaN without an error."""
+    eigh = torch.linalg.eigh
+
+    def silent(matrix: torch.Tensor) -> object:
+        values, vectors = eigh(matrix)
+        return values, torch.full_like(vectors, torch.nan) if matrix.dtype == torch.float32 else vectors
+
+    matrix = random_moment(5, 8)
+    monkeypatch.setattr(torch.linalg, "eigh", silent)
+    basis = eigenvectors(matrix.float())
+    assert basis.dtype == torch.float32
+    rotated = basis.T.double() @ matrix @ basis.double()
+    assert (rotated - rotated.diagonal().diag()).abs().max() < 1e-4

@@ -210,7 +210,8 @@ def test_a_dead_block_stays_finite():
     curvature.refresh(state, 0.1)
     direction = curvature.precondition(state, gradient, 0.1)
     assert torch.isfinite(direction).all()
-    assert torch.isfinite(state["inverse_0"]).all()
+    dead, live = state["inverse_0"][0].diagonal(), state["inverse_0"][-1].diagonal()
+    assert (dead < 100 * live.max()).all()  # damped as its layer is, not as its own nothing would be
 
 
 # ---- what a user sees ----

@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minifisher.linalg.spd import eigenbasis
+
 
 def eigenvectors(matrices: Tensor) -> Tensor:
     """The eigenvectors of symmetric A [..., b, b] as columns, the largest eigenvalue first.
 
-    Where the eigendecomposition of the batch does not converge, one power iteration from the identity
-    instead: an orthogonal basis from which later iterations go on.
+    Where the eigendecomposition fails, one power iteration from the identity instead: an orthogonal basis from
+    which later iterations go on.
     """
     if matrices.shape[-1] == 1:
         return torch.ones_like(matrices)
-    try:
-        vectors: Tensor = torch.linalg.eigh(matrices).eigenvectors
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        return power_iteration(matrices, identity.expand_as(matrices))[0]
-    return vectors.flip(-1)
+    vectors = eigenbasis(matrices)[1].flip(-1)
+    if torch.isfinite(vectors).all():
+        return vectors
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.where(
+        torch.isfinite(vectors), vectors, power_iteration(matrices, identity.expand_as(matrices))[0]
+    )
 
 
 def power_iteration(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

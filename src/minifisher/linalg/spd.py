@@ -52,7 +52,8 @@ def _escalate(matrices: Tensor, factor: Tensor, failed: Tensor) -> Tensor:
 def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., b] and eigenvectors, the columns of [..., b, b]; NaN for a matrix beyond repair.
 
-    The matrices are symmetric, in float32 or float64. Where LAPACK does not converge float64 is tried.
+    The matrices are symmetric, in float32 or float64. Where LAPACK does not converge float64 is tried, and
+    where it returns NaN without a word, as it was seen to do for low rank in float32.
     """
     usable = torch.isfinite(matrices).all(-1).all(-1)
     values, vectors = _eigh(torch.where(usable[..., None, None], matrices, 0.0))
@@ -67,7 +68,8 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
             values, vectors = torch.linalg.eigh(matrices.to(dtype))
         except LinAlgError:
             continue
-        return values.to(matrices.dtype), vectors.to(matrices.dtype)
+        if torch.isfinite(vectors).all():
+            return values.to(matrices.dtype), vectors.to(matrices.dtype)
     return torch.full_like(matrices[..., 0], torch.nan), torch.full_like(matrices, torch.nan)
 
 
