@@ -112,11 +112,12 @@ class Shampoo(CurvatureOptimizer):
     """Shampoo: W <- W - lr M x_1 (H_1 + lambda_1 I)^(-1/(2K)) ... x_K (H_K + lambda_K I)^(-1/(2K)).
 
     Gupta, Koren, Singer 2018, arXiv 1802.09568. A weight is a tensor of K modes: (out, in) of a Linear,
-    (out, in, k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are
-    merged while their product stays within it. H_i is the running mean of mat_i(D) mat_i(D)^T, D the
-    mini-batch gradient ("gradient"), or of its samples ("empirical", "sampled"). Dimensions above `max_dim`
-    are cut into blocks, each a tensor of its own; None chooses, and gives vectors a diagonal; a large
-    number the full matrix for vectors, too.
+    (out, in k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are merged,
+    the last ones first, while their product stays within it (9: the published (out, in, k_1 k_2) of 3x3 kernels;
+    1: every dimension is a mode). H_i is the running mean of mat_i(D) mat_i(D)^T, D the mini-batch gradient
+    ("gradient"), or of its samples ("empirical", "sampled"). Dimensions above `max_dim` are cut into blocks,
+    each a tensor of its own; None chooses, and gives vectors a diagonal; a large number the full matrix for
+    vectors, too.
 
     The exponent of every mode is power / K, or `exponent` where given. `root`: "eigen", by
     eigendecomposition, or "newton", by the coupled Newton iteration, for which 1 / exponent must be whole;
@@ -182,7 +183,8 @@ class Shampoo(CurvatureOptimizer):
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """A root, or a basis, for each mode of a weight, in blocks that memory allows."""
-        reading, structure, reason = choose_reading(layer.shape, options)
+        # Measured (docs/methods.md): roots want whole rows as a mode, an eigenbasis follows small modes better.
+        reading, structure, reason = choose_reading(layer.shape, options, kept=1 + options["eigenbasis"])
         make = _eigenbasis if options["eigenbasis"] else _roots
         curvature, schedule = make(layer, reading, options)
         return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
