@@ -46,8 +46,9 @@ class Newton(CurvatureOptimizer):
     """Direction H^-1 M."""
 
     def __init__(self, params, inverse, **options):
-        defaults = dict(lr=0.1, momentum=0.9, curvature_decay=0.9, damping=0.5, graft=None, weight_decay=0.0)
-        defaults |= dict(decoupled_weight_decay=True, fisher="gradient", fold_bias=False, maximize=False)
+        defaults = {"lr": 0.1, "momentum": 0.9, "curvature_decay": 0.9, "damping": 0.5, "graft": None}
+        defaults |= {"weight_decay": 0.0, "decoupled_weight_decay": True, "fisher": "gradient"}
+        defaults |= {"fold_bias": False, "maximize": False}
         self.inverse = inverse
         super().__init__(params, {**defaults, "statistics_memory": 1, "adaptive_damping": True, **options})
 
@@ -108,7 +109,7 @@ def factors(monkeypatch):
 @pytest.mark.parametrize("coupled", [0.0, 0.1])
 def test_on_a_quadratic_the_ratio_is_exactly_one(factors, graft, momentum, coupled, maximize):
     problem = Quadratic(maximize)
-    options = dict(graft=graft, momentum=momentum, weight_decay=coupled, decoupled_weight_decay=False)
+    options = {"graft": graft, "momentum": momentum, "weight_decay": coupled, "decoupled_weight_decay": False}
     optimizer = Newton(problem.weights, problem.inverse, lr=0.01, maximize=maximize, **options)
     for _ in range(11):
         optimizer.step(problem.closure(optimizer))
@@ -198,8 +199,7 @@ def test_it_works_on_every_method(method, factors):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs, targets = torch.randn(20, 4), torch.randint(3, (20,))
-    optimizer = minifisher.METHODS[method](module, lr=1e-2)
-    optimizer.param_groups[0]["adaptive_damping"] = True
+    optimizer = minifisher.METHODS[method](module, lr=1e-2, adaptive_damping=True)
     start = optimizer.param_groups[0]["damping"]
 
     def closure():

@@ -138,8 +138,7 @@ def test_a_step_that_was_skipped_has_no_second_pass():
 
 def test_observe_inside_the_second_closure_is_ignored():
     module = nn.Linear(3, 2)
-    optimizer = minifisher.KFAC(module, fisher="sampled", damping=0.1)
-    optimizer.param_groups[0]["adaptive_damping"] = True
+    optimizer = minifisher.KFAC(module, fisher="sampled", adaptive_damping=True)
     inputs = torch.randn(5, 3)
 
     def closure():

@@ -44,7 +44,7 @@ def predicted_change(move: Move, scale: Tensor | float) -> Tensor:
     update = -rate * scale * move.length * move.direction  # u
     change = (update * (move.gradient - 0.5 * pull)).sum()
     if options["weight_decay"] and options["decoupled_weight_decay"]:
-        decay = -rate * options["weight_decay"] * cohort.gather(cohort.parameters)  # w
+        decay = -rate * options["weight_decay"] * cohort.gather(cohort.tensors)  # w
         change += (decay * (move.gradient - pull)).sum()
     return -change if options["maximize"] else change
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from minifisher.distributed import local
 from minifisher.graft import GRAFTS
+from minifisher.seats import piece
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
-    from minifisher.curvature import Plan, State
+    from minifisher.curvature import Curvature, Plan, State
+    from minifisher.seats import Seat
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples, Secant
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 _STACKED_ENTRIES = 65_536
 
 # Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
-_OF_PARAMETER_SHAPE = frozenset(
+OF_PARAMETER_SHAPE = frozenset(
     {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
 )
 _COUNTS = frozenset({"step", "observations"})
@@ -48,25 +51,33 @@ class Cohort:
     state: State
     step: int  # taken so far
     observations: int  # averaged into the curvature so far
+    seat: Seat
 
     @property
     def parameters(self) -> list[Tensor]:
         """Every parameter of every layer, in order."""
         return [parameter for layer in self.layers for parameter in layer.parameters]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What this process holds of every parameter."""
+        return [local(parameter) for parameter in self.parameters]
+
     # ---- between the parameters and the stack ----
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
         iterator = iter(tensors)
-        joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
+        joined = [layer.join([local(next(iterator)) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack(joined) if len(joined) > 1 else joined[0]
 
     def scatter(self, stack: Tensor) -> list[Tensor]:
         """The inverse of `gather`, as views: one tensor a parameter."""
         parts = stack.unbind() if len(self.layers) > 1 else (stack,)
         return [
-            tensor for layer, part in zip(self.layers, parts, strict=True) for tensor in layer.split(part)
+            tensor
+            for layer, part in zip(self.layers, parts, strict=True)
+            for tensor in piece(layer).split(part)
         ]
 
     def gradient(self) -> Tensor:
@@ -94,29 +105,45 @@ class Cohort:
 
     def observe(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples], decay: float) -> None:
         """Average in what the backward pass told; nothing where it told nothing of these layers."""
-        curvature = self.plan.curvature
-        if curvature.needs is None:
-            return
+        if self.tells(samples):
+            self.observe_into(self.plan.curvature, self.state, gradient, samples, decay)
+            self.observations += 1
+
+    def tells(self, samples: Mapping[Layer, LayerSamples]) -> bool:
+        """Whether the backward pass told what the curvature needs."""
+        needs = self.plan.curvature.needs
+        return needs is BatchGradient or (
+            needs is not None and all(layer in samples for layer in self.layers)
+        )
+
+    def observe_into(
+        self,
+        curvature: Curvature,
+        state: State,
+        gradient: Tensor,
+        samples: Mapping[Layer, LayerSamples],
+        decay: float,
+    ) -> None:
+        """What the backward pass told, averaged into a state of the stack's shapes."""
         if curvature.needs is BatchGradient:
-            curvature.observe(self.state, BatchGradient(gradient), decay)
-        elif any(layer not in samples for layer in self.layers):
+            curvature.observe(state, BatchGradient(gradient), decay)
             return
-        else:
-            for index, layer in enumerate(self.layers):
-                curvature.observe(self._of_layer(index), samples[layer], decay)
-        self.observations += 1
+        for index, layer in enumerate(self.layers):
+            curvature.observe(self._of_layer(index, state), samples[layer], decay)
 
     def observe_secants(self, secants: Mapping[Layer, Secant]) -> None:
         """Average in how the layers' means moved with the step that was just taken."""
         curvature = self.plan.curvature
         for index, layer in enumerate(self.layers):
             if layer in secants:
-                curvature.observe(self._of_layer(index), secants[layer], self.options["curvature_decay"])
+                curvature.observe(
+                    self._of_layer(index, self.state), secants[layer], self.options["curvature_decay"]
+                )
 
-    def _of_layer(self, index: int) -> State:
+    def _of_layer(self, index: int, state: State) -> State:
         if len(self.layers) == 1:
-            return self.state
-        return {name: tensor[index] for name, tensor in self.state.items()}
+            return state
+        return {name: tensor[index] for name, tensor in state.items()}
 
     def refresh(self) -> None:
         """Recompute what the direction needs, where it is due.
@@ -136,37 +163,51 @@ class Cohort:
         The direction is P M, with the length of the graft's first-order step. A layer without curvature yet,
         or whose direction is not finite, takes the first-order step itself.
         """
+        move = self.propose(gradient)
+        self.settle(move, *self.norms(move))
+        return move
+
+    def propose(self, gradient: Tensor) -> Move:
+        """The direction and the first-order step, whose length it is to have."""
         self.step += 1
         of_loss = gradient
         if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
-            gradient = gradient + self.options["weight_decay"] * self.gather(self.parameters)
+            gradient = gradient + self.options["weight_decay"] * self.gather(self.tensors)
         graft = GRAFTS[self.options["graft"]]
         momentum = self._momentum(gradient)
         graft.observe(self.state, gradient)
         step = graft.step(self.state, momentum, self.step, self.options["momentum"])
         if not self.observations:
-            length = torch.ones((), dtype=step.dtype, device=step.device)
-            return Move(self, of_loss, momentum, step.clone(), length)
+            return Move(self, of_loss, momentum, step.clone(), step)
         direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
-        norm = self._norm(direction)
-        length = self._norm(step) / norm if graft.rescales else torch.ones_like(norm)
+        return Move(self, of_loss, momentum, direction, step)
+
+    def norms(self, move: Move) -> tuple[Tensor, Tensor]:
+        """Of the direction and of the first-order step, [] or [layers, 1, ...]."""
+        return self._norm(move.direction), self._norm(move.first_order)
+
+    def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
+        """The length; where it or the direction is not finite, the first-order step."""
+        rescales = bool(self.observations) and GRAFTS[self.options["graft"]].rescales
+        length = first_order_norm / norm if rescales else torch.ones_like(norm)
         usable = torch.isfinite(norm) & torch.isfinite(length)
-        if usable.all():
-            return Move(self, of_loss, momentum, direction, length)
-        # Where the first-order step is zero as well, neither moves, and nothing was lost.
-        fallen = int((~usable & (self._norm(step) != 0)).sum())
-        direction, length = torch.where(usable, direction, step), length.masked_fill(~usable, 1)
-        return Move(self, of_loss, momentum, direction, length, fallen)
+        if not usable.all():
+            # Where the first-order step is zero as well, neither moves, and nothing was lost.
+            move.fallen = int((~usable & (first_order_norm != 0)).sum())
+            move.direction = torch.where(usable, move.direction, move.first_order)
+            length = length.masked_fill(~usable, 1)
+        move.length = length
+        move.first_order = move.direction  # its memory is free
 
     def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
         """W <- (1 - lr weight_decay) W - lr scale length direction."""
         decay, rate = self.options["weight_decay"], float(self.options["lr"])
         if decay and self.options["decoupled_weight_decay"]:
-            torch._foreach_mul_(self.parameters, 1 - rate * decay)
+            torch._foreach_mul_(self.tensors, 1 - rate * decay)
         direction, length = move.direction, move.length * scale
         if len(self.layers) > 1:
             direction, length = direction.mul_(length), length.new_ones(())
-        for parameter, part in zip(self.parameters, self.scatter(direction), strict=True):
+        for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
             parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def _momentum(self, gradient: Tensor) -> Tensor:
@@ -188,7 +229,8 @@ class Move:
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
     momentum: Tensor  # M, likewise
     direction: Tensor  # likewise
-    length: Tensor  # [] or [layers, 1, ...]
+    first_order: Tensor  # likewise
+    length: Tensor = field(init=False)  # [] or [layers, 1, ...]
     fallen: int = 0  # layers that took the first-order step because their direction was not finite
 
     def divergence(self) -> Tensor:
@@ -216,11 +258,11 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     entries: dict[Tensor, dict[str, Any]] = {
         parameter: {
             "step": 0,
-            **{name: torch.zeros_like(parameter, dtype=_kept(parameter.dtype)) for name in names},
+            **{name: torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype)) for name in names},
         }
         for parameter in layer.parameters
     }
-    entries[layer.weight].update(observations=0, **plan.curvature.init(layer))
+    entries[layer.weight].update(observations=0, **plan.curvature.init(piece(layer)))
     return entries
 
 
@@ -230,28 +272,28 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
 
 
 def form_cohorts(
-    layers: Iterable[Layer], plans: Mapping[Layer, Plan], options: Mapping[Layer, Options], entries: Entries
+    layers: Iterable[Layer], seats: Mapping[Layer, Seat], options: Mapping[Layer, Options], entries: Entries
 ) -> list[Cohort]:
     """Put equal layers together; their entries in the optimizer's state become views of the stack."""
     members: dict[object, list[Layer]] = defaultdict(list)
     for layer in layers:
-        members[_key(layer, plans[layer], options[layer], entries[layer.weight])].append(layer)
-    return [_cohort(equal, plans[equal[0]], options[equal[0]], entries) for equal in members.values()]
+        members[_key(layer, seats[layer], options[layer], entries[layer.weight])].append(layer)
+    return [_cohort(equal, seats[equal[0]], options[equal[0]], entries) for equal in members.values()]
 
 
-def _key(layer: Layer, plan: Plan, options: Options, entry: dict[str, Any]) -> object:
+def _key(layer: Layer, seat: Seat, options: Options, entry: dict[str, Any]) -> object:
     weight = layer.weight
     if weight.numel() > _STACKED_ENTRIES:
         return layer
     history = entry["step"], entry["observations"]
-    return plan, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
+    return seat, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
 
 
-def _cohort(layers: list[Layer], plan: Plan, options: Options, entries: Entries) -> Cohort:
+def _cohort(layers: list[Layer], seat: Seat, options: Options, entries: Entries) -> Cohort:
     entry = entries[layers[0].weight]
-    cohort = Cohort(layers, plan, options, {}, entry["step"], entry["observations"])
+    cohort = Cohort(layers, seat.plan, options, {}, entry["step"], entry["observations"], seat)
     for name in entry:
-        if name in _OF_PARAMETER_SHAPE:
+        if name in OF_PARAMETER_SHAPE:
             cohort.state[name] = cohort.gather(entries[parameter][name] for parameter in cohort.parameters)
             for parameter, view in zip(cohort.parameters, cohort.scatter(cohort.state[name]), strict=True):
                 entries[parameter][name] = view
@@ -259,5 +301,5 @@ def _cohort(layers: list[Layer], plan: Plan, options: Options, entries: Entries)
             tensors = [entries[layer.weight][name] for layer in layers]
             cohort.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
             for index, layer in enumerate(layers):
-                entries[layer.weight][name] = cohort._of_layer(index)[name]
+                entries[layer.weight][name] = cohort._of_layer(index, cohort.state)[name]
     return cohort

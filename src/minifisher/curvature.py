@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from minifisher.statistics.layers import Layer
@@ -25,6 +26,25 @@ class Curvature(ABC):
 
     needs: type[Statistics] | None
     """The record that `observe` reads: BatchGradient, LayerSamples or Secant; None where it reads none."""
+
+    @property
+    def averages(self) -> tuple[str, ...] | None:
+        """What `observe` writes, the average of what samples told: ranks exchange it; None for all tensors."""
+        return None
+
+    @property
+    def reads_mean_gradient(self) -> bool:
+        """Whether `observe` takes of LayerSamples their mean gradient alone, and a BatchGradient instead."""
+        return False
+
+    @property
+    def reads_caches(self) -> bool:
+        """Whether `observe` reads what `refresh` wrote: then no rank observes what another one refreshes."""
+        return False
+
+    def shard(self, shape: torch.Size) -> Curvature | None:
+        """The same curvature of a piece of the weight, of this shape; None where it needs the whole."""
+        return None
 
     @abstractmethod
     def init(self, layer: Layer) -> State:
@@ -50,6 +70,10 @@ class FirstOrder(Curvature):
     """
 
     needs = None
+
+    def shard(self, shape: torch.Size) -> Curvature:
+        """Itself."""
+        return self
 
     def init(self, layer: Layer) -> State:
         """Nothing."""

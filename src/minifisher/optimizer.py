@@ -10,20 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.arguments import (
-    Params,
-    as_groups,
-    check_gradient,
-    check_group,
-    check_options,
-    check_parameter,
-)
+from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
+from minifisher.checkpoint import FORMAT_VERSION
 from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
+from minifisher.distributed import world_size
+from minifisher.guard import all_finite, counts
+from minifisher.resumable import Resumable
+from minifisher.scaling import loss_scale, overflowed, unscale
+from minifisher.seats import Seat
 from minifisher.second_pass import SecondPass
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
@@ -39,13 +38,21 @@ _NO_CLOSURE = (
 )
 
 
-class CurvatureOptimizer(Optimizer):
+class CurvatureOptimizer(Resumable):
     """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
 
     A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
     W <- (1 - lr weight_decay) W - lr direction. With `decoupled_weight_decay=False`, weight_decay W joins D
     in M, not in the curvature.
+
+    With `adaptive_damping=True` `step` needs a closure, and evaluates it once more every fifth step: the
+    group's `damping` is multiplied by 0.95^5 where the loss fell by more than 3/4 of what the damped
+    quadratic model predicted for that step, and divided by it where by less than 1/4 (Martens and Grosse,
+    2015, Section 6.5; `minifisher.adaptive` derives the prediction).
     """
+
+    # GradScaler then says by how much it scaled the loss, and leaves the rest to `step`.
+    _step_supports_amp_scaling = True
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of layer whose bias `fold_bias` reads as one more input."""
@@ -55,15 +62,19 @@ class CurvatureOptimizer(Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
         """Steps that were not taken because a gradient was NaN or infinite."""
+        self.loss_scale: Callable[[], float] | None = None
+        """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
         self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
         self._plans: dict[Layer, Plan] = {}
+        self._seats: dict[Layer, Seat] = {}
         self._active: list[Layer] = []
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
         self._fallbacks = 0
         check_options(defaults)
-        super().__init__(as_groups(params), {"adaptive_damping": False, **defaults})
+        base = {"adaptive_damping": False, "shard_curvature": False, "format_version": FORMAT_VERSION}
+        super().__init__(as_groups(params), {**base, **defaults})
         self._arm()
 
     @abstractmethod
@@ -118,6 +129,7 @@ class CurvatureOptimizer(Optimizer):
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
+        self._seats = self._take_seats(self._plans, self._layers)
         self._active = []
         self._captures = self._new_captures()
 
@@ -139,24 +151,28 @@ class CurvatureOptimizer(Optimizer):
         `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
         second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
         """
-        passes = self._passes_of(closure)
-        loss = passes.first() if passes is not None else None
-        adapting = passes is not None and self._adaptation_due()
+        adapting = self._adaptation_due()
+        passes = self._two_passes(closure, adapting)
+        with torch.enable_grad():
+            loss = passes.first() if passes is not None else closure() if closure is not None else None
         with torch.no_grad():
             prediction = self._advance(self._collect(), adapting)
-        if passes is not None and prediction is not None and (passes.layers or adapting):
+        if passes is not None and prediction is not None:
             self._look_again(passes, loss, prediction)
         self._arm()
         return loss
 
     def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
         """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
+        if overflowed(self):
+            return None
+        unscale(self)
         active = self._with_gradients()
-        if not _all_finite(active, samples):
+        moves = self._moves(active, samples)
+        if moves is None:
             self._skip()
             return None
         bound = self.defaults.get("kl_clip")
-        moves = (self._move(cohort, samples) for cohort in self._cohorts_of(active))
         prediction: Tensor | float = 0.0
         for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
             if predicting:
@@ -165,6 +181,18 @@ class CurvatureOptimizer(Optimizer):
             self._report_fallen(move.fallen)
             self._keep_counts(move.cohort)
         return prediction
+
+    def _moves(self, active: list[Layer], samples: Samples) -> Iterable[Move] | None:
+        """The step of every cohort, one after another where one process trains; None where it must not be."""
+        if self._alone:
+            if not all_finite(active, samples.values()):
+                return None
+            return (self._move(cohort, samples) for cohort in self._cohorts_of(active))
+        return parallel.moves(self._cohorts_of(active), samples, all_finite(active, ()))
+
+    @property
+    def _alone(self) -> bool:
+        return all(seat.alone for seat in self._seats.values())
 
     @staticmethod
     def _move(cohort: Cohort, samples: Samples) -> Move:
@@ -176,16 +204,17 @@ class CurvatureOptimizer(Optimizer):
 
     # ---- the second pass ----
 
-    def _passes_of(self, closure: Callable[[], Any] | None) -> SecondPass | None:
-        secants = [layer for layer in self._layers if self._plans[layer].curvature.needs is Secant]
+    def _two_passes(self, closure: Callable[[], Any] | None, adapting: bool) -> SecondPass | None:
+        """The two evaluations of the closure; None where one will do."""
+        layers = [layer for layer in self._layers if self._plans[layer].curvature.needs is Secant]
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
-            if (secants or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
+            if (layers or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
                 raise TypeError(_NO_CLOSURE.format(type(self).__name__))
             return None
-        due = [layer for layer in secants if self._statistics_due(layer)]
+        due = [layer for layer in layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return SecondPass(closure, parameters, self._modules, due)
+        return SecondPass(closure, parameters, self._modules, due) if due or adapting else None
 
     def _adaptive_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["adaptive_damping"]]
@@ -200,10 +229,14 @@ class CurvatureOptimizer(Optimizer):
         loss_after = passes.second()
         with torch.no_grad():
             secants = passes.secants()
+            if not self._alone:
+                secants = parallel.mean_secants(secants)
             for cohort in self._cohorts:
                 cohort.observe_secants(secants)
         if isinstance(prediction, Tensor):
             groups = self._adaptive_groups()
+            if world_size() > 1:
+                loss, loss_after = parallel.mean_of((loss, loss_after))
             factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
             for group in groups:
                 group["damping"] = within_bounds(group["damping"] * factor)
@@ -240,8 +273,9 @@ class CurvatureOptimizer(Optimizer):
                 self.observe(outputs, likelihood)
                 loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
             samples = self._collect()
-            for cohort in self._cohorts_of(self._with_gradients()):
-                cohort.observe(cohort.gradient(), samples, decay=1 - 1 / count)
+            cohorts = self._cohorts_of(self._with_gradients())
+            gradients = [cohort.gradient() for cohort in cohorts]
+            parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
         self.zero_grad()
         for cohort in self._cohorts:
             cohort.observations = SATURATED
@@ -265,7 +299,8 @@ class CurvatureOptimizer(Optimizer):
     def _collect(self) -> Samples:
         collected: Samples = {}
         for source, capture in self._captures.items():
-            seen, samples = capture.seen, capture.collect()
+            seen = capture.seen
+            samples = capture.collect(loss_scale(self, captured=seen and source == "empirical"))
             if source in LABELLED and seen and not samples:
                 raise RuntimeError(
                     f'fisher="{source}" has seen a forward pass but no labels: call optimizer.observe('
@@ -282,12 +317,15 @@ class CurvatureOptimizer(Optimizer):
     def _cohorts_of(self, active: list[Layer]) -> list[Cohort]:
         """The cohorts of the layers that have gradients; formed anew only when those change."""
         if active != self._active:
-            for layer in active:
-                if layer.weight not in self.state:
-                    self.state.update(initial_state(layer, self._plans[layer], self._layers[layer]))
-            self._cohorts = form_cohorts(active, self._plans, self._layers, self.state)
+            self._initialise(active)
+            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state)
             self._active = active
         return self._cohorts
+
+    def _initialise(self, layers: Iterable[Layer]) -> None:
+        for layer in layers:
+            if layer.weight not in self.state:
+                self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
@@ -333,43 +371,5 @@ class CurvatureOptimizer(Optimizer):
 
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
-        weights = {layer.name: _counts(self._entry(layer)) for layer in self._layers}
+        weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
         return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
-
-    # ---- checkpoints ----
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; every tensor keeps the dtype it was saved in."""
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype: the float32 curvature of a bfloat16 weight would suffer.
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(parameters, indices, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
-        self._active = []
-        self._arm()
-
-
-def _counts(entry: dict[str, Any]) -> dict[str, int]:
-    """Steps, observations, and every whole number that the curvature keeps."""
-    counts = {"step": 0, "observations": 0}
-    for name, value in entry.items():
-        if name in counts or (isinstance(value, Tensor) and value.dtype == torch.int64):
-            counts[name] = int(value)
-    return counts
-
-
-def _all_finite(layers: list[Layer], samples: Samples) -> bool:
-    """Whether every gradient is finite, and so small that its square is: the curvature averages squares."""
-    gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for layer in layers:
-        for parameter in layer.parameters:
-            check_gradient(layer.name, parameter)
-            if parameter.grad is not None:
-                gradients[parameter.grad.device].append(parameter.grad)
-    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in gradients.values()]
-    return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
-        record.is_finite() for record in samples.values()
-    )

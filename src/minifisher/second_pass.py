@@ -45,7 +45,7 @@ class SecondPass:
     def first(self) -> Any:
         """What the closure returns at the present weights."""
         self._random_state = _random_state({parameter.device for parameter in self.parameters})
-        with torch.enable_grad(), self._before.recording():
+        with self._before.recording():
             return self.closure()
 
     def second(self) -> Any:

@@ -338,6 +338,15 @@ def test_the_corrected_diagonal_is_that_of_the_fisher_matrix_in_its_basis(name, 
         assert torch.dist(corrected, blocks) <= torch.dist(each.dense, blocks) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("name", ["linear on tokens", "conv2d groups"])
+def test_per_sample_gradients_are_formed_few_at_a_time(name, monkeypatch):
+    case = problem(name)
+    whole = read(case, eigenvalue_correction=True, steps=2)
+    monkeypatch.setattr("minifisher.methods.kfac._SCRATCH", 1)
+    for one, other in zip(whole, read(case, eigenvalue_correction=True, steps=2), strict=True):
+        torch.testing.assert_close(one.state["eigenvalues"], other.state["eigenvalues"])
+
+
 def block_diagonal(matrix: Tensor, groups: int) -> Tensor:
     """The diagonal blocks, with zeros between them."""
     size = len(matrix) // groups

@@ -447,7 +447,7 @@ def test_power_one_half_with_one_by_one_blocks_is_adam():
         torch.testing.assert_close(weight, twin)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(1, 7), max_size=5).filter(lambda shape: math.prod(shape) < 150),
     width=st.integers(1, 9),

@@ -11,7 +11,7 @@ import torch
 from minifisher.curvature import Curvature
 from minifisher.linalg.modes import TensorReading, even_width, merged, mode_products, second_moment
 from minifisher.linalg.spd import add_to_diagonal, inverse_power
-from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
+from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics, mean_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,6 +47,16 @@ class ModeFactors(Curvature):
     relative_damping: bool = True
     per_sample: bool = True
     """Of LayerSamples: H_i over the samples' gradients D_n, or over their mean alone."""
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The factors."""
+        return tuple(f"factor_{mode}" for mode in range(self.reading.order))
+
+    @property
+    def reads_mean_gradient(self) -> bool:
+        """Where the mean over samples comes before the product."""
+        return not self.per_sample
 
     def init(self, layer: Layer) -> State:
         """`factor_i` is averaged, `inverse_i` is what was last refreshed from it: [blocks, w_i, w_i]."""
@@ -130,15 +140,6 @@ class ModeFactors(Curvature):
     def _lengths(self, like: Tensor) -> list[Tensor]:
         """The entries of every block along each mode, [blocks]."""
         return [self.reading.lengths(mode, like) for mode in range(self.reading.order)]
-
-
-def mean_gradient(samples: LayerSamples, shape: torch.Size) -> Tensor:
-    """(1/N) sum_n D_n, [*shape], without forming any D_n."""
-    total = sum(
-        gradients.transpose(0, 1).flatten(1, 2).mT @ inputs.transpose(0, 1).flatten(1, 2)
-        for inputs, gradients in samples.chunks()
-    )
-    return torch.as_tensor(total).reshape(shape) / samples.count
 
 
 def outer_product_moments(reading: TensorReading, left: Tensor, right: Tensor) -> list[Tensor]:

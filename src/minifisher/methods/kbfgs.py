@@ -51,6 +51,7 @@ class KroneckerBFGS(Curvature):
     """
 
     needs = Secant
+    averages = ("input_moment", "input_mean", "gradient_moment")
 
     shape: torch.Size  # [out, ...], of the layer
     groups: int
@@ -285,6 +286,7 @@ class KBFGS(KroneckerBFGSOptimizer):
         fold_bias: bool = True,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
         options = {
@@ -304,6 +306,7 @@ class KBFGS(KroneckerBFGSOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
         super().__init__(params, options)

@@ -100,6 +100,7 @@ class KBFGSL(KroneckerBFGSOptimizer):
         fold_bias: bool = True,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
         options = {
@@ -120,6 +121,7 @@ class KBFGSL(KroneckerBFGSOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
         super().__init__(params, options)

@@ -44,6 +44,7 @@ class KroneckerFactors(Curvature):
     """
 
     needs = LayerSamples
+    averages = ("input_factor", "gradient_factor", "eigenvalues")
 
     shape: torch.Size  # [out, ...], of the layer
     groups: int
@@ -128,6 +129,8 @@ class CorrectedFactors(KroneckerFactors):
     S = (1/N) sum_n (U_G^T D_n U_A)^2 by entries: of all diagonals in this basis the one nearest to F (George
     et al. 2018). Direction U_G ((U_G^T M U_A) / (S + lambda)^power) U_A^T.
     """
+
+    reads_caches = True
 
     def init(self, layer: Layer) -> State:
         """A, G and S [groups, out, in] are averaged, S in the eigenvectors that are cached."""
@@ -256,6 +259,7 @@ class KFAC(CurvatureOptimizer):
         kl_clip: float | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        adaptive_damping: bool = False,
         fisher: str = "sampled",
         weight_sharing: str = "expand",
         eigenvalue_correction: bool = False,
@@ -265,6 +269,7 @@ class KFAC(CurvatureOptimizer):
         fold_bias: bool = True,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
         options = {
@@ -279,6 +284,7 @@ class KFAC(CurvatureOptimizer):
             "kl_clip": kl_clip,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
             "fisher": fisher,
             "weight_sharing": weight_sharing,
             "eigenvalue_correction": eigenvalue_correction,
@@ -288,6 +294,7 @@ class KFAC(CurvatureOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
         super().__init__(params, options)

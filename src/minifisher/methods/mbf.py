@@ -7,7 +7,7 @@ arXiv 2202.04124. What goes beyond its abstract is our reading: see docs/methods
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +94,33 @@ class MiniBlocks(Curvature):
     dtype: torch.dtype
     power: float = 1.0
     relative_damping: bool = True
+    of_piece: bool = False
+    """Whether the weight may be a piece of the layer's: the layer's mean is then averaged over all pieces."""
+
+    averages = ("fisher", "mean")
+
+    def shard(self, shape: torch.Size) -> MiniBlocks | None:
+        """Rows are cut anywhere, and blocks along a row are whole."""
+        if not shape:
+            return replace(self, of_piece=True)
+        leading = next(n for n in range(1, len(shape) + 1) if self.shape[:n].numel() == self.reading.rows)
+        length = shape[leading:].numel()
+        if length % self.reading.width and length != self.reading.length:
+            return None
+        reading = replace(self.reading, rows=shape[:leading].numel(), length=length)
+        return replace(self, reading=reading, shape=shape, of_piece=True)
+
+    @property
+    def _averages_mean(self) -> bool:
+        return self.of_piece and self.relative_damping
 
     def init(self, layer: Layer) -> State:
         """`fisher` is averaged, `inverse` last refreshed from it: [rows | 1, blocks, width, width]."""
         rows = 1 if self.shared else self.reading.rows
         size = (rows, self.reading.blocks, self.reading.width, self.reading.width)
         fisher = torch.zeros(size, dtype=self.dtype, device=layer.weight.device)
-        return {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
+        state = {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
+        return {**state, "mean": fisher.new_zeros(1)} if self._averages_mean else state
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
@@ -111,6 +131,10 @@ class MiniBlocks(Curvature):
             assert isinstance(statistics, LayerSamples)
             fresh = self._second_moment(statistics)
         state["fisher"].lerp_(fresh.to(self.dtype), 1 - decay)
+        if self._averages_mean:
+            diagonal = fresh.diagonal(dim1=-2, dim2=-1)
+            mean = diagonal.sum((-3, -2, -1)) / (fresh.shape[-4] * self.reading.length)
+            state["mean"].lerp_(mean.unsqueeze(-1).to(self.dtype), 1 - decay)
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
         """(1/N) sum_n d_nb d_nb^T."""
@@ -123,7 +147,8 @@ class MiniBlocks(Curvature):
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
         fisher = state["fisher"].to(_working(self.dtype))
-        state["inverse"].copy_(damped_inverse_power(fisher, self._damping(fisher, damping), self.power))
+        levels = self._damping(fisher, state.get("mean"), damping)
+        state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power))
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
@@ -132,7 +157,7 @@ class MiniBlocks(Curvature):
         product = multiply_rows(rows.to(inverse.dtype), inverse)
         return self.reading.write(product, self.shape).to(direction.dtype)
 
-    def _damping(self, fisher: Tensor, damping: float) -> Tensor:
+    def _damping(self, fisher: Tensor, mean: Tensor | None, damping: float) -> Tensor:
         """lambda_b for every entry, [..., rows | 1, blocks, width].
 
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
@@ -142,8 +167,10 @@ class MiniBlocks(Curvature):
         if not self.relative_damping:
             return (damping * entries + (1 - entries)).expand(fisher.shape[:-1])
         block = fisher.diagonal(dim1=-2, dim2=-1).sum(-1) / entries.sum(-1)
-        layer = (block * entries.sum(-1)).sum((-2, -1)) / (fisher.shape[-4] * self.reading.length)
-        scale = 0.5 * (block + layer[..., None, None])
+        if mean is None:
+            total = (block * entries.sum(-1)).sum((-2, -1)).unsqueeze(-1)
+            mean = total / (fisher.shape[-4] * self.reading.length)
+        scale = 0.5 * (block + mean.to(block.dtype).unsqueeze(-1))
         scale = scale.clamp_min(_NO_CURVATURE)
         return damping * scale.unsqueeze(-1) * entries + (1 - entries)
 
@@ -182,6 +209,7 @@ class MBF(CurvatureOptimizer):
         graft: str | None = "adam",
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        adaptive_damping: bool = False,
         fisher: str = "gradient",
         conv_blocks: str | None = None,
         block_size: int | None = None,
@@ -191,6 +219,7 @@ class MBF(CurvatureOptimizer):
         fold_bias: bool = False,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
         options = {
@@ -203,6 +232,7 @@ class MBF(CurvatureOptimizer):
             "graft": graft,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
             "fisher": fisher,
             "conv_blocks": conv_blocks,
             "block_size": block_size,
@@ -212,6 +242,7 @@ class MBF(CurvatureOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
         super().__init__(params, options)

@@ -110,6 +110,7 @@ class TNT(CurvatureOptimizer):
         fold_bias: bool = False,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
         options = {
@@ -131,6 +132,7 @@ class TNT(CurvatureOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
         super().__init__(params, options)

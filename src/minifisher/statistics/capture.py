@@ -122,17 +122,24 @@ class Capture:
         for call, received in zip(pending, zip(*gradients, strict=True), strict=True):
             call.receive_all(received)
 
-    def collect(self) -> dict[Layer, CapturedSamples]:
-        """What each layer saw, and forget it; a layer without a gradient is absent."""
+    def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
+        """What each layer saw, and forget it; a layer without a gradient is absent.
+
+        The training loss was multiplied by `loss_scale` before its backward pass.
+        """
         collected = {layer: _complete(passes) for layer, passes in self._passes.items()}
         self._passes.clear()
-        return {layer: self._samples(layer, passes) for layer, passes in collected.items() if passes}
+        return {
+            layer: self._samples(layer, passes, loss_scale) for layer, passes in collected.items() if passes
+        }
 
-    def _samples(self, layer: Layer, passes: tuple[tuple[Call, ...], ...]) -> CapturedSamples:
+    def _samples(
+        self, layer: Layer, passes: tuple[tuple[Call, ...], ...], loss_scale: float
+    ) -> CapturedSamples:
         count = sum(calls[0].inputs.shape[0] for calls in passes)
         # NOTE autograd of a mean loss hands back g / N. Micro-batches, each with its mean loss divided by
         # their number, hand back the same: the N of all passes together.
-        scale = 1.0 if self._sampled else float(count)
+        scale = 1.0 if self._sampled else count / loss_scale
         return CapturedSamples(layer, count, passes, scale, self._memory)
 
     def _keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:

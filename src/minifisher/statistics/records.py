@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -65,3 +67,12 @@ class Secant(Statistics):
 
     output_change: Tensor  # s, [groups, out / groups]
     gradient_change: Tensor  # y, [groups, out / groups], per sample
+
+
+def mean_gradient(samples: LayerSamples, shape: torch.Size) -> Tensor:
+    """(1/N) sum_n D_n, [*shape], without forming any D_n."""
+    total = sum(
+        gradients.transpose(0, 1).flatten(1, 2).mT @ inputs.transpose(0, 1).flatten(1, 2)
+        for inputs, gradients in samples.chunks()
+    )
+    return torch.as_tensor(total).reshape(shape) / samples.count
