@@ -17,6 +17,10 @@ The last term is of the order (lr weight_decay)^2 and is left out. The predictio
 was taken: c holds the length which the graft gave, M the momentum, and a layer that took a first-order step
 counts with that step's own metric. On a quadratic loss whose Hessian matrix is P^-1 the ratio of the actual
 to the predicted change is exactly 1.
+
+A step that is short against the model's own (c well below 1: most grafts, small learning rates) is told by
+its slope alone. The ratio is then near 1 whatever the curvature, and the damping falls to its lower bound:
+the rule is meant for `graft=None` with learning rates near 1.
 """
 
 from __future__ import annotations

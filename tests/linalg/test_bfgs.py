@@ -100,6 +100,14 @@ def test_the_second_damping_holds_for_every_lambda(mu2):
         assert torch.isfinite(y).all()
 
 
+def test_a_lambda_above_one_damps_a_pair_of_unit_curvature():
+    """Where the published theta would divide by zero."""
+    s, y = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    _, damped, changed = double_damped(s, y, y, MU1, 2.0)
+    assert changed
+    torch.testing.assert_close(s @ damped, torch.tensor(2.0, dtype=torch.float64))
+
+
 def test_the_second_damping_is_the_published_one_for_a_small_lambda():
     s, y = torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([-0.4, 0.5], dtype=torch.float64)
     same, damped, _ = double_damped(s, y, y, MU1, 0.5)

@@ -87,8 +87,8 @@ def test_second_moments_sum_over_all_other_modes(shape, mode):
         ((1, 1), None, (1,)),
         ((7,), None, (7,)),
         ((8, 5), None, (8, 5)),
-        ((8, 5, 3, 3), None, (8, 5, 9)),
-        ((8, 5, 2, 3, 3), None, (8, 5, 18)),
+        ((8, 5, 3, 3), None, (8, 45)),
+        ((8, 5, 2, 3, 3), None, (8, 90)),
         ((8, 1, 3, 3), None, (8, 9)),
         ((8, 5, 1, 1), None, (8, 5)),
         ((8, 5, 3, 3), 1, (8, 5, 3, 3)),
@@ -101,6 +101,14 @@ def test_second_moments_sum_over_all_other_modes(shape, mode):
 )
 def test_merged_dimensions(shape, limit, modes):
     assert merged(shape, limit) == modes
+
+
+@pytest.mark.parametrize(
+    ("shape", "modes"),
+    [((8, 5, 3, 3), (8, 5, 9)), ((8, 1, 3, 3), (8, 9)), ((8, 5, 1, 1), (8, 5)), ((7,), (7,)), ((1,), (1,))],
+)
+def test_only_the_kernel_is_merged_behind_two_kept_dimensions(shape, modes):
+    assert merged(shape, None, kept=2) == modes
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from minifisher.linalg.spd import eigenbasis
 def eigenvectors(matrices: Tensor) -> Tensor:
     """The eigenvectors of symmetric A [..., b, b] as columns, the largest eigenvalue first.
 
-    Where the eigendecomposition fails, one power iteration from the identity instead: an orthogonal basis from
-    which later iterations go on.
+    Where the eigendecomposition fails, one power iteration from the identity instead: an orthogonal basis
+    from which later iterations go on.
     """
     if matrices.shape[-1] == 1:
         return torch.ones_like(matrices)

@@ -82,15 +82,15 @@ class TensorReading:
         return [size for amount in reversed(missing) for size in (0, amount)]
 
 
-def merged(shape: Sequence[int], limit: int | None) -> tuple[int, ...]:
+def merged(shape: Sequence[int], limit: int | None, kept: int = 1) -> tuple[int, ...]:
     """The modes of a weight: its dimensions, those of size one left out and small neighbours merged.
 
     From the last to the first, neighbours are merged while their product stays within `limit`, so that a
-    kernel is merged before the channels are. None merges the kernel of a convolution and nothing else:
-    (out, in, k_1 k_2).
+    kernel is merged before the channels are. None merges all dimensions behind the first `kept`: (out,
+    in k_1 k_2), or (out, in, k_1 k_2) for two.
     """
     if limit is None:
-        dims = [*shape[:2], math.prod(shape[2:])]
+        dims = [*shape[:kept], math.prod(shape[kept:])]
         return tuple(n for n in dims if n > 1) or (1,)
     dims = [1]
     for n in reversed(shape):

@@ -174,9 +174,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def choose_reading(shape: torch.Size, options: dict[str, Any]) -> tuple[TensorReading, str, str]:
+def choose_reading(
+    shape: torch.Size, options: dict[str, Any], kept: int = 1
+) -> tuple[TensorReading, str, str]:
     """The modes and blocks of a weight under `max_dim` and `merge_dims`, in words too, and the reason."""
-    dims, widest = merged(shape, options["merge_dims"]), options["max_dim"]
+    dims, widest = merged(shape, options["merge_dims"], kept), options["max_dim"]
     if widest is None and len(dims) == 1:
         widest = 1
     widths = tuple(even_width(n, widest or _widest(mode, dims)) for mode, n in enumerate(dims))
@@ -188,9 +190,8 @@ def choose_reading(shape: torch.Size, options: dict[str, Any]) -> tuple[TensorRe
 def choose_schedule(reading: TensorReading, from_gradient: bool, options: dict[str, Any]) -> tuple[int, int]:
     """T1 and T2: a diagonal of the mini-batch gradient costs next to nothing and is kept up to date."""
     cheap = from_gradient and max(reading.widths) == 1
-    return options["statistics_every"] or (1 if cheap else 4), options["inverse_every"] or (
-        1 if cheap else 20
-    )
+    every, refresh = (1, 1) if cheap else (4, 20)
+    return options["statistics_every"] or every, options["inverse_every"] or refresh
 
 
 def _reason(reading: TensorReading, max_dim: int | None) -> str:

@@ -247,7 +247,7 @@ class KFAC(CurvatureOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         *,
         momentum: float = 0.9,
         curvature_decay: float = 0.95,

@@ -112,8 +112,9 @@ class Shampoo(CurvatureOptimizer):
     """Shampoo: W <- W - lr M x_1 (H_1 + lambda_1 I)^(-1/(2K)) ... x_K (H_K + lambda_K I)^(-1/(2K)).
 
     Gupta, Koren, Singer 2018, arXiv 1802.09568. A weight is a tensor of K modes: (out, in) of a Linear,
-    (out, in, k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are
-    merged while their product stays within it. H_i is the running mean of mat_i(D) mat_i(D)^T, D the
+    (out, in k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are
+    merged, the last ones first, while their product stays within it (9: the published (out, in, k_1 k_2) of
+    3x3 kernels; 1: every dimension is a mode). H_i is the running mean of mat_i(D) mat_i(D)^T, D the
     mini-batch gradient ("gradient"), or of its samples ("empirical", "sampled"). Dimensions above `max_dim`
     are cut into blocks, each a tensor of its own; None chooses, and gives vectors a diagonal; a large
     number the full matrix for vectors, too.
@@ -145,6 +146,7 @@ class Shampoo(CurvatureOptimizer):
         graft: str | None = "adam",
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        adaptive_damping: bool = False,
         fisher: str = "gradient",
         max_dim: int | None = None,
         merge_dims: int | None = None,
@@ -169,6 +171,7 @@ class Shampoo(CurvatureOptimizer):
             "graft": graft,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
             "fisher": fisher,
             "max_dim": max_dim,
             "merge_dims": merge_dims,
@@ -184,7 +187,8 @@ class Shampoo(CurvatureOptimizer):
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """A root, or a basis, for each mode of a weight, in blocks that memory allows."""
-        reading, structure, reason = choose_reading(layer.shape, options)
+        # Measured (docs/methods.md): roots want whole rows as a mode, an eigenbasis small modes.
+        reading, structure, reason = choose_reading(layer.shape, options, kept=1 + options["eigenbasis"])
         make = _eigenbasis if options["eigenbasis"] else _roots
         curvature, schedule = make(layer, reading, options)
         return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
@@ -247,10 +251,11 @@ class SOAP(Shampoo):
     """SOAP: Adam in the eigenbasis of Shampoo's factors, as in Vyas et al. 2024, arXiv 2409.11321.
 
     It is `Shampoo(eigenbasis=True, graft=None)`: W <- W - lr (M' / (sqrt(V) + lambda)) x_1 Q_1 ... x_K Q_K,
-    with M' and V the means of gradients, and of their squares, in the basis Q_i of the eigenvectors of H_i.
-    `lr` is in Adam's step lengths; `damping` is lambda, with `relative_damping` as a fraction of the
-    layer's root mean square. A step costs O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block; memory
-    2 (w_1^2 + w_2^2) + w_1 w_2 a block.
+    M' and V the means of gradients, and of their squares, in the basis Q_i of the eigenvectors of H_i; the
+    modes of a convolution are (out, in, k_1 k_2). `lr` is in Adam's step lengths; `damping` is lambda, with
+    `relative_damping` as a fraction of the layer's root mean square. For [out, in] a step costs O(out in
+    (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block; memory 2 (w_1^2 + w_2^2) + w_1 w_2 a block. Further
+    arguments: Shampoo's.
     """
 
     def __init__(

@@ -72,17 +72,20 @@ class TensorNormal(ModeFactors):
 class TNT(CurvatureOptimizer):
     """Tensor Normal Training: W <- W - lr M x_1 (Omega_1 + lambda I)^-1 ... x_K (Omega_K + lambda I)^-1.
 
-    Ren, Goldfarb 2021, arXiv 2106.02925. A weight is a tensor of K modes: (out, in) of a Linear, (out, in,
-    k_1 k_2) of a convolution. H_i is the running mean of mat_i(D) mat_i(D)^T, D the gradient of the
-    mini-batch's *mean* loss for labels drawn from the model (`fisher="sampled"`: call `observe`), as in the
-    published code; its scale is F / N. `per_sample=True` averages over the gradients of single samples
-    instead. Omega_i is H_i scaled so that all modes have the mean eigenvalue c. Layers that cannot be read
-    sample by sample are measured by their mini-batch gradient; `describe()` says which, and which
-    dimensions were cut into blocks (`max_dim`, by default 256).
+    Ren, Goldfarb 2021, arXiv 2106.02925. A weight is a tensor of K modes: (out, in) of a Linear, (out, in
+    k_1 k_2) of a convolution, or what `merge_dims` makes of it: neighbouring dimensions are merged, the
+    last ones first, while their product stays within it (9: the published (out, in, k_1 k_2) of 3x3
+    kernels). H_i is the running mean of mat_i(D) mat_i(D)^T, D the gradient of the mini-batch's *mean* loss
+    for labels drawn from the model (`fisher="sampled"`: call `observe`), as in the published code; its
+    scale is F / N. `per_sample=True` averages over the gradients of single samples instead. Omega_i is H_i
+    scaled so that all modes have the mean eigenvalue c. Layers that cannot be read sample by sample are
+    measured by their mini-batch gradient; `describe()` says which, and which dimensions were cut into
+    blocks (`max_dim`, by default 256).
 
-    `damping` is lambda, the same for every mode, or with `relative_damping` the fraction of c that lambda
-    is. `lr` is in step lengths of `graft`. For [out, in] with blocks of w: a step costs O(out in w), the
-    statistics the same, an inverse O(out in w), memory 2 (w_1^2 + w_2^2) a block of w_1 w_2 weights.
+    `damping` is lambda, the same for every mode, or with `relative_damping` the fraction of c that lambda is.
+    `lr` is in step lengths of `graft`. For [out, in] in blocks of [w_1, w_2]: a step and an observation cost
+    O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 + w_2^2) a block of w_1 w_2
+    weights.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class TNT(CurvatureOptimizer):
         graft: str | None = "adam",
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        adaptive_damping: bool = False,
         fisher: str = "sampled",
         per_sample: bool = False,
         max_dim: int | None = None,
@@ -120,6 +124,7 @@ class TNT(CurvatureOptimizer):
             "graft": graft,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
             "fisher": fisher,
             "per_sample": per_sample,
             "max_dim": max_dim,
