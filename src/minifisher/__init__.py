@@ -1,9 +1,15 @@
 """Structured-curvature optimizers for PyTorch: mini-block Fisher and its rivals on one engine."""
 
+from minifisher.methods.kbfgs import KBFGS as KBFGS
+from minifisher.methods.kbfgsl import KBFGSL as KBFGSL
+from minifisher.methods.kfac import KFAC as KFAC
 from minifisher.methods.mbf import MBF as MBF
+from minifisher.methods.shampoo import SOAP as SOAP
+from minifisher.methods.shampoo import Shampoo as Shampoo
+from minifisher.methods.tnt import TNT as TNT
 from minifisher.optimizer import CurvatureOptimizer as CurvatureOptimizer
 
-_PUBLIC = (MBF,)  # one entry here registers a method
+_PUBLIC = (MBF, KFAC, KBFGS, KBFGSL, Shampoo, SOAP, TNT)  # one entry here registers a method
 
 METHODS: dict[str, type[CurvatureOptimizer]] = {method.__name__.lower(): method for method in _PUBLIC}
 """The methods by lower-case name: the command line, the comparison and the property tests read it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,20 +14,34 @@ Params = nn.Module | Iterable[Any]
 """What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "fisher": ("gradient", "empirical", "sampled"),
+    "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
+    "weight_sharing": ("expand", "reduce"),
+    "adaptive_damping": (False, True),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
-_BELOW_ONE = ("momentum", "curvature_decay")
-_COUNTS = ("block_size", "statistics_every", "inverse_every", "statistics_memory")
+_BELOW_ONE = ("momentum", "curvature_decay", "mu1")
+_COUNTS = (
+    "block_size",
+    "inverse_every",
+    "max_dim",
+    "merge_dims",
+    "pairs",
+    "statistics_every",
+    "statistics_memory",
+)
+_SHARED = ("statistics_memory", "kl_clip")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
     """The parameter groups that `params` stands for."""
     if isinstance(params, nn.Module):
+        if next(params.parameters(), None) is None:
+            raise ValueError(f"got no parameters: {type(params).__name__} has none, pass the module that has")
         return [{"params": params}]
     if isinstance(params, Tensor):
         raise TypeError(
@@ -44,21 +59,30 @@ def as_groups(params: Params) -> list[dict[str, Any]]:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option of a parameter group that is out of its range."""
     for name in _AT_LEAST_ZERO:
-        _require(name, options, lambda value: 0 <= value < math.inf, "finite and >= 0")
+        _require(name, options, lambda value: _is_number(value) and 0 <= value < math.inf, "finite and >= 0")
     for name in _BELOW_ONE:
-        _require(name, options, lambda value: 0 <= value < 1, "in [0, 1)")
+        _require(name, options, lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)")
     for name in _COUNTS:
         _require(
             name,
             options,
-            lambda value: value is None or value == int(value) >= 1,
+            lambda value: value is None or (isinstance(value, Integral) and int(value) >= 1),
             "a whole number >= 1, or None",
         )
     _require(
         "power",
         options,
-        lambda value: 0 < value < math.inf,
+        lambda value: _is_number(value) and 0 < value < math.inf,
         "> 0: 1 for the inverse, 0.5 for the inverse root",
+    )
+    _require(
+        "kl_clip", options, lambda value: value is None or 0 < value < math.inf, "finite and > 0, or None"
+    )
+    _require(
+        "exponent",
+        options,
+        lambda value: value is None or 0 < value < math.inf,
+        "> 0, or None: 1 / (2K) for the published root of each of K modes",
     )
     for name, choices in _CHOICES.items():
         _require(
@@ -69,9 +93,23 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
 def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> None:
     if name in options and not holds(options[name]):
         raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError where a parameter group wants for itself what all groups share."""
+    for name in _SHARED:
+        if name in group and group[name] != defaults[name]:
+            raise ValueError(
+                f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
+                f"{group[name]!r}: pass it to the optimizer"
+            )
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:

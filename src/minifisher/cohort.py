@@ -7,21 +7,24 @@ optimizer keeps of a parameter is a slice of the stack.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from minifisher.distributed import local
 from minifisher.graft import GRAFTS, norms
+from minifisher.seats import piece
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
-    from minifisher.curvature import Plan, State
+    from minifisher.curvature import Curvature, Plan, State
+    from minifisher.seats import Seat
     from minifisher.statistics.layers import Layer
-    from minifisher.statistics.records import LayerSamples
+    from minifisher.statistics.records import LayerSamples, Secant
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 _STACKED_ENTRIES = 65_536
 
 # Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
-_OF_PARAMETER_SHAPE = frozenset(
+OF_PARAMETER_SHAPE = frozenset(
     {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
 )
 _COUNTS = frozenset({"step", "observations"})
@@ -49,30 +52,39 @@ class Cohort:
     state: State
     step: int  # taken so far
     observations: int  # averaged into the curvature so far
+    seat: Seat
 
     @cached_property
     def parameters(self) -> list[Tensor]:
         """Every parameter of every layer, in order."""
         return [parameter for layer in self.layers for parameter in layer.parameters]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What this process holds of every parameter."""
+        return [local(parameter) for parameter in self.parameters]
+
     # ---- between the parameters and the stack ----
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
         """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
         iterator = iter(tensors)
-        joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
+        joined = [layer.join([local(next(iterator)) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack(joined) if len(joined) > 1 else joined[0]
 
     def scatter(self, stack: Tensor) -> list[Tensor]:
         """The inverse of `gather`, as views: one tensor a parameter."""
         parts = stack.unbind() if len(self.layers) > 1 else (stack,)
         return [
-            tensor for layer, part in zip(self.layers, parts, strict=True) for tensor in layer.split(part)
+            tensor
+            for layer, part in zip(self.layers, parts, strict=True)
+            for tensor in piece(layer).split(part)
         ]
 
     def gradient(self) -> Tensor:
         """D; zero where only the weight or only the bias of a layer got one."""
         gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        gradient = gradient.to(_kept(gradient.dtype))
         return -gradient if self.options["maximize"] else gradient
 
     # ---- statistics and curvature ----
@@ -94,20 +106,45 @@ class Cohort:
 
     def observe(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples], decay: float) -> None:
         """Average in what the backward pass told; nothing where it told nothing of these layers."""
-        curvature = self.plan.curvature
-        if curvature.needs is BatchGradient:
-            curvature.observe(self.state, BatchGradient(gradient), decay)
-        elif any(layer not in samples for layer in self.layers):
-            return
-        else:
-            for index, layer in enumerate(self.layers):
-                curvature.observe(self._of_layer(index), samples[layer], decay)
-        self.observations += 1
+        if self.tells(samples):
+            self.observe_into(self.plan.curvature, self.state, gradient, samples, decay)
+            self.observations += 1
 
-    def _of_layer(self, index: int) -> State:
+    def tells(self, samples: Mapping[Layer, LayerSamples]) -> bool:
+        """Whether the backward pass told what the curvature needs."""
+        needs = self.plan.curvature.needs
+        return needs is BatchGradient or (
+            needs is not None and all(layer in samples for layer in self.layers)
+        )
+
+    def observe_into(
+        self,
+        curvature: Curvature,
+        state: State,
+        gradient: Tensor,
+        samples: Mapping[Layer, LayerSamples],
+        decay: float,
+    ) -> None:
+        """What the backward pass told, averaged into a state of the stack's shapes."""
+        if curvature.needs is BatchGradient:
+            curvature.observe(state, BatchGradient(gradient), decay)
+            return
+        for index, layer in enumerate(self.layers):
+            curvature.observe(self._of_layer(index, state), samples[layer], decay)
+
+    def observe_secants(self, secants: Mapping[Layer, Secant]) -> None:
+        """Average in how the layers' means moved with the step that was just taken."""
+        curvature = self.plan.curvature
+        for index, layer in enumerate(self.layers):
+            if layer in secants:
+                curvature.observe(
+                    self._of_layer(index, self.state), secants[layer], self.options["curvature_decay"]
+                )
+
+    def _of_layer(self, index: int, state: State) -> State:
         if len(self.layers) == 1:
-            return self.state
-        return {name: tensor[index] for name, tensor in self.state.items()}
+            return state
+        return {name: tensor[index] for name, tensor in state.items()}
 
     def refresh(self) -> None:
         """Recompute what the direction needs, where it is due.
@@ -121,87 +158,141 @@ class Cohort:
 
     # ---- direction, graft, update ----
 
-    def update(self, gradient: Tensor) -> int:
-        """Momentum, direction, graft and decay into the weights; returns how many layers fell back.
+    def move(self, gradient: Tensor) -> Move:
+        """M <- mu M + D, and the step that follows from it; the weights stay as they are.
 
-        M <- mu M + D; W <- (1 - lr weight_decay) W - lr length(first-order step) P M / |P M|. A layer without
-        curvature yet, or whose direction is not finite, takes the first-order step itself.
+        The direction is P M, with the length of the graft's first-order step. A layer without curvature yet,
+        or whose direction is not finite, takes the first-order step itself.
         """
-        self.step += 1
-        decay, rate = self.options["weight_decay"], float(self.options["lr"])
-        if decay and not self.options["decoupled_weight_decay"]:
-            gradient = gradient + decay * self.gather(self.parameters)
-        direction, length, fallen = self._direction(gradient)
-        if decay and self.options["decoupled_weight_decay"]:
-            torch._foreach_mul_(self.parameters, 1 - rate * decay)
-        if len(self.layers) > 1:
-            direction.mul_(self._for_each(length))
-            torch._foreach_add_(self.parameters, self.scatter(direction), alpha=-rate)
-            return fallen
-        for parameter, part in zip(self.parameters, self.scatter(direction), strict=True):
-            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
-        return fallen
+        move = self.propose(gradient)
+        self.settle(move, *self.norms(move))
+        return move
 
-    def _direction(self, gradient: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The direction, the factors [layers] to the graft's length, how many layers fell back."""
-        graft, count, mu = GRAFTS[self.options["graft"]], len(self.layers), self.options["momentum"]
-        wanted = graft.advance(self.state, gradient, count, self.step, mu)
+    def propose(self, gradient: Tensor) -> Move:
+        """The direction and the first-order step, whose length it is to have."""
+        self.step += 1
+        of_loss = gradient
+        if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
+            gradient = gradient + self.options["weight_decay"] * self.gather(self.tensors)
+        graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
+        length = self._for_each(graft.advance(self.state, gradient, len(self.layers), self.step, mu))
         momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
-            return graft.step(self.state, momentum, self.step, mu).clone(), torch.ones_like(wanted), 0
+            return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
         direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
-        norm = norms(direction, count)
-        length = wanted / norm if graft.rescales else torch.ones_like(norm)
-        usable = torch.isfinite(length + norm)
-        if usable.all():
-            return direction, length, 0
-        # 0 / 0: neither step moves, and nothing was lost.
-        fallen = ~usable & ((norm != 0) | (wanted != 0))
-        step = graft.step(self.state, momentum, self.step, mu)
-        direction = torch.where(self._for_each(usable), direction, step)
-        return direction, length.masked_fill(~usable, 1), int(fallen.sum())
+        return Move(self, of_loss, momentum, direction, length)
+
+    def _first_order(self, momentum: Tensor) -> Tensor:
+        graft = GRAFTS[self.options["graft"]]
+        return graft.step(self.state, momentum, self.step, self.options["momentum"])
+
+    def norms(self, move: Move) -> tuple[Tensor, Tensor]:
+        """Of the direction and of the first-order step, [] or [layers, 1, ...]."""
+        return self._for_each(norms(move.direction, len(self.layers))), move.first_order_norm
+
+    def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
+        """The length; where it or the direction is not finite, the first-order step."""
+        rescales = bool(self.observations) and GRAFTS[self.options["graft"]].rescales
+        length = first_order_norm / norm if rescales else torch.ones_like(norm)
+        usable = torch.isfinite(norm + length)
+        if not usable.all():
+            # Where the first-order step is zero as well, neither moves, and nothing was lost.
+            move.fallen = int((~usable & (first_order_norm != 0)).sum())
+            move.direction = torch.where(usable, move.direction, self._first_order(move.momentum))
+            length = length.masked_fill(~usable, 1)
+        move.length = length
+
+    def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
+        """W <- (1 - lr weight_decay) W - lr scale length direction."""
+        decay, rate = self.options["weight_decay"], float(self.options["lr"])
+        if decay and self.options["decoupled_weight_decay"]:
+            torch._foreach_mul_(self.tensors, 1 - rate * decay)
+        direction, length = move.direction, move.length * scale
+        if len(self.layers) > 1:
+            torch._foreach_add_(self.tensors, self.scatter(direction.mul_(length)), alpha=-rate)
+            return
+        for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
+            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def _for_each(self, numbers: Tensor) -> Tensor:
-        """One number a layer, [layers], as a factor of the stack."""
-        if len(self.layers) == 1:
-            return numbers
-        return numbers.view(-1, *[1] * len(self.layers[0].shape))
+        """One number a layer, [layers], as a factor of the stack, [] or [layers, 1, ...]."""
+        shape = [-1, *[1] * len(self.layers[0].shape)] if len(self.layers) > 1 else []
+        return numbers.view(shape)
+
+
+@dataclass(eq=False)
+class Move:
+    """The step that a cohort is about to take: W <- W - lr length direction."""
+
+    cohort: Cohort
+    gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
+    momentum: Tensor  # M, likewise
+    direction: Tensor  # likewise
+    first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, 1, ...]
+    length: Tensor = field(init=False)  # [] or [layers, 1, ...]
+    fallen: int = 0  # layers that took the first-order step because their direction was not finite
+
+    def divergence(self) -> Tensor:
+        """lr^2 step^T P^-1 step: of a Fisher matrix, twice the step's Kullback-Leibler divergence."""
+        if not self.cohort.observations:
+            return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
+        rate = float(self.cohort.options["lr"])
+        return rate**2 * (self.length**2 * self.direction * self.momentum).sum()
+
+
+def clipped(moves: Sequence[Move], bound: float) -> Iterator[tuple[Move, Tensor | float]]:
+    """Every move with its scale: min(1, sqrt(bound / sum of divergences)) for those that have a curvature.
+
+    Ba, Grosse, Martens, "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
+    ICLR 2017.
+    """
+    divergence = torch.stack([move.divergence().float() for move in moves]).sum()
+    scale = (bound / divergence).sqrt().clamp(max=1)
+    return ((move, scale if move.cohort.observations else 1.0) for move in moves)
 
 
 def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
     """The entries of a layer's parameters in the optimizer's state before the first step."""
     names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
     entries: dict[Tensor, dict[str, Any]] = {
-        parameter: {"step": 0, **{name: torch.zeros_like(parameter) for name in names}}
+        parameter: {
+            "step": 0,
+            **{name: torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype)) for name in names},
+        }
         for parameter in layer.parameters
     }
-    entries[layer.weight].update(observations=0, **plan.curvature.init(layer))
+    entries[layer.weight].update(observations=0, **plan.curvature.init(piece(layer)))
     return entries
 
 
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """Float16 has no room for a square of a gradient, nor for a direction: float32 in its place."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def form_cohorts(
-    layers: Iterable[Layer], plans: Mapping[Layer, Plan], options: Mapping[Layer, Options], entries: Entries
+    layers: Iterable[Layer], seats: Mapping[Layer, Seat], options: Mapping[Layer, Options], entries: Entries
 ) -> list[Cohort]:
     """Put equal layers together; their entries in the optimizer's state become views of the stack."""
     members: dict[object, list[Layer]] = defaultdict(list)
     for layer in layers:
-        members[_key(layer, plans[layer], options[layer], entries[layer.weight])].append(layer)
-    return [_cohort(equal, plans[equal[0]], options[equal[0]], entries) for equal in members.values()]
+        members[_key(layer, seats[layer], options[layer], entries[layer.weight])].append(layer)
+    return [_cohort(equal, seats[equal[0]], options[equal[0]], entries) for equal in members.values()]
 
 
-def _key(layer: Layer, plan: Plan, options: Options, entry: dict[str, Any]) -> object:
+def _key(layer: Layer, seat: Seat, options: Options, entry: dict[str, Any]) -> object:
     weight = layer.weight
     if weight.numel() > _STACKED_ENTRIES:
         return layer
     history = entry["step"], entry["observations"]
-    return plan, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
+    return seat, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
 
 
-def _cohort(layers: list[Layer], plan: Plan, options: Options, entries: Entries) -> Cohort:
+def _cohort(layers: list[Layer], seat: Seat, options: Options, entries: Entries) -> Cohort:
     entry = entries[layers[0].weight]
-    cohort = Cohort(layers, plan, options, {}, entry["step"], entry["observations"])
+    cohort = Cohort(layers, seat.plan, options, {}, entry["step"], entry["observations"], seat)
     for name in entry:
-        if name in _OF_PARAMETER_SHAPE:
+        if name in OF_PARAMETER_SHAPE:
             cohort.state[name] = cohort.gather(entries[parameter][name] for parameter in cohort.parameters)
             for parameter, view in zip(cohort.parameters, cohort.scatter(cohort.state[name]), strict=True):
                 entries[parameter][name] = view
@@ -209,5 +300,5 @@ def _cohort(layers: list[Layer], plan: Plan, options: Options, entries: Entries)
             tensors = [entries[layer.weight][name] for layer in layers]
             cohort.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
             for index, layer in enumerate(layers):
-                entries[layer.weight][name] = cohort._of_layer(index)[name]
+                entries[layer.weight][name] = cohort._of_layer(index, cohort.state)[name]
     return cohort

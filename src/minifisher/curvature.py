@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from minifisher.statistics.layers import Layer
@@ -23,8 +24,27 @@ class Curvature(ABC):
     Tensors may carry leading dimensions `...`: the engine stacks equal layers and calls each verb once.
     """
 
-    needs: type[Statistics]
-    """The record that `observe` reads: BatchGradient, LayerSamples or Secant."""
+    needs: type[Statistics] | None
+    """The record that `observe` reads: BatchGradient, LayerSamples or Secant; None where it reads none."""
+
+    @property
+    def averages(self) -> tuple[str, ...] | None:
+        """What `observe` writes, averages of what samples told: ranks exchange it; None for all."""
+        return None
+
+    @property
+    def reads_mean_gradient(self) -> bool:
+        """Whether `observe` takes of LayerSamples their mean gradient alone, and a BatchGradient instead."""
+        return False
+
+    @property
+    def reads_caches(self) -> bool:
+        """Whether `observe` reads what `refresh` wrote: then no rank observes what another one refreshes."""
+        return False
+
+    def shard(self, shape: torch.Size) -> Curvature | None:
+        """The same curvature of a piece of the weight, of this shape; None where it needs the whole."""
+        return None
 
     @abstractmethod
     def init(self, layer: Layer) -> State:
@@ -40,6 +60,31 @@ class Curvature(ABC):
     @abstractmethod
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """The damped inverse curvature times `direction`, [..., *layer.shape]: linear, of the same shape."""
+
+
+@dataclass(frozen=True)
+class FirstOrder(Curvature):
+    """No curvature: the layer takes the graft's first-order step, or the momentum M where there is no graft.
+
+    That is what the engine does with a layer of which it has observed nothing.
+    """
+
+    needs = None
+
+    def shard(self, shape: torch.Size) -> Curvature:
+        """Itself."""
+        return self
+
+    def init(self, layer: Layer) -> State:
+        """Nothing."""
+        return {}
+
+    def observe(self, state: State, statistics: Statistics, decay: float) -> None:
+        """Nothing."""
+
+    def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
+        """The direction."""
+        return direction
 
 
 @dataclass(frozen=True)

@@ -10,42 +10,71 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from minifisher.arguments import Params, as_groups, check_gradient, check_options, check_parameter
-from minifisher.cohort import SATURATED, Cohort, form_cohorts, initial_state
+from minifisher import parallel
+from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
+from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
+from minifisher.checkpoint import FORMAT_VERSION
+from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
+from minifisher.distributed import world_size
+from minifisher.guard import all_finite, counts
+from minifisher.resumable import Resumable
+from minifisher.scaling import loss_scale, overflowed, unscale
+from minifisher.seats import Seat
+from minifisher.second_pass import SecondPass
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
-from minifisher.statistics.likelihood import sampled_loss
-from minifisher.statistics.records import BatchGradient, LayerSamples
+from minifisher.statistics.likelihood import LABELLED
+from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 
 Samples = dict[Layer, LayerSamples]
 
+_NO_CLOSURE = (
+    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
+    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
+    "loss.backward() and returns the loss"
+)
 
-class CurvatureOptimizer(Optimizer):
+
+class CurvatureOptimizer(Resumable):
     """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
 
     A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
     W <- (1 - lr weight_decay) W - lr direction. With `decoupled_weight_decay=False`, weight_decay W joins D
     in M, not in the curvature.
+
+    With `adaptive_damping=True` `step` needs a closure, and evaluates it once more every fifth step: the
+    group's `damping` is multiplied by 0.95^5 where the loss fell by more than 3/4 of what the damped
+    quadratic model predicted for that step, and divided by it where by less than 1/4 (Martens and Grosse,
+    2015, Section 6.5; `minifisher.adaptive` derives the prediction).
     """
+
+    # GradScaler then says by how much it scaled the loss, and leaves the rest to `step`.
+    _step_supports_amp_scaling = True
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of layer whose bias `fold_bias` reads as one more input."""
+    estimators: ClassVar[tuple[str, ...]] = ("gradient", "empirical", "sampled", "exact")
+    """What `fisher` may be."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self.skipped_steps = 0
         """Steps that were not taken because a gradient was NaN or infinite."""
+        self.loss_scale: Callable[[], float] | None = None
+        """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
         self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
         self._plans: dict[Layer, Plan] = {}
+        self._seats: dict[Layer, Seat] = {}
         self._active: list[Layer] = []
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
+        self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
         self._fallbacks = 0
         check_options(defaults)
-        super().__init__(as_groups(params), defaults)
+        base = {"adaptive_damping": False, "shard_curvature": False, "format_version": FORMAT_VERSION}
+        super().__init__(as_groups(params), {**base, **defaults})
         self._arm()
 
     @abstractmethod
@@ -58,15 +87,26 @@ class CurvatureOptimizer(Optimizer):
         """Add a group; its "params" may be a module, and any option may differ from the defaults."""
         options = {**self.defaults, **param_group}
         check_options(options)
+        check_group(param_group, self.defaults)
+        if options["fisher"] not in self.estimators:
+            raise ValueError(
+                f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
+                f"got {options['fisher']!r}"
+            )
         source = param_group["params"]
         if isinstance(source, nn.Module):
             layers = layers_of(source, self.folds if options["fold_bias"] else ())
             param_group = {**param_group, "params": list(source.parameters())}
+            self._modules.append(source)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):
             layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
-        self._enrol(layers, group)
+        try:
+            self._enrol(layers, group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()  # a group that was refused leaves no trace
+            raise
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -80,52 +120,126 @@ class CurvatureOptimizer(Optimizer):
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
         if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
+            way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
             raise ValueError(
                 f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
                 f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
-                'nn.Module that holds them, or use fisher="gradient"'
+                f"nn.Module that holds them{way_out}"
             )
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
+        self._seats = self._take_seats(self._plans, self._layers)
         self._active = []
         self._captures = self._new_captures()
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
         for layer, group in self._layers.items():
-            if self._plans[layer].curvature.needs is not BatchGradient:
+            if self._plans[layer].curvature.needs not in (None, BatchGradient):
                 sources[group["fisher"]].append(layer)
         memory = self.defaults["statistics_memory"]
         for capture in self._captures.values():
             capture.disarm()
-        return {source: Capture(layers, memory, source == "sampled") for source, layers in sources.items()}
+        return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
 
     # ---- the step ----
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss.
+
+        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
+        second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
+        """
+        adapting = self._adaptation_due()
+        passes = self._two_passes(closure, adapting)
+        with torch.enable_grad():
+            loss = passes.first() if passes is not None else closure() if closure is not None else None
         with torch.no_grad():
-            self._advance(self._collect())
+            prediction = self._advance(self._collect(), adapting)
+        if passes is not None and prediction is not None:
+            self._look_again(passes, loss, prediction)
         self._arm()
         return loss
 
-    def _advance(self, samples: Samples) -> None:
+    def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
+        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
+        if overflowed(self):
+            return None
+        unscale(self)
         active = self._with_gradients()
-        if not _all_finite(active, samples):
+        moves = self._moves(active, samples)
+        if moves is None:
             self._skip()
-            return
-        for cohort in self._cohorts_of(active):
-            gradient = cohort.gradient()
-            if cohort.statistics_due:
-                cohort.observe(gradient, samples, cohort.corrected_decay())
-            cohort.refresh()
-            self._report_fallen(cohort.update(gradient))
-            self._keep_counts(cohort)
+            return None
+        bound = self.defaults.get("kl_clip")
+        prediction: Tensor | float = 0.0
+        for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
+            if predicting:
+                prediction = prediction + predicted_change(move, scale)
+            move.cohort.apply(move, scale)
+            self._report_fallen(move.fallen)
+            self._keep_counts(move.cohort)
+        return prediction
+
+    def _moves(self, active: list[Layer], samples: Samples) -> Iterable[Move] | None:
+        """The step of every cohort, one after another where one process trains; None where it must not be."""
+        if self._alone:
+            if not all_finite(active, samples.values()):
+                return None
+            return (self._move(cohort, samples) for cohort in self._cohorts_of(active))
+        return parallel.moves(self._cohorts_of(active), samples, all_finite(active, ()))
+
+    @property
+    def _alone(self) -> bool:
+        return all(seat.alone for seat in self._seats.values())
+
+    @staticmethod
+    def _move(cohort: Cohort, samples: Samples) -> Move:
+        gradient = cohort.gradient()
+        if cohort.statistics_due:
+            cohort.observe(gradient, samples, cohort.corrected_decay())
+        cohort.refresh()
+        return cohort.move(gradient)
+
+    # ---- the second pass ----
+
+    def _two_passes(self, closure: Callable[[], Any] | None, adapting: bool) -> SecondPass | None:
+        """The two evaluations of the closure; None where one will do."""
+        layers = [layer for layer in self._layers if self._plans[layer].curvature.needs is Secant]
+        if closure is None:
+            # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
+            if (layers or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
+                raise TypeError(_NO_CLOSURE.format(type(self).__name__))
+            return None
+        due = [layer for layer in layers if self._statistics_due(layer)]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return SecondPass(closure, parameters, self._modules, due) if due or adapting else None
+
+    def _adaptive_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["adaptive_damping"]]
+
+    def _adaptation_due(self) -> bool:
+        taken = max((self._entry(layer).get("step", 0) for layer in self._layers), default=0)
+        return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
+
+    def _look_again(self, passes: SecondPass, loss: Any, prediction: Tensor | float) -> None:
+        for capture in self._captures.values():
+            capture.disarm()
+        loss_after = passes.second()
+        with torch.no_grad():
+            secants = passes.secants()
+            if not self._alone:
+                secants = parallel.mean_secants(secants)
+            for cohort in self._cohorts:
+                cohort.observe_secants(secants)
+        if isinstance(prediction, Tensor):
+            groups = self._adaptive_groups()
+            if world_size() > 1:
+                loss, loss_after = parallel.mean_of((loss, loss_after))
+            factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
+            for group in groups:
+                group["damping"] = within_bounds(group["damping"] * factor)
 
     def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
         """Draw labels from the model's own prediction and run the extra backward pass, when one is due.
@@ -133,10 +247,10 @@ class CurvatureOptimizer(Optimizer):
         Call it between the forward pass and `loss.backward()`; every `.grad` stays untouched. The outputs are
         logits with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        capture = self._captures.get("sampled")
-        if capture is not None and capture.armed:
-            with torch.enable_grad():
-                capture.sample(sampled_loss(outputs, likelihood))
+        for source, capture in self._captures.items():
+            if source in LABELLED and capture.armed:
+                with torch.enable_grad():
+                    capture.sample(*LABELLED[source](outputs, likelihood))
 
     @torch.no_grad()
     def warm_start(
@@ -159,8 +273,9 @@ class CurvatureOptimizer(Optimizer):
                 self.observe(outputs, likelihood)
                 loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
             samples = self._collect()
-            for cohort in self._cohorts_of(self._with_gradients()):
-                cohort.observe(cohort.gradient(), samples, decay=1 - 1 / count)
+            cohorts = self._cohorts_of(self._with_gradients())
+            gradients = [cohort.gradient() for cohort in cohorts]
+            parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
         self.zero_grad()
         for cohort in self._cohorts:
             cohort.observations = SATURATED
@@ -184,11 +299,12 @@ class CurvatureOptimizer(Optimizer):
     def _collect(self) -> Samples:
         collected: Samples = {}
         for source, capture in self._captures.items():
-            seen, samples = capture.seen, capture.collect()
-            if source == "sampled" and seen and not samples:
+            seen = capture.seen
+            samples = capture.collect(loss_scale(self, captured=seen and source == "empirical"))
+            if source in LABELLED and seen and not samples:
                 raise RuntimeError(
-                    'fisher="sampled" has seen a forward pass but no labels: call optimizer.observe(outputs) '
-                    "between the forward pass and loss.backward()"
+                    f'fisher="{source}" has seen a forward pass but no labels: call optimizer.observe('
+                    "outputs) between the forward pass and loss.backward()"
                 )
             collected.update(samples)
         return collected
@@ -201,12 +317,15 @@ class CurvatureOptimizer(Optimizer):
     def _cohorts_of(self, active: list[Layer]) -> list[Cohort]:
         """The cohorts of the layers that have gradients; formed anew only when those change."""
         if active != self._active:
-            for layer in active:
-                if layer.weight not in self.state:
-                    self.state.update(initial_state(layer, self._plans[layer], self._layers[layer]))
-            self._cohorts = form_cohorts(active, self._plans, self._layers, self.state)
+            self._initialise(active)
+            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state)
             self._active = active
         return self._cohorts
+
+    def _initialise(self, layers: Iterable[Layer]) -> None:
+        for layer in layers:
+            if layer.weight not in self.state:
+                self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
@@ -251,38 +370,6 @@ class CurvatureOptimizer(Optimizer):
         return Description(type(self).__name__, tuple(rows))
 
     def diagnostics(self) -> dict[str, Any]:
-        """Counts of what went wrong, and for every weight the steps and observations so far."""
-        weights = {
-            layer.name: {name: self._entry(layer).get(name, 0) for name in ("step", "observations")}
-            for layer in self._layers
-        }
+        """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
+        weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
         return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
-
-    # ---- checkpoints ----
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; every tensor keeps the dtype it was saved in."""
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype: the float32 curvature of a bfloat16 weight would suffer.
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(parameters, indices, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
-        self._active = []
-        self._arm()
-
-
-def _all_finite(layers: list[Layer], samples: Samples) -> bool:
-    """Whether every gradient is finite, and so small that its square is: the curvature averages squares."""
-    gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for layer in layers:
-        for parameter in layer.parameters:
-            check_gradient(layer.name, parameter)
-            if parameter.grad is not None:
-                gradients[parameter.grad.device].append(parameter.grad)
-    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in gradients.values()]
-    return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
-        record.is_finite() for record in samples.values()
-    )

@@ -296,7 +296,7 @@ def test_a_program_that_ends_armed_ends_quietly():
         import torch
         from minifisher.statistics.capture import Capture
         from minifisher.statistics.layers import layers_of
-        capture = Capture(layers_of(torch.nn.Linear(2, 2), False), 1)
+        capture = Capture(layers_of(torch.nn.Linear(2, 2)), 1)
         capture.arm()
     """
     done = subprocess.run(

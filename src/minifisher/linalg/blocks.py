@@ -38,17 +38,18 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
     return (columns.mT @ columns).div_(vectors.shape[-3]).unsqueeze(-4)
 
 
-def average_outer_products(average: Tensor, vectors: Tensor, decay: float) -> None:
+def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay: float) -> None:
     """F_b <- decay F_b + (1 - decay) x x^T in place; rows that share their blocks take the mean of x x^T.
 
     `average` is [..., rows | 1, k, b, b], vectors [..., rows, k, b].
     """
     rows, width = vectors.shape[-3], vectors.shape[-1]
-    shared = average.shape[-4] < rows
     in_place = vectors.dtype == average.dtype and average.is_contiguous()
     if in_place and shared:
         columns = vectors.transpose(-3, -2).reshape(-1, rows, width)
-        average.view(-1, width, width).baddbmm_(columns.mT, columns, beta=decay, alpha=(1 - decay) / rows)
+        average.view(-1, width, width).baddbmm_(
+            columns.mT, columns, beta=decay, alpha=(1 - decay) / max(rows, 1)
+        )
     elif in_place and width == 1:
         average.view(vectors.shape).mul_(decay).addcmul_(vectors, vectors, value=1 - decay)
     else:

@@ -22,6 +22,7 @@ def fits_compiled(*tensors: Tensor) -> bool:
             and tensor.dtype == torch.float32
             and tensor.device.type == "cpu"
             and tensor.is_contiguous()
+            and tensor.numel() > 0
             for tensor in tensors
         )
     )

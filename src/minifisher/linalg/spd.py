@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 _ESCALATIONS = 6  # damping grows tenfold each time: a million-fold in all, then the matrix is given up
 
@@ -48,9 +49,32 @@ def _escalate(matrices: Tensor, factor: Tensor, failed: Tensor) -> Tensor:
     return factor
 
 
+def eigenbasis(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., b] and eigenvectors, the columns of [..., b, b]; NaN for a matrix beyond repair.
+
+    The matrices are symmetric, in float32 or float64. Where LAPACK does not converge float64 is tried, and
+    where it returns NaN without a word, as it was seen to do for low rank in float32.
+    """
+    usable = torch.isfinite(matrices).all(-1).all(-1)
+    values, vectors = _eigh(torch.where(usable[..., None, None], matrices, 0.0))
+    return torch.where(usable[..., None], values, torch.nan), torch.where(
+        usable[..., None, None], vectors, torch.nan
+    )
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    for dtype in (matrices.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrices.to(dtype))
+        except LinAlgError:
+            continue
+        if torch.isfinite(vectors).all():
+            return values.to(matrices.dtype), vectors.to(matrices.dtype)
+    return torch.full_like(matrices[..., 0], torch.nan), torch.full_like(matrices, torch.nan)
+
+
 def _eigen_power(matrices: Tensor, exponent: float) -> Tensor:
-    usable = torch.isfinite(matrices).all(-1).all(-1)[..., None, None]
-    values, vectors = torch.linalg.eigh(torch.where(usable, matrices, 0.0))
+    values, vectors = eigenbasis(matrices)
     floor = torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
     powers = values.clamp_min(floor.clamp_min(torch.finfo(values.dtype).tiny)).pow(exponent)
-    return torch.where(usable, (vectors * powers.unsqueeze(-2)) @ vectors.mT, torch.nan)
+    return (vectors * powers.unsqueeze(-2)) @ vectors.mT

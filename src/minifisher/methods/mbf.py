@@ -7,7 +7,7 @@ arXiv 2202.04124. What goes beyond its abstract is our reading: see docs/methods
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class BlockReading:
         rows = blocks.flatten(-2)
         if self.padding:
             rows = rows[..., : self.length]
-        return rows.reshape(*rows.shape[:-2], *shape)
+        return rows.reshape((*rows.shape[:-2], *shape))
 
     def entries(self, like: Tensor) -> Tensor:
         """1 for every true entry of a block and 0 for padding, [blocks, width]."""
@@ -99,22 +99,51 @@ class MiniBlocks(Curvature):
     dtype: torch.dtype
     power: float = 1.0
     relative_damping: bool = True
+    of_piece: bool = False
+    """Whether the weight may be a piece of the layer's: the layer's mean is then averaged over all pieces."""
+
+    averages = ("fisher", "mean")
+
+    def shard(self, shape: torch.Size) -> MiniBlocks | None:
+        """Rows are cut anywhere, and blocks along a row are whole."""
+        if not shape:
+            return replace(self, of_piece=True)
+        leading = next(n for n in range(1, len(shape) + 1) if self.shape[:n].numel() == self.reading.rows)
+        length = shape[leading:].numel()
+        if length % self.reading.width and length != self.reading.length:
+            return None
+        reading = replace(self.reading, rows=shape[:leading].numel(), length=length)
+        return replace(self, reading=reading, shape=shape, of_piece=True)
+
+    @property
+    def _averages_mean(self) -> bool:
+        return self.of_piece and self.relative_damping
 
     def init(self, layer: Layer) -> State:
         """`fisher` is averaged, `inverse` last refreshed from it: [rows | 1, blocks, width, width]."""
         rows = 1 if self.shared else self.reading.rows
         size = (rows, self.reading.blocks, self.reading.width, self.reading.width)
         fisher = torch.zeros(size, dtype=self.dtype, device=layer.weight.device)
-        return {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
+        state = {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
+        return {**state, "mean": fisher.new_zeros(1)} if self._averages_mean else state
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
         if isinstance(statistics, BatchGradient):
             rows = self.reading.read(statistics.gradient, len(self.shape))
-            average_outer_products(state["fisher"], rows.to(_working(self.dtype)), decay)
+            rows = rows.to(_working(self.dtype))
+            if not self._averages_mean:
+                average_outer_products(state["fisher"], rows, self.shared, decay)
+                return
+            fresh = outer_products(rows, self.shared)
         else:
             assert isinstance(statistics, LayerSamples)
-            state["fisher"].lerp_(self._second_moment(statistics).to(self.dtype), 1 - decay)
+            fresh = self._second_moment(statistics)
+        state["fisher"].lerp_(fresh.to(self.dtype), 1 - decay)
+        if self._averages_mean:
+            diagonal = fresh.diagonal(dim1=-2, dim2=-1)
+            mean = diagonal.sum((-3, -2, -1)) / (fresh.shape[-4] * self.reading.length)
+            state["mean"].lerp_(mean.unsqueeze(-1).to(self.dtype), 1 - decay)
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
         """(1/N) sum_n d_nb d_nb^T."""
@@ -127,7 +156,8 @@ class MiniBlocks(Curvature):
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
         fisher = state["fisher"].to(_working(self.dtype))
-        state["inverse"].copy_(damped_inverse_power(fisher, self._damping(fisher, damping), self.power))
+        levels = self._damping(fisher, state.get("mean"), damping)
+        state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power))
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
@@ -136,28 +166,28 @@ class MiniBlocks(Curvature):
         product = multiply_rows(rows.to(inverse.dtype), inverse)
         return self.reading.write(product, self.shape).to(direction.dtype)
 
-    def _damping(self, fisher: Tensor, damping: float) -> Tensor:
+    def _damping(self, fisher: Tensor, mean: Tensor | None, damping: float) -> Tensor:
         """lambda_b for every entry, [..., rows | 1, blocks, width].
 
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
         that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
         """
-        scale = self._scale(fisher, damping) if self.relative_damping else fisher.new_tensor(damping)
-        if not self.reading.padding:
-            return scale.expand(fisher.shape[:-1])
-        entries = self.reading.entries(fisher)
-        return (scale * entries + (1 - entries)).expand(fisher.shape[:-1])
-
-    def _scale(self, fisher: Tensor, damping: float) -> Tensor:
-        """The relative lambda_b, [..., rows | 1, blocks, 1]."""
-        diagonal = fisher.diagonal(dim1=-2, dim2=-1)
-        layer = diagonal.sum((-3, -2, -1), keepdim=True) / (fisher.shape[-4] * self.reading.length)
+        levels = damping * self._scale(fisher, mean) if self.relative_damping else fisher.new_tensor(damping)
         if self.reading.padding:
-            widths = self.reading.entries(fisher).sum(-1, keepdim=True)
-            block = diagonal.sum(-1, keepdim=True) / widths
+            entries = self.reading.entries(fisher)
+            levels = levels * entries + (1 - entries)
+        return levels.expand(fisher.shape[:-1])
+
+    def _scale(self, fisher: Tensor, mean: Tensor | None) -> Tensor:
+        """The mean of the block's and the layer's mean curvature, [..., rows | 1, blocks, 1]."""
+        diagonal = fisher.diagonal(dim1=-2, dim2=-1)
+        if mean is None:
+            mean = diagonal.sum((-3, -2, -1)).unsqueeze(-1) / (fisher.shape[-4] * self.reading.length)
+        if self.reading.padding:
+            block = diagonal.sum(-1, keepdim=True) / self.reading.entries(fisher).sum(-1, keepdim=True)
         else:
             block = diagonal.mean(-1, keepdim=True)
-        return (block + layer).mul_(0.5).clamp_min_(_NO_CURVATURE).mul_(damping)
+        return (block + mean.to(block.dtype)[..., None, None]).mul_(0.5).clamp_min_(_NO_CURVATURE)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
@@ -194,6 +224,7 @@ class MBF(CurvatureOptimizer):
         graft: str | None = "adam",
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
+        adaptive_damping: bool = False,
         fisher: str = "gradient",
         conv_blocks: str | None = None,
         block_size: int | None = None,
@@ -203,6 +234,7 @@ class MBF(CurvatureOptimizer):
         fold_bias: bool = False,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
         options = {
@@ -215,6 +247,7 @@ class MBF(CurvatureOptimizer):
             "graft": graft,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
             "fisher": fisher,
             "conv_blocks": conv_blocks,
             "block_size": block_size,
@@ -224,6 +257,7 @@ class MBF(CurvatureOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
         super().__init__(params, options)
@@ -251,11 +285,11 @@ class MBF(CurvatureOptimizer):
 def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
     """How a weight is read, whether its rows share their blocks, and the two in words with the reason."""
     shape = layer.shape
-    if len(shape) < 2:
+    if len(shape) < 2 or not shape.numel():
         return BlockReading(shape.numel(), 1, 1), False, "diagonal", "not a matrix"
     kernel = shape[2:].numel()
     if len(shape) > 2 and options["conv_blocks"] == "kernel":
-        reading = BlockReading(shape[0] * shape[1], kernel, options["block_size"] or kernel)
+        reading = BlockReading(shape[0] * shape[1], kernel, min(options["block_size"] or kernel, kernel))
         return reading, False, "kernel blocks", "asked for"
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
@@ -267,8 +301,17 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
 
 
 def _even_width(length: int, widest: int, kernel: int) -> int:
-    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else `widest`."""
+    """The largest even cut of a row up to `widest`, in whole kernels if there is one; else a ragged one."""
     divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
     whole = [width for width in divisors if width % kernel == 0]
     best = (whole or divisors)[-1]
-    return best if 2 * best > min(widest, length) else min(widest, length)
+    return best if 2 * best > min(widest, length) else _ragged_width(length, widest)
+
+
+def _ragged_width(length: int, widest: int) -> int:
+    """The fewest blocks that, the padding of the last one counted, take no more than an even cut would."""
+    for blocks in range(math.ceil(length / widest), length):
+        width = math.ceil(length / blocks)
+        if blocks * width**2 <= widest * length:
+            return width
+    return 1

@@ -30,12 +30,22 @@ class _Pending:
     module: nn.Module
     inputs: Tensor
     edge: GradientEdge | None
-    output_gradients: Tensor | None = None
+    output_gradients: tuple[Tensor, ...] = ()
+    """One of the training loss, or one of each loss that was sampled."""
 
     def receive(self, gradients: Tensor) -> None:
         # A graph that is walked twice, once for each of two losses, hands back two terms of one gradient.
         arrived = batched(self.module, gradients.detach())
-        self.output_gradients = arrived if self.output_gradients is None else self.output_gradients + arrived
+        self.output_gradients = (sum(self.output_gradients, arrived),)
+
+    def receive_all(self, gradients: Iterable[Tensor | None]) -> None:
+        """The gradients of several losses; one that does not depend on the call counts as zero."""
+        batches = [None if g is None else batched(self.module, g.detach()) for g in gradients]
+        arrived = next((batch for batch in batches if batch is not None), None)
+        if arrived is not None:
+            zeros = torch.zeros_like(arrived)
+            self.output_gradients = tuple(zeros if batch is None else batch for batch in batches)
+            self.edge = None
 
 
 class Capture:
@@ -78,8 +88,8 @@ class Capture:
             return
         self._passes.clear()
         hooks = ExitStack()
-        _hold_compiled_models_eager()
-        hooks.callback(_release_compiled_models)
+        hold_compiled_models_eager()
+        hooks.callback(release_compiled_models)
         for module in self._layers:
             hooks.callback(module.register_forward_hook(_ForwardHook(self), with_kwargs=True).remove)
         # Also when the optimizer is thrown away while armed.
@@ -93,32 +103,43 @@ class Capture:
             self._release()
             self._release = None
 
-    def sample(self, loss_sum: Tensor) -> None:
-        """Fills the output gradients with those of a loss *summed* over samples; the graph stays usable."""
+    def sample(self, *loss_sums: Tensor) -> None:
+        """Fills the output gradients with those of a loss *summed* over samples; the graph stays usable.
+
+        Of several losses each is a further draw: every sample counts once for each of them.
+        """
         if not self._sampled:
             raise RuntimeError("this capture reads the training loss: make it with sampled=True")
         calls = [call for passes in self._passes.values() for calls in passes for call in calls]
-        pending = [call for call in calls if call.output_gradients is None]
+        pending = [call for call in calls if not call.output_gradients]
         if not pending:
             return
         edges = [call.edge for call in pending if call.edge is not None]
-        gradients = torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
-        for call, gradient in zip(pending, gradients, strict=True):
-            if gradient is not None:
-                call.receive(gradient)
-                call.edge = None
+        gradients = [
+            torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
+            for loss_sum in loss_sums
+        ]
+        for call, received in zip(pending, zip(*gradients, strict=True), strict=True):
+            call.receive_all(received)
 
-    def collect(self) -> dict[Layer, CapturedSamples]:
-        """What each layer saw, and forget it; a layer without a gradient is absent."""
+    def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
+        """What each layer saw, and forget it; a layer without a gradient is absent.
+
+        The training loss was multiplied by `loss_scale` before its backward pass.
+        """
         collected = {layer: _complete(passes) for layer, passes in self._passes.items()}
         self._passes.clear()
-        return {layer: self._samples(layer, passes) for layer, passes in collected.items() if passes}
+        return {
+            layer: self._samples(layer, passes, loss_scale) for layer, passes in collected.items() if passes
+        }
 
-    def _samples(self, layer: Layer, passes: tuple[tuple[Call, ...], ...]) -> CapturedSamples:
+    def _samples(
+        self, layer: Layer, passes: tuple[tuple[Call, ...], ...], loss_scale: float
+    ) -> CapturedSamples:
         count = sum(calls[0].inputs.shape[0] for calls in passes)
         # NOTE autograd of a mean loss hands back g / N. Micro-batches, each with its mean loss divided by
         # their number, hand back the same: the N of all passes together.
-        scale = 1.0 if self._sampled else float(count)
+        scale = 1.0 if self._sampled else count / loss_scale
         return CapturedSamples(layer, count, passes, scale, self._memory)
 
     def _keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
@@ -136,7 +157,7 @@ class Capture:
 
     def _open_pass(self, layer: Layer) -> list[_Pending]:
         passes = self._passes[layer]
-        if not passes or any(call.output_gradients is not None for call in passes[-1]):
+        if not passes or any(call.output_gradients for call in passes[-1]):
             passes.append([])
         return passes[-1]
 
@@ -159,14 +180,14 @@ class _ForwardHook:
 
 
 def _complete(passes: list[list[_Pending]]) -> tuple[tuple[Call, ...], ...]:
-    """The calls whose gradient arrived, those of the same samples together."""
+    """The calls whose gradient arrived, those of the same samples and the same draw together."""
     complete: list[tuple[Call, ...]] = []
     for pending in passes:
-        by_count: dict[int, list[Call]] = defaultdict(list)
+        together: dict[tuple[int, int], list[Call]] = defaultdict(list)
         for call in pending:
-            if call.output_gradients is not None:
-                by_count[call.inputs.shape[0]].append(Call(call.module, call.inputs, call.output_gradients))
-        complete += [tuple(calls) for calls in by_count.values()]
+            for draw, gradients in enumerate(call.output_gradients):
+                together[call.inputs.shape[0], draw].append(Call(call.module, call.inputs, gradients))
+        complete += [tuple(calls) for calls in together.values()]
     return tuple(complete)
 
 
@@ -174,14 +195,15 @@ _eager_holders = 0
 _eager_stance = ExitStack()
 
 
-def _hold_compiled_models_eager() -> None:
+def hold_compiled_models_eager() -> None:
+    """Compiled models run eagerly until it is released."""
     global _eager_holders
     if not _eager_holders:
         _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
     _eager_holders += 1
 
 
-def _release_compiled_models() -> None:
+def release_compiled_models() -> None:
     """The last one to release restores the stance, in whichever order captures are disarmed."""
     global _eager_holders
     _eager_holders -= 1

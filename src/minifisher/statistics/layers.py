@@ -63,7 +63,7 @@ class Layer:
         """Of the joined tensor: the weight's; with a bias [out, in + 1] or [out, in / groups k1 k2 + 1]."""
         if self.bias is None:
             return self.weight.shape
-        return torch.Size((self.weight.shape[0], self.weight[0].numel() + 1))
+        return torch.Size((self.weight.shape[0], self.weight.shape[1:].numel() + 1))
 
     @property
     def reads_samples(self) -> bool:

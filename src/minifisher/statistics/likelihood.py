@@ -19,13 +19,31 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None =
     "categorical": logits [..., classes]; "bernoulli": independent entries, a logit each; "gaussian": entries
     y ~ Normal(z, 1), half squared error. (Martens and Grosse, 2015, Section 5.)
     """
+    wide = _checked(outputs, likelihood)
+    return _LOSSES[likelihood](wide, generator)
+
+
+def fisher_losses(outputs: Tensor, likelihood: str) -> tuple[Tensor, ...]:
+    """One loss for each entry of a sample's output: together they stand for every label, with no chance left.
+
+    With the likelihood's Fisher matrix F_n = sum_e r_e r_e^T of a sample's E outputs z_n, the e-th loss is
+    sqrt(E) sum_n r_e^T z_n: averaged over samples *and* losses, outer products of gradients are the exact
+    Fisher matrix. Likelihoods as in `sampled_loss`, samples in the first dimension.
+    """
+    wide = _checked(outputs, likelihood)
+    if likelihood == "categorical" and wide.dim() == 1:
+        wide = wide.unsqueeze(0)
+    roots = _ROOTS[likelihood](wide).flatten(1) if wide.dim() > 1 else _ROOTS[likelihood](wide).unsqueeze(1)
+    return tuple((roots.sum(0) * roots.shape[1] ** 0.5).unbind())
+
+
+def _checked(outputs: Tensor, likelihood: str) -> Tensor:
     if likelihood not in _LOSSES:
         raise ValueError(f"likelihood must be one of {', '.join(map(repr, _LOSSES))}, got {likelihood!r}")
     if not outputs.is_floating_point():
         raise TypeError(f"outputs must be the model's floating-point prediction, got {outputs.dtype}")
     # Half precision would lose small probabilities, and the sum.
-    wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-    return _LOSSES[likelihood](wide, generator)
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _categorical(logits: Tensor, generator: Generator | None) -> Tensor:
@@ -52,3 +70,28 @@ _LOSSES: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
     "bernoulli": _bernoulli,
     "gaussian": _gaussian,
 }
+
+
+def _categorical_root(logits: Tensor) -> Tensor:
+    """F = diag(p) - p p^T = sum_e r_e r_e^T, r_e = sqrt(p_e) (unit vector e - p): r_e^T z."""
+    probabilities = logits.detach().softmax(-1)
+    return probabilities.sqrt() * (logits - (probabilities * logits).sum(-1, keepdim=True))
+
+
+def _bernoulli_root(logits: Tensor) -> Tensor:
+    """F = diag(p (1 - p)): r_e^T z."""
+    probabilities = logits.detach().sigmoid()
+    return (probabilities * (1 - probabilities)).sqrt() * logits
+
+
+_ROOTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "categorical": _categorical_root,
+    "bernoulli": _bernoulli_root,
+    "gaussian": lambda means: means,
+}
+
+LABELLED: dict[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
+    "sampled": lambda outputs, likelihood: (sampled_loss(outputs, likelihood),),
+    "exact": fisher_losses,
+}
+"""The estimators that take their labels from the model: the losses whose gradients they read."""

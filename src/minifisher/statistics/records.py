@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -54,3 +56,23 @@ class LayerSamples(Statistics):
     def gradients(self) -> Iterator[Tensor]:
         """Per-sample gradients D_n, [n, *layer.shape], few samples at a time."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Secant(Statistics):
+    """How far a layer's means moved from the mini-batch before the step to the same one after it.
+
+    Means over samples and shared positions alike: s = mean h' - mean h, y = mean g' - mean g.
+    """
+
+    output_change: Tensor  # s, [groups, out / groups]
+    gradient_change: Tensor  # y, [groups, out / groups], per sample
+
+
+def mean_gradient(samples: LayerSamples, shape: torch.Size) -> Tensor:
+    """(1/N) sum_n D_n, [*shape], without forming any D_n."""
+    total = sum(
+        gradients.transpose(0, 1).flatten(1, 2).mT @ inputs.transpose(0, 1).flatten(1, 2)
+        for inputs, gradients in samples.chunks()
+    )
+    return torch.as_tensor(total).reshape(shape) / samples.count

@@ -58,9 +58,10 @@ class CapturedSamples(LayerSamples):
 
     def is_finite(self) -> bool:
         """Whether every input and output gradient is finite, and so small that its square is."""
-        calls = [call for calls in self.passes for call in calls]
+        calls = tuple(call for calls in self.passes for call in calls)
         tensors = [tensor for call in calls for tensor in (call.inputs, call.output_gradients)]
-        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
+        dtype = _dtype_of(calls)  # narrower than the tensor's it would raise
+        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors])
         return bool(torch.isfinite(norms.mul_(self.scale).square_()).all())
 
     def _chunks(self, numbers_beside: int) -> Iterator[tuple[Tensor, Tensor]]:

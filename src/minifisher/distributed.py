@@ -1,0 +1,138 @@
+"""The leaf that knows of ranks: sums and gathers over process groups, pieces of cut tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    Group = Any  # a process group; None is the default one, of all ranks
+
+ALL_RANKS: tuple[Group, ...] = (None,)
+
+
+def world_size() -> int:
+    """Processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The piece of a DTensor that this process holds, not a copy; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def cuts(tensor: Tensor) -> tuple[tuple[int, Group], ...]:
+    """The dimensions along which a DTensor is cut, each with the ranks that hold the pieces."""
+    if not is_distributed(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    partial = [placement for placement in placements if placement.is_partial()]
+    if partial:
+        raise ValueError(
+            f"a parameter is placed as {placements}: a weight can be cut or copied, not summed up"
+        )
+    return tuple(
+        (placement.dim, mesh.get_group(axis))
+        for axis, placement in enumerate(placements)
+        if hasattr(placement, "dim") and mesh.size(axis) > 1
+    )
+
+
+def placed(tensor: Tensor) -> list[int]:
+    """The dimensions along which a DTensor is cut, also those of which one process holds all."""
+    return [p.dim for p in tensor.placements if hasattr(p, "dim")]  # type: ignore[attr-defined]
+
+
+def sum_over(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
+    """Sums each tensor over its groups, in place, in one call for all; whether every sum is finite."""
+    buckets: dict[Any, list[Tensor]] = defaultdict(list)
+    groups_of: dict[Any, tuple[Group, ...]] = {}
+    for tensor, groups in tensors:
+        key = (tuple(map(id, groups)), tensor.dtype, tensor.device)
+        buckets[key].append(tensor)
+        groups_of[key] = groups
+    finite = True
+    for key, members in buckets.items():
+        flat = torch.cat([tensor.flatten() for tensor in members])
+        for group in groups_of[key]:
+            dist.all_reduce(flat, group=group)
+        finite &= bool(torch.isfinite(flat).all())
+        for tensor, part in zip(members, torch.split(flat, [t.numel() for t in members]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+    return finite
+
+
+def agree(holds: bool, groups: Sequence[Group], device: torch.device) -> bool:
+    """Whether it holds on every rank of the groups."""
+    vote = torch.tensor(float(holds), device=device)
+    for group in dict.fromkeys(groups):
+        dist.all_reduce(vote, dist.ReduceOp.MIN, group=group)
+    return bool(vote)
+
+
+def fill_in(tensors: Sequence[tuple[Tensor, int]]) -> None:
+    """Every tensor on every rank as it is on its owner, with one gather for each dtype: [(tensor, owner)]."""
+    by_dtype: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, int]]] = defaultdict(list)
+    for tensor, owner in tensors:
+        by_dtype[tensor.dtype, tensor.device].append((tensor, owner))
+    for members in by_dtype.values():
+        _fill_in(members)
+
+
+def _fill_in(members: list[tuple[Tensor, int]]) -> None:
+    owned: list[list[Tensor]] = [[] for _ in range(world_size())]
+    for tensor, owner in members:
+        owned[owner].append(tensor)
+    length = max(sum(tensor.numel() for tensor in theirs) for theirs in owned)
+    mine = members[0][0].new_zeros(length)
+    parts = [tensor.flatten() for tensor in owned[rank()]]
+    if parts:
+        torch.cat(parts, out=mine[: sum(part.numel() for part in parts)])
+    received = [torch.empty_like(mine) for _ in owned]
+    dist.all_gather(received, mine)
+    for theirs, flat in zip(owned, received, strict=True):
+        start = 0
+        for tensor in theirs:
+            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+
+
+# ---- pieces in checkpoints ----
+
+
+def as_distributed(
+    held: Tensor, like: Tensor, axes: Mapping[int, int | None], shape: Sequence[int]
+) -> Tensor:
+    """A piece as the DTensor of `shape` that torch.distributed.checkpoint puts together again.
+
+    `like` is the parameter; `axes` says along which dimension the tensor is cut where the parameter is cut
+    along which, None for along none.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = []
+    for placement in like.placements:  # type: ignore[attr-defined]
+        axis = axes.get(placement.dim) if hasattr(placement, "dim") else None
+        placements.append(Replicate() if axis is None else Shard(axis))
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = DTensor.from_local(
+        held, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return whole

@@ -1,0 +1,130 @@
+"""K-BFGS(L): K-BFGS whose output side remembers pairs instead of a matrix.
+
+Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
+NeurIPS 2020, arXiv 2006.08877.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from minifisher.linalg.bfgs import limited_memory_middle, limited_memory_product, reciprocal
+from minifisher.methods.kbfgs import KroneckerBFGS, KroneckerBFGSOptimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minifisher.arguments import Params
+    from minifisher.curvature import State
+    from minifisher.statistics.layers import Layer
+
+
+@dataclass(frozen=True)
+class LimitedMemoryKroneckerBFGS(KroneckerBFGS):
+    """H_g from the latest `memory` pairs alone, in compact form: m x out numbers instead of out x out."""
+
+    memory: int = 100
+
+    structure: ClassVar[str] = "Kronecker L-BFGS"
+
+    @property
+    def widest(self) -> int:
+        """The largest matrix."""
+        return self.block_shape[1]
+
+    def _init_outputs(self, layer: Layer) -> State:
+        outputs, _ = self.block_shape
+        return {
+            "output_changes": self._zeros(layer, self.memory, outputs),
+            "gradient_changes": self._zeros(layer, self.memory, outputs),
+            "middle": self._zeros(layer, 2 * self.memory, 2 * self.memory),
+            "initial_inverse": self._zeros(layer),
+        }
+
+    def _start_outputs(self, state: State, scale: Tensor) -> None:
+        state["initial_inverse"].copy_(1 / scale)
+
+    def _learn(self, state: State, change: Tensor, gradient_change: Tensor, scale: Tensor) -> Tensor:
+        ratio = reciprocal(change, gradient_change)
+        taken = ratio > 0
+        for name, fresh in (("output_changes", change), ("gradient_changes", gradient_change)):
+            # Scaled to s^T y = 1, which is the same pair and keeps the compact form well conditioned.
+            later = torch.cat((state[name][..., 1:, :], (fresh * ratio.sqrt()).unsqueeze(-2)), dim=-2)
+            state[name].copy_(torch.where(taken.unsqueeze(-1), later, state[name]))
+        state["initial_inverse"].copy_(1 / scale)
+        state["middle"].copy_(limited_memory_middle(*self._scaled_pairs(state)))
+        return taken.squeeze(-1)
+
+    def _times_outputs(self, state: State, matrix: Tensor) -> Tensor:
+        pairs = self._scaled_pairs(state)
+        return state["initial_inverse"][..., None, None] * limited_memory_product(
+            *pairs, state["middle"], matrix
+        )
+
+    def _scaled_pairs(self, state: State) -> tuple[Tensor, Tensor]:
+        """The pairs of gamma^-1 H_g, which start from I, with gamma the initial inverse."""
+        root = state["initial_inverse"].sqrt()[..., None, None]
+        return state["output_changes"] / root, state["gradient_changes"] * root
+
+
+class KBFGSL(KroneckerBFGSOptimizer):
+    """Kronecker-factored BFGS with limited memory: as KBFGS, with H_g from the latest `pairs` pairs alone.
+
+    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877. H_g = gamma (I + [S Y] C [S Y]^T) with S, Y the m pairs
+    [m, out] and C [2 m, 2 m] (Byrd, Nocedal, Schnabel 1994); gamma = 1, or the inverse mean of g^2 with
+    `relative_damping`. Memory 2 in^2 + 2 m out + 4 m^2 numbers a layer; m out in a step instead of
+    out^2 in, and m^2 out + m^3 a pair. `max_dim` holds for the inputs only. All else as in KBFGS.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.9,
+        curvature_decay: float = 0.9,
+        damping: float = 1.0,
+        relative_damping: bool = True,
+        mu1: float = 0.2,
+        pairs: int = 100,
+        graft: str | None = "adam",
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        adaptive_damping: bool = False,
+        statistics_every: int | None = None,
+        inverse_every: int | None = None,
+        max_dim: int | None = 8192,
+        fold_bias: bool = True,
+        curvature_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        shard_curvature: bool = False,
+        statistics_memory: int = 256 * 2**20,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "curvature_decay": curvature_decay,
+            "damping": damping,
+            "relative_damping": relative_damping,
+            "mu1": mu1,
+            "pairs": pairs,
+            "graft": graft,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "adaptive_damping": adaptive_damping,
+            "statistics_every": statistics_every,
+            "inverse_every": inverse_every,
+            "max_dim": max_dim,
+            "fold_bias": fold_bias,
+            "curvature_dtype": curvature_dtype,
+            "maximize": maximize,
+            "shard_curvature": shard_curvature,
+            "statistics_memory": statistics_memory,
+        }
+        super().__init__(params, options)
+
+    def _curvature(self, common: dict[str, Any], options: dict[str, Any]) -> KroneckerBFGS:
+        return LimitedMemoryKroneckerBFGS(**common, memory=options["pairs"])

@@ -1,0 +1,42 @@
+"""The scale of the loss in mixed precision: what torch.amp.GradScaler tells an optimizer, undone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler drives this step and found a gradient that is not finite."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def unscale(optimizer: Optimizer) -> None:
+    """Divides every `.grad` by the scale, unless `scaler.unscale_` did it before."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, 1 / scale.item())
+
+
+def loss_scale(optimizer: Any, captured: bool) -> float:
+    """What the loss was multiplied by before its backward pass; `captured`: whether it has to be known."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        return scale.item()
+    if optimizer.loss_scale is not None:
+        return float(optimizer.loss_scale())
+    if captured and hasattr(optimizer, "found_inf"):
+        raise ValueError(
+            'fisher="empirical" reads output gradients, which carry the scale of the loss, and after '
+            "scaler.unscale_(optimizer) torch does not tell it: set optimizer.loss_scale = scaler.get_scale"
+        )
+    return 1.0

@@ -1,0 +1,112 @@
+"""Means of what a layer put out and got back: all that a secant needs, and nothing is kept but their sums."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minifisher.statistics.capture import hold_compiled_models_eager, release_compiled_models
+from minifisher.statistics.positions import batched, output_positions
+from minifisher.statistics.records import Secant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor, nn
+
+    from minifisher.statistics.layers import Layer
+
+    Means = dict[Layer, tuple[Tensor, Tensor]]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module: sums [groups, out / groups] over its samples and their positions."""
+
+    module: nn.Module
+    samples: int
+    positions: int  # of one sample
+    outputs: Tensor
+    gradients: Tensor | None = None
+
+    def receive(self, gradients: Tensor) -> None:
+        # A graph that is walked twice, once for each of two losses, hands back two terms of one gradient.
+        arrived = _sum(_positions(self.module, gradients))
+        self.gradients = arrived if self.gradients is None else self.gradients + arrived
+
+
+class OutputMeans:
+    """Mean output and mean output gradient of layers, over the samples and positions of one closure.
+
+    Calls, passes and samples as in `Capture`; a call whose gradient never arrives does not count.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self._layers = {module: layer for layer in layers for module in layer.modules}
+        self._passes: dict[Layer, list[list[_Call]]] = defaultdict(list)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Hooks on."""
+        with ExitStack() as hooks:
+            if self._layers:
+                hold_compiled_models_eager()
+                hooks.callback(release_compiled_models)
+            for module in self._layers:
+                hooks.callback(module.register_forward_hook(self._keep).remove)
+            yield
+
+    def read(self) -> Means:
+        """Mean h and mean g [groups, out / groups] of every layer that got a gradient; g is per sample."""
+        complete = {
+            layer: [[call for call in calls if call.gradients is not None] for calls in passes]
+            for layer, passes in self._passes.items()
+        }
+        return {layer: _means(passes) for layer, passes in complete.items() if any(passes)}
+
+    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
+        if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
+            return
+        positions = _positions(module, output)
+        call = _Call(module, positions.shape[0], positions[0, 0, ..., 0].numel(), _sum(positions))
+        # A hook on the tensor also sees the gradient before a following in-place activation; one on the
+        # module does not.
+        output.register_hook(call.receive)  # type: ignore[no-untyped-call]
+        passes = self._passes[layer]
+        if not passes or any(earlier.gradients is not None for earlier in passes[-1]):
+            passes.append([])
+        passes[-1].append(call)
+
+
+def secants(before: Means, after: Means) -> dict[Layer, Secant]:
+    """How far the means moved, for every layer that both passes saw."""
+    return {
+        layer: Secant(*(new - old for new, old in zip(after[layer], before[layer], strict=True)))
+        for layer in before
+        if layer in after
+    }
+
+
+def _means(passes: list[list[_Call]]) -> tuple[Tensor, Tensor]:
+    # NOTE autograd of a mean loss hands back g / N, with the N of all passes together.
+    samples = sum(sum({call.samples for call in calls}) for calls in passes)
+    together = [call for calls in passes for call in calls]
+    positions = sum(call.samples * call.positions for call in together)
+    outputs = reduce(torch.add, (call.outputs for call in together))
+    gradients = reduce(torch.add, (call.gradients for call in together if call.gradients is not None))
+    return outputs / positions, gradients * (samples / positions)
+
+
+def _positions(module: nn.Module, tensor: Tensor) -> Tensor:
+    return output_positions(module, batched(module, tensor.detach()))
+
+
+def _sum(positions: Tensor) -> Tensor:  # [n, groups, *places, out / groups]
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    return positions.sum((0, *range(2, positions.dim() - 1)), dtype=dtype)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional
+
+import minifisher
+from tests.distributed import training
+from tests.distributed.processes import run
+
+Log = list[tuple[str, int]]  # each call with its numbers
+SHARED = {"block_size": 4, "statistics_every": 2}
+OWN_ROWS = {"share": "row", "conv_blocks": "kernel", "block_size": 4, "statistics_every": 2}
+
+
+@contextmanager
+def listening() -> Iterator[Log]:
+    """What the optimizer sends; an unlisted collective of any other kind fails."""
+    log: Log = []
+    originals = dist.all_reduce, dist.all_gather
+
+    def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        log.append(("all_reduce", tensor.numel()))
+        return originals[0](tensor, *arguments, **options)
+
+    def all_gather(received: list[Tensor], tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        log.append(("all_gather", tensor.numel()))
+        return originals[1](received, tensor, *arguments, **options)
+
+    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    try:
+        with CommDebugMode() as mode:
+            yield log
+        assert mode.get_total_counts() == len(log)
+    finally:
+        dist.all_reduce, dist.all_gather = originals
+
+
+def logs(model: nn.Module, optimizer: Any, steps: int = 2) -> list[Log]:
+    found = []
+    for step in range(steps):
+        images, labels = training.batch(step)
+        functional.cross_entropy(model(images), labels).backward()
+        with listening() as log:
+            optimizer.step()
+        found.append(log)
+        optimizer.zero_grad()
+    return found
+
+
+def cut_logs(options: dict[str, Any]) -> list[Log]:
+    torch.manual_seed(0)
+    network = training.Network().double()
+    fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return logs(network, minifisher.MBF(network, **options))
+
+
+def copied_logs(options: dict[str, Any]) -> list[Log]:
+    network, optimizer = training.make("mbf", options)
+    return logs(training.replicated(network), optimizer)
+
+
+def in_columns_and_rows(options: dict[str, Any], mesh: Any = None) -> list[Tensor]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+    if mesh is not None:
+        parallelize_module(network, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    optimizer = minifisher.MBF(network, lr=1e-2, **options)
+    for step in range(10):
+        torch.manual_seed(step)
+        images, labels = torch.randn(8, 1, 4, 4, dtype=torch.float64), torch.randint(5, (8,))
+        functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in network.parameters()]
+
+
+def message_of(method: str, **options: Any) -> str:
+    network = training.Network().double()
+    fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with pytest.raises(ValueError, match=r"MBF|gradient") as caught:
+        minifisher.METHODS[method](network, **options)
+    return str(caught.value)
+
+
+def one_rank_overflows(options: dict[str, Any], cut: bool) -> bool:
+    """Whether all weights stay as they were when one rank alone sees an infinite gradient or sample."""
+    network, optimizer = training.make("mbf", options)
+    if cut:
+        fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = minifisher.MBF(network, **options)
+    model = network if cut else training.replicated(network)
+    training.train(model, optimizer, range(2))
+    before = [p.detach().clone() for p in network.parameters()]
+    images, labels = training.batch(2)
+    # Samples whose squares overflow in one process, while the mean gradient is finite in all.
+    loss = functional.cross_entropy(model(images), labels)
+    loss.backward()
+    if dist.get_rank() == 1:
+        if cut:
+            network.last.weight.grad.to_local().fill_(torch.inf)
+        else:
+            capture = optimizer._captures["empirical"]
+            capture._passes[next(iter(capture._passes))][0][0].output_gradients[0].fill_(torch.inf)
+    optimizer.step()
+    same = all(torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+    training.train(model, optimizer, range(3, 5))
+    return same and optimizer.skipped_steps == 1
+
+
+def everything() -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {
+        "cut, shared": cut_logs(SHARED),
+        "cut, own rows": cut_logs(OWN_ROWS),
+        "cut, own rows, raw": cut_logs({**OWN_ROWS, "relative_damping": False}),
+        "copied, gradient": copied_logs(SHARED),
+        "copied, empirical": copied_logs({**SHARED, "fisher": "empirical"}),
+        "copied, owned": copied_logs({**SHARED, "shard_curvature": True}),
+        "tensor parallel": {
+            share: in_columns_and_rows({"block_size": 3, "share": share}, mesh) for share in ("row", "layer")
+        },
+        "shampoo": message_of("shampoo"),
+        "kfac": message_of("kfac"),
+        "empirical": message_of("mbf", fisher="empirical"),
+        "overflow": [
+            one_rank_overflows({"fisher": "empirical", "statistics_every": 1}, cut=False),
+            one_rank_overflows({}, cut=True),
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return run(2, everything)[0]
+
+
+WEIGHTS = 12  # convolution, norm, three equal layers and the last: weight and bias each
+
+
+def fisher_numbers(network: nn.Module, block: int = 4) -> int:
+    """in x block_size of every matrix whose rows share (9 inputs of the convolution make 3 blocks)."""
+    shared = sum(
+        -(-parameter[0].numel() // block) * block * block
+        for parameter in network.parameters()
+        if parameter.ndim > 1
+    )
+    return shared
+
+
+def test_gradients_need_nothing_but_what_replicas_average_anyway(found: dict[str, Any]) -> None:
+    assert found["copied, gradient"] == [[], []]
+
+
+def test_samples_need_one_sum_a_statistics_step(found: dict[str, Any]) -> None:
+    fisher = fisher_numbers(training.Network())
+    diagonals = sum(p.numel() for p in training.Network().parameters() if p.ndim == 1)
+    ((call,), nothing) = found["copied, empirical"]
+    assert call == ("all_reduce", fisher)
+    assert nothing == []
+    assert diagonals  # they follow the gradient, which replicas share
+
+
+def test_owners_gather_directions_alone(found: dict[str, Any]) -> None:
+    parameters = sum(p.numel() for p in training.Network().parameters())
+    for log in found["copied, owned"]:
+        ((name, numbers),) = log
+        assert name == "all_gather"
+        assert parameters / 2 <= numbers <= 0.75 * parameters
+
+
+def test_a_cut_weight_needs_a_vote_and_norms_and_its_shared_matrices(found: dict[str, Any]) -> None:
+    first, second = found["cut, shared"]
+    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
+    means = WEIGHTS
+    assert first == [vote, ("all_reduce", fisher_numbers(training.Network()) + means), norms]
+    assert second == [vote, norms]
+
+
+def test_rows_and_kernels_of_a_cut_weight_need_one_number_each(found: dict[str, Any]) -> None:
+    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
+    assert found["cut, own rows"] == [[vote, ("all_reduce", WEIGHTS), norms], [vote, norms]]
+
+
+def test_with_absolute_damping_their_curvature_needs_none(found: dict[str, Any]) -> None:
+    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
+    assert found["cut, own rows, raw"] == [[vote, norms], [vote, norms]]
+
+
+@pytest.mark.parametrize("share", ["row", "layer"])
+def test_columns_and_rows_of_a_layer_take_the_whole_layers_steps(found: dict[str, Any], share: str) -> None:
+    whole = in_columns_and_rows({"block_size": 3, "share": share})
+    torch.testing.assert_close(found["tensor parallel"][share], whole, rtol=1e-9, atol=1e-9)
+
+
+def test_who_needs_whole_weights_says_what_to_do(found: dict[str, Any]) -> None:
+    assert "Shampoo cannot precondition the piece" in found["shampoo"]
+    assert "MBF can" in found["shampoo"]
+    assert "shard_curvature=True" in found["shampoo"]
+    for name in ("kfac", "empirical"):
+        assert 'needs fisher="gradient"' in found[name]
+
+
+def test_what_one_rank_cannot_use_no_rank_uses(found: dict[str, Any]) -> None:
+    assert found["overflow"] == [True, True]

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import minifisher
+from minifisher.statistics import likelihood
+
+ESTIMATORS = ["gradient", "empirical"]
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 3, 3)
+        self.hidden = nn.Linear(12, 8)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = functional.silu(self.convolution(images)).flatten(1)
+        return self.last(functional.silu(self.hidden(hidden)))
+
+
+def make(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    network = Network().to(dtype)
+    return network, minifisher.MBF(network, statistics_every=2, **options)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(step)
+    return torch.randn(12, 1, 4, 4, dtype=dtype), torch.randint(4, (12,))
+
+
+def labels_from_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws depend on the sample alone, so that they are the same however the batch is split."""
+
+    def drawn(logits: Tensor, generator: object = None) -> Tensor:
+        thresholds = (logits.detach()[:, :1] * 1e3).frac().abs()
+        labels = (logits.detach().softmax(-1).cumsum(-1) < thresholds).sum(-1).clamp_max(3)
+        return functional.cross_entropy(logits, labels, reduction="sum")
+
+    monkeypatch.setitem(likelihood._LOSSES, "categorical", drawn)
+
+
+@pytest.mark.parametrize("fold_bias", [False, True])
+@pytest.mark.parametrize("fisher", [*ESTIMATORS, "sampled"])
+def test_micro_batches_equal_one_batch(fisher: str, fold_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels_from_outputs(monkeypatch)
+    results = []
+    for parts in (1, 2, 4, [5, 4, 3]):
+        network, optimizer = make(torch.float64, fisher=fisher, fold_bias=fold_bias)
+        for step in range(6):
+            images, targets = batch(step, torch.float64)
+            sizes = parts if isinstance(parts, list) else 12 // parts
+            for some, their in zip(images.split(sizes), targets.split(sizes), strict=True):
+                outputs = network(some)
+                optimizer.observe(outputs)
+                (functional.cross_entropy(outputs, their, reduction="sum") / 12).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach() for p in network.parameters()])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-11)
+
+
+def scaled_step(network: nn.Module, optimizer: Any, scaler: Any, step: int, clip: bool = False) -> None:
+    images, targets = batch(step)
+    outputs = network(images)
+    optimizer.observe(outputs)
+    scaler.scale(functional.cross_entropy(outputs, targets)).backward()
+    if clip:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), 0.05)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("fisher", [*ESTIMATORS, "sampled"])
+@pytest.mark.parametrize("relative_damping", [False, True])
+def test_the_scale_of_the_loss_leaves_no_trace(fisher: str, clip: bool, relative_damping: bool) -> None:
+    results = []
+    for enabled in (False, True):
+        network, optimizer = make(fisher=fisher, relative_damping=relative_damping, damping=1.0, lr=1e-2)
+        # Powers of two scale without rounding; it grows every third step.
+        scaler = torch.amp.GradScaler("cpu", 2.0**9, growth_interval=3, enabled=enabled)
+        optimizer.loss_scale = scaler.get_scale if clip else None
+        for step in range(10):
+            scaled_step(network, optimizer, scaler, step, clip)
+        results.append(copy.deepcopy(optimizer.state_dict()["state"]))
+    assert not enabled or scaler.get_scale() > 2.0**9
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
+
+
+def test_unscaled_by_hand_and_silent_about_the_scale_is_an_error() -> None:
+    network, optimizer = make(fisher="empirical")
+    with pytest.raises(ValueError, match=r"optimizer\.loss_scale = scaler\.get_scale"):
+        scaled_step(network, optimizer, torch.amp.GradScaler("cpu"), 0, clip=True)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("fisher", [*ESTIMATORS, "sampled"])
+def test_a_step_that_overflowed_leaves_everything_as_it_was(fisher: str, clip: bool) -> None:
+    network, optimizer = make(fisher=fisher)
+    scaler = torch.amp.GradScaler("cpu", 2.0**9)
+    optimizer.loss_scale = scaler.get_scale
+    for step in range(4):
+        scaled_step(network, optimizer, scaler, step)
+    before = copy.deepcopy((optimizer.state_dict()["state"], list(network.parameters())))
+    images, targets = batch(4)
+    outputs = network(images)
+    optimizer.observe(outputs)
+    scaler.scale(functional.cross_entropy(outputs, targets)).backward()
+    network.last.bias.grad[0] = torch.inf
+    if clip:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    torch.testing.assert_close(
+        (optimizer.state_dict()["state"], list(network.parameters())), before, rtol=0, atol=0
+    )
+    assert optimizer.skipped_steps == 0
+    assert scaler.get_scale() == 2.0**8
+    # What the skipped step saw is forgotten: the next statistics are those of its own batch.
+    twin_network, twin = copy.deepcopy((network, optimizer))
+    twin.loss_scale = optimizer.loss_scale
+    scaled_step(network, optimizer, scaler, 5)
+    scaled_step(twin_network, twin, torch.amp.GradScaler("cpu", 2.0**8), 5)
+    torch.testing.assert_close(twin.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fisher", [*ESTIMATORS, "sampled"])
+def test_autocast_trains(fisher: str, dtype: torch.dtype) -> None:
+    network, optimizer = make(fisher=fisher, lr=2e-2)
+    scaler = torch.amp.GradScaler("cpu", 2.0**10)
+    images, targets = batch(0)
+    losses = []
+    for _ in range(40):
+        with torch.autocast("cpu", dtype):
+            outputs = network(images)
+            loss = functional.cross_entropy(outputs, targets)
+        optimizer.observe(outputs)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    state = optimizer.state[network.hidden.weight]
+    assert state["fisher"].dtype == torch.float32
+    assert optimizer.skipped_steps == 0
