@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """Processor time of one thread says what the work costs where neighbours keep the machine busy."""
 

@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, optimizer) against AdamW (foreach), in one process, taking turns."""
+"""A whole training step against AdamW (foreach): in one process, taking turns."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import minifisher
 from minifisher_lab.problems.autoencoders import LARGE, SMALL, autoencoder
 from minifisher_lab.problems.cnns import five_layer, resnet, vgg
 
+RATE = 1e-6  # so small that all networks stay at the start, where they cost the same
 STEPS = 4  # in a turn, or the least common period of statistics and inverses if that is longer
 
 Network = tuple[Callable[[], nn.Module], tuple[int, ...], bool]  # builder, input shape, classifies
@@ -28,12 +29,14 @@ NETWORKS: dict[str, Network] = {
     "vgg16": (partial(vgg, 16, 3, 10), (128, 3, 32, 32), True),
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "adamw": lambda network: torch.optim.AdamW(network.parameters(), foreach=True),
-    "mbf": lambda network: minifisher.MBF(network),
+    "adamw": lambda network: torch.optim.AdamW(network.parameters(), lr=RATE, foreach=True),
+    "mbf": lambda network: minifisher.MBF(network, lr=RATE),
     "mbf-kernel": lambda network: minifisher.MBF(
-        network, conv_blocks="kernel", statistics_every=1, inverse_every=1
+        network, lr=RATE, conv_blocks="kernel", statistics_every=1, inverse_every=1
     ),
-    "mbf-empirical": lambda network: minifisher.MBF(network, fisher="empirical", statistics_every=10),
+    "mbf-empirical": lambda network: minifisher.MBF(
+        network, lr=RATE, fisher="empirical", statistics_every=10
+    ),
 }
 
 

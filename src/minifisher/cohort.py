@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minifisher.distributed import local
-from minifisher.graft import GRAFTS
+from minifisher.graft import GRAFTS, norms
 from minifisher.seats import piece
 from minifisher.statistics.records import BatchGradient
 
@@ -53,7 +54,7 @@ class Cohort:
     observations: int  # averaged into the curvature so far
     seat: Seat
 
-    @property
+    @cached_property
     def parameters(self) -> list[Tensor]:
         """Every parameter of every layer, in order."""
         return [parameter for layer in self.layers for parameter in layer.parameters]
@@ -173,31 +174,33 @@ class Cohort:
         of_loss = gradient
         if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
             gradient = gradient + self.options["weight_decay"] * self.gather(self.tensors)
-        graft = GRAFTS[self.options["graft"]]
-        momentum = self._momentum(gradient)
-        graft.observe(self.state, gradient)
-        step = graft.step(self.state, momentum, self.step, self.options["momentum"])
+        graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
+        length = self._for_each(graft.advance(self.state, gradient, len(self.layers), self.step, mu))
+        momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
-            return Move(self, of_loss, momentum, step.clone(), step)
+            return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
         direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
-        return Move(self, of_loss, momentum, direction, step)
+        return Move(self, of_loss, momentum, direction, length)
+
+    def _first_order(self, momentum: Tensor) -> Tensor:
+        graft = GRAFTS[self.options["graft"]]
+        return graft.step(self.state, momentum, self.step, self.options["momentum"])
 
     def norms(self, move: Move) -> tuple[Tensor, Tensor]:
         """Of the direction and of the first-order step, [] or [layers, 1, ...]."""
-        return self._norm(move.direction), self._norm(move.first_order)
+        return self._for_each(norms(move.direction, len(self.layers))), move.first_order_norm
 
     def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
         """The length; where it or the direction is not finite, the first-order step."""
         rescales = bool(self.observations) and GRAFTS[self.options["graft"]].rescales
         length = first_order_norm / norm if rescales else torch.ones_like(norm)
-        usable = torch.isfinite(norm) & torch.isfinite(length)
+        usable = torch.isfinite(norm + length)
         if not usable.all():
             # Where the first-order step is zero as well, neither moves, and nothing was lost.
             move.fallen = int((~usable & (first_order_norm != 0)).sum())
-            move.direction = torch.where(usable, move.direction, move.first_order)
+            move.direction = torch.where(usable, move.direction, self._first_order(move.momentum))
             length = length.masked_fill(~usable, 1)
         move.length = length
-        move.first_order = move.direction  # its memory is free
 
     def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
         """W <- (1 - lr weight_decay) W - lr scale length direction."""
@@ -206,19 +209,15 @@ class Cohort:
             torch._foreach_mul_(self.tensors, 1 - rate * decay)
         direction, length = move.direction, move.length * scale
         if len(self.layers) > 1:
-            direction, length = direction.mul_(length), length.new_ones(())
+            torch._foreach_add_(self.tensors, self.scatter(direction.mul_(length)), alpha=-rate)
+            return
         for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
             parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
-    def _momentum(self, gradient: Tensor) -> Tensor:
-        if not self.options["momentum"]:
-            return gradient
-        return self.state["momentum"].mul_(self.options["momentum"]).add_(gradient)
-
-    def _norm(self, stack: Tensor) -> Tensor:
-        each_layer = tuple(range(1, stack.ndim)) if len(self.layers) > 1 else None
-        norm: Tensor = torch.linalg.vector_norm(stack, dim=each_layer, keepdim=len(self.layers) > 1)
-        return norm
+    def _for_each(self, numbers: Tensor) -> Tensor:
+        """One number a layer, [layers], as a factor of the stack, [] or [layers, 1, ...]."""
+        shape = [-1, *[1] * len(self.layers[0].shape)] if len(self.layers) > 1 else []
+        return numbers.view(shape)
 
 
 @dataclass(eq=False)
@@ -229,7 +228,7 @@ class Move:
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
     momentum: Tensor  # M, likewise
     direction: Tensor  # likewise
-    first_order: Tensor  # likewise
+    first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, 1, ...]
     length: Tensor = field(init=False)  # [] or [layers, 1, ...]
     fallen: int = 0  # layers that took the first-order step because their direction was not finite
 

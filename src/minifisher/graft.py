@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minifisher.linalg.compiled import advance_adam, fits_compiled
+from minifisher.linalg.scratch import scratch_like
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,15 +25,16 @@ ADAM_EPSILON = 1e-8  # likewise
 class Graft:
     """The null graft: a direction keeps its own length, and the momentum M stands in where it is not finite.
 
-    M <- mu M + D is a sum, `momentum` is mu, `count` the steps so far; all tensors are [..., *layer.shape].
+    M <- mu M + D is a sum, `momentum` is mu, `count` the steps so far; tensors are those of a cohort.
     """
 
     rescales = False
     state_names: tuple[str, ...] = ()
     """Tensors of the parameter's shape that the graft keeps in the state."""
 
-    def observe(self, state: State, gradient: Tensor) -> None:
-        """Average what the first-order method averages, in place."""
+    def advance(self, state: State, gradient: Tensor, layers: int, count: int, momentum: float) -> Tensor:
+        """Update momentum and averages in place; returns the length of the first-order step, [layers]."""
+        return norms(_advance_momentum(state, gradient, momentum), layers)
 
     def step(self, state: State, direction: Tensor, count: int, momentum: float) -> Tensor:
         """The first-order method's step, before the learning rate."""
@@ -49,16 +53,42 @@ class AdamGraft(Graft):
     rescales = True
     state_names = ("second_moment",)
 
-    def observe(self, state: State, gradient: Tensor) -> None:
+    def advance(self, state: State, gradient: Tensor, layers: int, count: int, momentum: float) -> Tensor:
         """V <- beta_2 v + (1 - beta_2) D^2."""
-        state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
+        scale, epsilon = self._corrected(count, momentum)
+        if momentum and fits_compiled(gradient, state["momentum"], state["second_moment"]):
+            d, m, v = (t.view(layers, -1) for t in (gradient, state["momentum"], state["second_moment"]))
+            return advance_adam(d, m, v, mu=momentum, decay=ADAM_DECAY, epsilon=epsilon).mul_(scale)
+        direction = _advance_momentum(state, gradient, momentum)
+        moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
+        denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
+        return norms(torch.div(direction, denominator, out=denominator), layers).mul_(scale)
 
     def step(self, state: State, direction: Tensor, count: int, momentum: float) -> Tensor:
         """Adam's step."""
+        scale, epsilon = self._corrected(count, momentum)
+        return direction / state["second_moment"].sqrt().add_(epsilon) * scale
+
+    def _corrected(self, count: int, momentum: float) -> tuple[float, float]:
+        """Both bias corrections moved out of the root: scale M / (sqrt(v) + epsilon)."""
         correction = (1 - ADAM_DECAY**count) ** 0.5
-        scale = (1 - momentum) / (1 - momentum**count) * correction
-        denominator = state["second_moment"].sqrt().add_(ADAM_EPSILON * correction).div_(scale)
-        return torch.div(direction, denominator, out=denominator)
+        return (1 - momentum) / (1 - momentum**count) * correction, ADAM_EPSILON * correction
+
+
+def _advance_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:
+    if not momentum:
+        return gradient
+    return torch.add(gradient, state["momentum"], alpha=momentum, out=state["momentum"])
+
+
+def norms(stack: Tensor, layers: int) -> Tensor:
+    """The norm of every layer of a cohort, [layers]."""
+    norm: Tensor
+    if layers == 1:
+        norm = torch.linalg.vector_norm(stack)
+        return norm.view(1)
+    norm = torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)))
+    return norm
 
 
 GRAFTS: dict[str | None, Graft] = {None: Graft(), "sgd": MomentumGraft(), "adam": AdamGraft()}

@@ -11,7 +11,8 @@ from minifisher.linalg.spd import add_to_diagonal, inverse_power
 def damped_inverse_power(blocks: Tensor, damping: Tensor, power: float) -> Tensor:
     """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b]."""
     if blocks.shape[-1] == 1:
-        return (blocks + damping.unsqueeze(-1)).pow(-power)
+        damped = blocks + damping.unsqueeze(-1)
+        return damped.reciprocal_() if power == 1.0 else damped.pow_(-power)
     return inverse_power(add_to_diagonal(blocks, damping), power)
 
 
@@ -35,3 +36,21 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
         return vectors.unsqueeze(-1) * vectors.unsqueeze(-2)
     columns = vectors.transpose(-3, -2)  # [..., k, rows, b]
     return (columns.mT @ columns).div_(vectors.shape[-3]).unsqueeze(-4)
+
+
+def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay: float) -> None:
+    """F_b <- decay F_b + (1 - decay) x x^T in place; rows that share their blocks take the mean of x x^T.
+
+    `average` is [..., rows | 1, k, b, b], vectors [..., rows, k, b].
+    """
+    rows, width = vectors.shape[-3], vectors.shape[-1]
+    in_place = vectors.dtype == average.dtype and average.is_contiguous()
+    if in_place and shared:
+        columns = vectors.transpose(-3, -2).reshape(-1, rows, width)
+        average.view(-1, width, width).baddbmm_(
+            columns.mT, columns, beta=decay, alpha=(1 - decay) / max(rows, 1)
+        )
+    elif in_place and width == 1:
+        average.view(vectors.shape).mul_(decay).addcmul_(vectors, vectors, value=1 - decay)
+    else:
+        average.lerp_(outer_products(vectors, shared).to(average.dtype), 1 - decay)

@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from minifisher.curvature import Curvature, Plan
-from minifisher.linalg.blocks import damped_inverse_power, multiply_rows, outer_products
+from minifisher.linalg.blocks import (
+    average_outer_products,
+    damped_inverse_power,
+    multiply_rows,
+    outer_products,
+)
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
@@ -126,7 +131,11 @@ class MiniBlocks(Curvature):
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
         if isinstance(statistics, BatchGradient):
             rows = self.reading.read(statistics.gradient, len(self.shape))
-            fresh = outer_products(rows.to(_working(self.dtype)), self.shared)
+            rows = rows.to(_working(self.dtype))
+            if not self._averages_mean:
+                average_outer_products(state["fisher"], rows, self.shared, decay)
+                return
+            fresh = outer_products(rows, self.shared)
         else:
             assert isinstance(statistics, LayerSamples)
             fresh = self._second_moment(statistics)
@@ -163,16 +172,22 @@ class MiniBlocks(Curvature):
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
         that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
         """
-        entries = self.reading.entries(fisher)
-        if not self.relative_damping:
-            return (damping * entries + (1 - entries)).expand(fisher.shape[:-1])
-        block = fisher.diagonal(dim1=-2, dim2=-1).sum(-1) / entries.sum(-1)
+        levels = damping * self._scale(fisher, mean) if self.relative_damping else fisher.new_tensor(damping)
+        if self.reading.padding:
+            entries = self.reading.entries(fisher)
+            levels = levels * entries + (1 - entries)
+        return levels.expand(fisher.shape[:-1])
+
+    def _scale(self, fisher: Tensor, mean: Tensor | None) -> Tensor:
+        """The mean of the block's and the layer's mean curvature, [..., rows | 1, blocks, 1]."""
+        diagonal = fisher.diagonal(dim1=-2, dim2=-1)
         if mean is None:
-            total = (block * entries.sum(-1)).sum((-2, -1)).unsqueeze(-1)
-            mean = total / (fisher.shape[-4] * self.reading.length)
-        scale = 0.5 * (block + mean.to(block.dtype).unsqueeze(-1))
-        scale = scale.clamp_min(_NO_CURVATURE)
-        return damping * scale.unsqueeze(-1) * entries + (1 - entries)
+            mean = diagonal.sum((-3, -2, -1)).unsqueeze(-1) / (fisher.shape[-4] * self.reading.length)
+        if self.reading.padding:
+            block = diagonal.sum(-1, keepdim=True) / self.reading.entries(fisher).sum(-1, keepdim=True)
+        else:
+            block = diagonal.mean(-1, keepdim=True)
+        return (block + mean.to(block.dtype)[..., None, None]).mul_(0.5).clamp_min_(_NO_CURVATURE)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

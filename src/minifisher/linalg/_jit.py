@@ -1,0 +1,18 @@
+"""How loops are compiled; needs numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """`function` compiled at its first call and cached on disk; without the interpreter lock.
+
+    Sums may be reordered, which is what lets them be vectorised; NaN and infinity keep their meaning.
+    """
+    return numba.njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True, error_model="numpy")(
+        function
+    )

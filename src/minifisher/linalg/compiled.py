@@ -1,0 +1,40 @@
+"""The choice of a leaf: loops compiled by numba (extra `fast`) where it is there and the tensors suit it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+INSTALLED = find_spec("numba") is not None
+
+_PLAIN = (Tensor, nn.Parameter)  # a subclass, such as a sharded tensor, has its own idea of an operation
+
+
+def fits_compiled(*tensors: Tensor) -> bool:
+    """Whether compiled loops can take these tensors: plain, float32, dense in memory, on the CPU."""
+    return (
+        INSTALLED
+        and not torch.compiler.is_compiling()
+        and all(
+            type(tensor) in _PLAIN
+            and tensor.dtype == torch.float32
+            and tensor.device.type == "cpu"
+            and tensor.is_contiguous()
+            and tensor.numel() > 0
+            for tensor in tensors
+        )
+    )
+
+
+def advance_adam(
+    gradient: Tensor, momentum: Tensor, moment: Tensor, *, mu: float, decay: float, epsilon: float
+) -> Tensor:
+    """M <- mu M + D, V <- decay V + (1 - decay) D^2; |M / (sqrt(V) + epsilon)| of every layer, [layers].
+
+    All tensors are [layers, entries] and such that `fits_compiled`.
+    """
+    from minifisher.linalg import _adam_cpu  # importing numba takes most of a second: only when it is used
+
+    return _adam_cpu.advance(gradient, momentum, moment, mu, decay, epsilon)
