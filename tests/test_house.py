@@ -40,8 +40,8 @@ WALK = [
     ("methods",),
     ("",),
 ]
-# Extras, each the business of one leaf.
-EXTRAS = {"numba": "linalg", "triton": "linalg"}
+# Extras, each the business of one leaf; numpy comes with numba.
+EXTRAS = {"numba": "linalg", "numpy": "linalg", "triton": "linalg"}
 
 
 def modules(package):

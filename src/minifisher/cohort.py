@@ -209,8 +209,8 @@ class Cohort:
             torch._foreach_mul_(self.tensors, 1 - rate * decay)
         direction, length = move.direction, move.length * scale
         if len(self.layers) > 1:
-            torch._foreach_add_(self.tensors, self.scatter(direction.mul_(length)), alpha=-rate)
-            return
+            direction, length = direction.mul_(length), length.new_ones(())
+        # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
         for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
             parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 

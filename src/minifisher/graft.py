@@ -78,7 +78,8 @@ class AdamGraft(Graft):
 def _advance_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:
     if not momentum:
         return gradient
-    return torch.add(gradient, state["momentum"], alpha=momentum, out=state["momentum"])
+    # Two roundings: fused into one, the last bits would depend on how layers are stacked.
+    return state["momentum"].mul_(momentum).add_(gradient)
 
 
 def norms(stack: Tensor, layers: int) -> Tensor:
