@@ -37,6 +37,9 @@ _NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
 _WIDTH = 64  # entries of a block
+# Steps between statistics. A convolution's forward and backward pass cost so much more a weight than its
+# statistics that it can afford them more often.
+_STATISTICS_EVERY, _STATISTICS_EVERY_OF_CONVOLUTIONS = 8, 4
 _ROWS_PER_WIDTH = (
     8  # a block is at most 8 times as wide as the rows that share it: 16 bytes a byte of the weight
 )
@@ -275,7 +278,7 @@ class MBF(CurvatureOptimizer):
             power=options["power"],
             relative_damping=options["relative_damping"],
         )
-        every = 1 if reading.width == 1 and from_gradient else 4
+        every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
         statistics_every = options["statistics_every"] or every
         blocks = reading.blocks * (1 if shared else reading.rows)
         inverse_every = options["inverse_every"] or statistics_every
