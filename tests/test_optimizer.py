@@ -189,7 +189,7 @@ def test_a_group_overrides_any_option(override):
     opt = MBF([{"params": grouped[0]}, {"params": grouped[2], **override}, {"params": grouped[4]}], lr=0.01)
     optimizers = [MBF(alone[0], lr=0.01), MBF(alone[2], **{"lr": 0.01, **override}), MBF(alone[4], lr=0.01)]
     default = MBF(plain, lr=0.01)
-    for step in range(5):
+    for step in range(10):
         inputs, targets = batch(step, torch.float64)
         for module, every in ((grouped, [opt]), (alone, optimizers), (plain, [default])):
             module.zero_grad()

@@ -44,12 +44,11 @@ def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay
     `average` is [..., rows | 1, k, b, b], vectors [..., rows, k, b].
     """
     rows, width = vectors.shape[-3], vectors.shape[-1]
-    in_place = vectors.dtype == average.dtype and average.is_contiguous()
+    # A rank may hold no rows at all of a weight that is cut over processes: the general way serves it, too.
+    in_place = vectors.dtype == average.dtype and average.is_contiguous() and rows > 0
     if in_place and shared:
         columns = vectors.transpose(-3, -2).reshape(-1, rows, width)
-        average.view(-1, width, width).baddbmm_(
-            columns.mT, columns, beta=decay, alpha=(1 - decay) / max(rows, 1)
-        )
+        average.view(-1, width, width).baddbmm_(columns.mT, columns, beta=decay, alpha=(1 - decay) / rows)
     elif in_place and width == 1:
         average.view(vectors.shape).mul_(decay).addcmul_(vectors, vectors, value=1 - decay)
     else:
