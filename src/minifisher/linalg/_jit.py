@@ -13,6 +13,6 @@ def compiled(function: Callable[..., Any]) -> Any:
 
     Sums may be reordered, which is what lets them be vectorised; NaN and infinity keep their meaning.
     """
-    # NOTE without "contract": fused multiply-adds came out otherwise in the process that compiled than in those
-    # that read the cache, and a resumed run was no longer bit for bit the same.
+    # NOTE without "contract": fused multiply-adds came out otherwise in the process that compiled than in
+    # those that read the cache, and a resumed run was no longer bit for bit the same.
     return numba.njit(fastmath={"reassoc", "nsz"}, nogil=True, cache=True, error_model="numpy")(function)
