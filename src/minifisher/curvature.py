@@ -98,3 +98,8 @@ class Plan:
     block_size: int
     statistics_every: int  # T1, in steps
     inverse_every: int  # T2, in steps
+
+
+def first_order(reason: str) -> Plan:
+    """The plan of a layer that has no curvature, and why."""
+    return Plan(FirstOrder(), "first-order step", reason, 0, 0, 1, 1)

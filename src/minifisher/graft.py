@@ -54,7 +54,7 @@ class AdamGraft(Graft):
     state_names = ("second_moment",)
 
     def advance(self, state: State, gradient: Tensor, layers: int, count: int, momentum: float) -> Tensor:
-        """V <- beta_2 v + (1 - beta_2) D^2."""
+        """Also v <- beta_2 v + (1 - beta_2) D^2."""
         scale, epsilon = self._corrected(count, momentum)
         if momentum and fits_compiled(gradient, state["momentum"], state["second_moment"]):
             d, m, v = (t.view(layers, -1) for t in (gradient, state["momentum"], state["second_moment"]))

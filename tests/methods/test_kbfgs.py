@@ -130,7 +130,7 @@ def test_a_pair_is_averaged_and_damped_as_published():
 
 
 def published(h, s, y, mu1, mu2):
-    """The two dampings and the update as ALGORITHMS write them, on one matrix."""
+    """The two dampings and the update as the published code writes them, on one matrix."""
     if s @ y <= mu1 * y @ h @ y:
         theta = (1 - mu1) * y @ h @ y / (y @ h @ y - s @ y)
         s = theta * s + (1 - theta) * h @ y

@@ -45,7 +45,7 @@ def asked(cut):
 
 
 def cut_of(shape, conv_blocks, share, block_size):
-    """Rows, length of a row and width of a block, as DESIGN reads them; and whether rows share blocks."""
+    """Rows, length of a row and width of a block, and whether rows share blocks."""
     if len(shape) < 2:
         return shape.numel(), 1, 1, False
     if len(shape) > 2 and conv_blocks == "kernel":

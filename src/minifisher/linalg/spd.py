@@ -9,6 +9,16 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 _ESCALATIONS = 6  # damping grows tenfold each time: a million-fold in all, then the matrix is given up
 
 
+# The least scale that damping is relative to. What never had a gradient has no scale of its own; its
+# direction is zero whatever it is divided by, as long as the quotient is finite.
+NO_CURVATURE = 1e-30
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: half precision only stores."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
 def add_to_diagonal(matrices: Tensor, values: Tensor | float) -> Tensor:
     """A + diag(values): matrices [..., b, b], values [..., b] or a number; a new tensor."""
     damped = matrices.clone()
@@ -22,7 +32,7 @@ def inverse_power(matrices: Tensor, power: float) -> Tensor:
     Half precision is computed in float32. A matrix that is not numerically positive definite gets a growing
     multiple of its mean diagonal added until it is.
     """
-    working = matrices if matrices.dtype in (torch.float32, torch.float64) else matrices.float()
+    working = matrices.to(working_dtype(matrices.dtype))
     result = _inverse(working) if power == 1.0 else _eigen_power(working, -power)
     return result.to(matrices.dtype)
 

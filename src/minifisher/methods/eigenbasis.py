@@ -14,7 +14,7 @@ import torch
 from minifisher.curvature import Curvature
 from minifisher.linalg.basis import eigenvectors, power_iteration
 from minifisher.linalg.modes import TensorReading, mode_products, second_moment
-from minifisher.methods.factors import NO_CURVATURE, working_dtype
+from minifisher.linalg.spd import NO_CURVATURE, working_dtype
 from minifisher.statistics.records import BatchGradient, Statistics
 
 if TYPE_CHECKING:

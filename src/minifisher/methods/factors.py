@@ -10,7 +10,7 @@ import torch
 
 from minifisher.curvature import Curvature
 from minifisher.linalg.modes import TensorReading, even_width, merged, mode_products, second_moment
-from minifisher.linalg.spd import add_to_diagonal, inverse_power
+from minifisher.linalg.spd import add_to_diagonal, inverse_power, working_dtype
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics, mean_gradient
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
-
-# A block that never had a gradient has no scale of its own; whatever its zero direction is divided by, the
-# quotient must be finite.
-NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
 _WIDTH = 256
@@ -167,11 +163,6 @@ def damped_power(matrices: Tensor, damping: Tensor, power: float) -> Tensor:
     """(A + lambda I)^(-power): matrices [..., b, b], damping [...]."""
     damped = add_to_diagonal(matrices, damping.unsqueeze(-1))
     return damped.pow(-power) if matrices.shape[-1] == 1 else inverse_power(damped, power)
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: half precision only stores."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def choose_reading(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from minifisher.curvature import Curvature, FirstOrder, Plan
+from minifisher.curvature import Curvature, Plan, first_order
 from minifisher.linalg.bfgs import (
     bfgs_update,
     dot,
@@ -20,7 +20,7 @@ from minifisher.linalg.bfgs import (
     times,
     unit,
 )
-from minifisher.linalg.spd import add_to_diagonal, inverse_power
+from minifisher.linalg.spd import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import LayerSamples, Secant, Statistics
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from minifisher.arguments import Params
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
-
-# Inputs or gradients that are all zero have no scale of their own, and the direction is zero as well.
-_NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
 _STATISTICS_EVERY = 4
@@ -168,7 +165,7 @@ class KroneckerBFGS(Curvature):
         """Relative: the average of the group's mean and the layer's; absolute: 1."""
         if not self.relative_damping:
             return torch.ones_like(means)
-        return (0.5 * (means + means.mean(-1, keepdim=True))).clamp_min(_NO_CURVATURE)
+        return (0.5 * (means + means.mean(-1, keepdim=True))).clamp_min(NO_CURVATURE)
 
     def _start_outputs(self, state: State, scale: Tensor) -> None:
         """H_g = I / scale."""
@@ -217,7 +214,7 @@ class KroneckerBFGSOptimizer(CurvatureOptimizer):
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Two BFGS matrices where the samples of a layer can be read, else the first-order step."""
         if not layer.reads_samples:
-            return _first_order(layer.note)
+            return first_order(layer.note)
         every = options["statistics_every"] or _STATISTICS_EVERY
         inverse_every = options["inverse_every"] or _INVERSE_EVERY
         common = {
@@ -231,7 +228,7 @@ class KroneckerBFGSOptimizer(CurvatureOptimizer):
         curvature = self._curvature(common, options)
         outputs, inputs = curvature.block_shape
         if curvature.widest > (options["max_dim"] or curvature.widest):
-            return _first_order(f"a matrix of {curvature.widest} is above max_dim={options['max_dim']}")
+            return first_order(f"a matrix of {curvature.widest} is above max_dim={options['max_dim']}")
         reason = f"inputs {inputs}, outputs {outputs}; H_a inverted every {inverse_every} steps"
         return Plan(curvature, curvature.structure, reason, layer.groups, outputs * inputs, every, every)
 
@@ -318,9 +315,4 @@ def _dtype(layer: Layer, wanted: torch.dtype | None) -> torch.dtype:
             "curvature_dtype of a BFGS matrix must be float32, float64 or None, got bfloat16: rounded so, "
             "it would not stay positive definite"
         )
-    half = layer.weight.dtype not in (torch.float32, torch.float64)
-    return wanted or (torch.float32 if half else layer.weight.dtype)
-
-
-def _first_order(reason: str) -> Plan:
-    return Plan(FirstOrder(), "first-order step", reason, 0, 0, 1, 1)
+    return wanted or working_dtype(layer.weight.dtype)

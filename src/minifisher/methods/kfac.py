@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.curvature import Curvature, FirstOrder, Plan
-from minifisher.linalg.spd import add_to_diagonal, eigenbasis, inverse_power
+from minifisher.curvature import Curvature, Plan, first_order
+from minifisher.linalg.spd import NO_CURVATURE, add_to_diagonal, eigenbasis, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import LayerSamples, Statistics
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from minifisher.arguments import Params
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
-
-# A factor of zeros has no scale of its own; its direction is zero, too, for nothing ever reached the layer.
-_NO_CURVATURE = 1e-30
 
 # Numbers of per-sample gradients that are formed at once where positions share a weight: 16 MiB in float32.
 _SCRATCH = 2**22
@@ -205,12 +202,12 @@ def _mean_eigenvalue(factor: Tensor) -> Tensor:  # [..., groups, b, b] to [..., 
 
 def _pooled(means: Tensor) -> Tensor:  # [..., groups]
     """The average of group's mean and layer's: a group without curvature is damped as the layer is."""
-    return (0.5 * (means + means.mean(-1, keepdim=True))).clamp_min(_NO_CURVATURE)
+    return (0.5 * (means + means.mean(-1, keepdim=True))).clamp_min(NO_CURVATURE)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """In a dtype to compute in: half precision only stores."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return tensor.to(working_dtype(tensor.dtype))
 
 
 class KFAC(CurvatureOptimizer):
@@ -302,13 +299,12 @@ class KFAC(CurvatureOptimizer):
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Kronecker factors where the samples of a layer can be read, else the first-order step."""
         if not layer.reads_samples:
-            return _first_order(layer.note)
+            return first_order(layer.note)
         form = CorrectedFactors if options["eigenvalue_correction"] else KroneckerFactors
-        half = layer.weight.dtype not in (torch.float32, torch.float64)
         curvature = form(
             shape=layer.shape,
             groups=layer.groups,
-            dtype=options["curvature_dtype"] or (torch.float32 if half else layer.weight.dtype),
+            dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
             power=options["power"],
             relative_damping=options["relative_damping"],
             pi_correction=options["pi_correction"],
@@ -316,7 +312,7 @@ class KFAC(CurvatureOptimizer):
         )
         outputs, inputs = curvature.block_shape
         if max(outputs, inputs) > (options["max_dim"] or max(outputs, inputs)):
-            return _first_order(f"a factor of {max(outputs, inputs)} is above max_dim={options['max_dim']}")
+            return first_order(f"a factor of {max(outputs, inputs)} is above max_dim={options['max_dim']}")
         return Plan(
             curvature,
             structure="Kronecker factors"
@@ -327,7 +323,3 @@ class KFAC(CurvatureOptimizer):
             statistics_every=options["statistics_every"] or 4,
             inverse_every=options["inverse_every"] or 20,
         )
-
-
-def _first_order(reason: str) -> Plan:
-    return Plan(FirstOrder(), "first-order step", reason, 0, 0, 1, 1)

@@ -21,6 +21,7 @@ from minifisher.linalg.blocks import (
     multiply_rows,
     outer_products,
 )
+from minifisher.linalg.spd import NO_CURVATURE, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from minifisher.arguments import Params
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
-
-# A layer that never had a gradient has no scale of its own. Its direction is zero whatever it is divided by,
-# as long as the quotient is finite.
-_NO_CURVATURE = 1e-30
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
 _WIDTH = 64  # entries of a block
@@ -134,7 +131,7 @@ class MiniBlocks(Curvature):
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
         if isinstance(statistics, BatchGradient):
             rows = self.reading.read(statistics.gradient, len(self.shape))
-            rows = rows.to(_working(self.dtype))
+            rows = rows.to(working_dtype(self.dtype))
             if not self._averages_mean:
                 average_outer_products(state["fisher"], rows, self.shared, decay)
                 return
@@ -158,14 +155,14 @@ class MiniBlocks(Curvature):
 
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
-        fisher = state["fisher"].to(_working(self.dtype))
+        fisher = state["fisher"].to(working_dtype(self.dtype))
         levels = self._damping(fisher, state.get("mean"), damping)
         state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power))
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
         rows = self.reading.read(direction, len(self.shape))
-        inverse = state["inverse"].to(_working(self.dtype))
+        inverse = state["inverse"].to(working_dtype(self.dtype))
         product = multiply_rows(rows.to(inverse.dtype), inverse)
         return self.reading.write(product, self.shape).to(direction.dtype)
 
@@ -190,12 +187,7 @@ class MiniBlocks(Curvature):
             block = diagonal.sum(-1, keepdim=True) / self.reading.entries(fisher).sum(-1, keepdim=True)
         else:
             block = diagonal.mean(-1, keepdim=True)
-        return (block + mean.to(block.dtype)[..., None, None]).mul_(0.5).clamp_min_(_NO_CURVATURE)
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: half precision only stores."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        return (block + mean.to(block.dtype)[..., None, None]).mul_(0.5).clamp_min_(NO_CURVATURE)
 
 
 class MBF(CurvatureOptimizer):
@@ -274,7 +266,7 @@ class MBF(CurvatureOptimizer):
             shape=layer.shape,
             shared=shared,
             needs=BatchGradient if from_gradient else LayerSamples,
-            dtype=options["curvature_dtype"] or _working(layer.weight.dtype),
+            dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
             power=options["power"],
             relative_damping=options["relative_damping"],
         )

@@ -17,15 +17,13 @@ import torch
 from minifisher.curvature import Curvature, Plan
 from minifisher.linalg.modes import TensorReading
 from minifisher.linalg.newton import newton_inverse_root
-from minifisher.linalg.spd import add_to_diagonal, inverse_power
+from minifisher.linalg.spd import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
 from minifisher.methods.eigenbasis import EigenbasisAdam
 from minifisher.methods.factors import (
-    NO_CURVATURE,
     ModeFactors,
     choose_reading,
     choose_schedule,
     damped_power,
-    working_dtype,
 )
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minifisher.curvature import Plan
+from minifisher.linalg.spd import NO_CURVATURE, working_dtype
 from minifisher.methods.factors import (
-    NO_CURVATURE,
     ModeFactors,
     choose_reading,
     choose_schedule,
     damped_power,
-    working_dtype,
 )
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples
