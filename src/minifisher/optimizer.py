@@ -140,7 +140,7 @@ class CurvatureOptimizer(Resumable):
                 sources[group["fisher"]].append(layer)
         memory = self.defaults["statistics_memory"]
         for capture in self._captures.values():
-            capture.disarm()
+            capture.release()
         return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
 
     # ---- the step ----
