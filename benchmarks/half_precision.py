@@ -18,7 +18,9 @@ from minifisher_lab.train import Budget, Trainer, train
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def trained(problem: str, splits: Splits, dtype: torch.dtype, arguments: argparse.Namespace, seed: int) -> Run:
+def trained(
+    problem: str, splits: Splits, dtype: torch.dtype, arguments: argparse.Namespace, seed: int
+) -> Run:
     choice = choose(arguments.optimizer)
     run = Run(problem, f"{choice.name}, {dtype}", arguments.lr or choice.rate, seed)
 

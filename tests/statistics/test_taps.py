@@ -61,7 +61,8 @@ def test_a_compiled_model_shows_what_an_eager_one_does(name, sampled):
     case.loss(outputs, case.targets).backward()
     found = capture.collect()
     readable = [layer for layer in layers_of(case.module, EVERY_KIND) if layer.reads_samples]
-    assert set(found) == {layer for layer in capture.layers} and len(found) == len(readable)
+    assert set(found) == set(capture.layers)
+    assert len(found) == len(readable)
     capture.disarm()
     assert_samples(found, case, targets)
 
@@ -212,7 +213,9 @@ def test_a_compiled_model_trains_as_an_eager_one(fisher, every, backend):
 @pytest.mark.parametrize("name", minifisher.METHODS)
 def test_every_method_trains_a_compiled_model(name):
     weights, compilations = trained(minifisher.METHODS[name], "aot_eager", steps=6)
-    torch.testing.assert_close(weights, trained(minifisher.METHODS[name], None, steps=6)[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        weights, trained(minifisher.METHODS[name], None, steps=6)[0], rtol=1e-6, atol=1e-9
+    )
     assert compilations <= 2
 
 

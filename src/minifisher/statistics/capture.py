@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from minifisher.statistics.taps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from torch import Tensor, nn
 
@@ -80,8 +80,8 @@ class Capture:
     one pass with different numbers of samples cannot be the same samples and count as others. A call whose
     gradient never arrives is dropped.
 
-    The hooks stay as long as the capture and look at one switch. A compiled model therefore has two graphs, an
-    armed one and a bare one, however often the switch is turned; what it was compiled to before is forgotten.
+    The hooks stay as long as the capture and look at one switch. A compiled model therefore has two graphs,
+    an armed one and a bare one, however often it is turned; what was compiled before is compiled anew.
     """
 
     def __init__(self, layers: Iterable[Layer], memory: int, sampled: bool = False) -> None:
@@ -154,7 +154,7 @@ class Capture:
             call.receive_all(received)
 
     def _draw(self, loss_sum: Tensor, pending: list[_Pending]) -> list[Tensor | None]:
-        edges = [call.edge for call in pending if call.edge is not None]
+        edges: list[Any] = [call.edge for call in pending if call.edge is not None]
         _drawing.append(self)
         try:
             gradients = torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)

@@ -42,7 +42,7 @@ def place_of(receiver: Receiver) -> int:
 
 def tap(output: Tensor, inputs: Tensor, place: int) -> Tensor:
     """The output itself; its layer's receiver gets the inputs now and the output gradient later."""
-    output_again: Tensor = _Tap.apply(output, inputs, place)
+    output_again: Tensor = _Tap.apply(output, inputs, place)  # type: ignore[no-untyped-call]
     return output_again
 
 
@@ -56,13 +56,13 @@ class _Tap(torch.autograd.Function):
         return output_again
 
     @staticmethod
-    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:
         (call,) = ctx.saved_tensors
         return torch.ops.minifisher.hand_back(gradients, call, ctx.place), None, None
 
 
-# The tensor that passes through keeps an operator where it stands: it is neither dead code, nor put off until the
-# backward pass. A recorded CUDA graph would not call Python again.
+# The tensor that passes through keeps an operator where it stands: it is neither dead code, nor put off until
+# the backward pass. A recorded CUDA graph would not call Python again.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 torch.library.define(
     "minifisher::show", "(Tensor output, Tensor inputs, int place) -> (Tensor, Tensor)", tags=_TAGS
@@ -72,14 +72,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("minifisher::show", "CompositeExplicitAutograd")
 def _show(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
     receiver = _PLACES.get(place)
     call = -1 if receiver is None else receiver.show(inputs.detach().clone())
     return output.clone(), torch.tensor(call)
 
 
-@torch.library.impl("minifisher::hand_back", "CompositeExplicitAutograd")
 def _hand_back(gradients: Tensor, call: Tensor, place: int) -> Tensor:
     receiver = _PLACES.get(place)
     if receiver is not None:
@@ -87,14 +85,20 @@ def _hand_back(gradients: Tensor, call: Tensor, place: int) -> Tensor:
     return gradients.clone()
 
 
-@torch.library.register_fake("minifisher::show")
-def _(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
+def _show_shapes(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(output), torch.empty((), dtype=torch.int64)
 
 
-@torch.library.register_fake("minifisher::hand_back")
-def _(gradients: Tensor, call: Tensor, place: int) -> Tensor:
+def _hand_back_shapes(gradients: Tensor, call: Tensor, place: int) -> Tensor:
     return torch.empty_like(gradients)
+
+
+for _name, _real, _fake in (
+    ("minifisher::show", _show, _show_shapes),
+    ("minifisher::hand_back", _hand_back, _hand_back_shapes),
+):
+    torch.library.impl(_name, "CompositeExplicitAutograd", _real)
+    torch.library.register_fake(_name, _fake)
 
 
 def forget_compiled_code() -> None:
@@ -105,6 +109,6 @@ def forget_compiled_code() -> None:
 
 @contextmanager
 def graphs_that_are_walked_twice() -> Iterator[None]:
-    """Compiled backward passes leave their inputs alone, so that labels can be drawn before the training loss."""
+    """Compiled backward passes leave their inputs as they are: there is another one, for labels drawn."""
     with functorch_config.patch(donated_buffer=False):
         yield
