@@ -42,6 +42,32 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
     return (columns.mT @ columns).div_(vectors.shape[-3]).unsqueeze(-4)
 
 
+def sum_of_outer_products(vectors: Tensor, shared: bool) -> Tensor:
+    """sum_n x_n x_n^T of every block: [n, rows, k, b] to [rows, k, b, b]; [1, k, b, b] with the mean over rows.
+
+    One product of matrices a block, over samples (and rows) at once.
+    """
+    n, rows, blocks, width = vectors.shape
+    if width == 1 and not shared:
+        return vectors.square().sum(0).unsqueeze(-1)
+    columns = vectors.reshape(n * rows, blocks, width) if shared else vectors.reshape(n, rows * blocks, width)
+    columns = columns.transpose(0, 1)
+    total = (columns.mT @ columns).view(1 if shared else rows, blocks, width, width)
+    return total.div_(rows) if shared else total
+
+
+def sum_over_positions(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """sum_n sum_st (g_s . g_t) a_s a_t^T of every block, which is sum_n sum_r d_nr d_nr^T: [k, b, b].
+
+    Inputs [n, s, k, b], output gradients [n, s, r] of per-sample gradients d_nr = sum_s g_sr a_s.
+    """
+    n, positions, blocks, width = inputs.shape
+    weights = gradients @ gradients.mT  # [n, s, s]
+    weighted = (weights @ inputs.flatten(2)).view(n * positions, blocks, width)
+    columns = inputs.reshape(n * positions, blocks, width)
+    return columns.transpose(0, 1).mT @ weighted.transpose(0, 1)
+
+
 def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay: float | Tensor) -> None:
     """F_b <- decay F_b + (1 - decay) x x^T in place; rows that share their blocks take the mean of x x^T.
 

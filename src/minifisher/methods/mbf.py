@@ -20,6 +20,8 @@ from minifisher.linalg.blocks import (
     damped_inverse_power,
     multiply_rows,
     outer_products,
+    sum_of_outer_products,
+    sum_over_positions,
 )
 from minifisher.linalg.spd import NO_CURVATURE, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
@@ -65,10 +67,13 @@ class BlockReading:
 
     def read(self, weight: Tensor, trailing: int) -> Tensor:
         """The last `trailing` dimensions of a weight as [..., rows, blocks, width]."""
-        rows = weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length)
+        return self.cut(weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length))
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Rows [..., length] as [..., blocks, width]."""
         if self.padding:
             rows = F.pad(rows, (0, self.padding))
-        return rows.view(*rows.shape[:-1], self.blocks, self.width)
+        return torch.unflatten(rows, -1, (self.blocks, self.width))
 
     def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `read`: [..., rows, blocks, width] to [..., *shape]."""
@@ -153,12 +158,20 @@ class MiniBlocks(Curvature):
             state["mean"].lerp_(mean.unsqueeze(-1).to(self.dtype), 1 - decay)
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
-        """(1/N) sum_n d_nb d_nb^T."""
-        totals = (
-            outer_products(self.reading.read(gradients, len(self.shape)), self.shared).sum(0)
-            for gradients in samples.gradients()
-        )
+        """(1/N) sum_n d_nb d_nb^T; of rows with fewer positions than outputs without forming any d_n."""
+        if self.shared and samples.positions < self.shape[0]:
+            totals = (self._over_positions(*chunk) for chunk in samples.chunks())
+        else:
+            totals = (
+                sum_of_outer_products(self.reading.read(gradients, len(self.shape)), self.shared)
+                for gradients in samples.gradients()
+            )
         return reduce(torch.add, totals) / samples.count
+
+    def _over_positions(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        # Every row belongs to one group and reads the inputs of that group alone.
+        inputs, gradients = inputs.flatten(0, 1), gradients.flatten(0, 1)
+        return sum_over_positions(self.reading.cut(inputs), gradients).unsqueeze(0) / self.reading.rows
 
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
