@@ -49,6 +49,17 @@ def _inverse(matrices: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
+def cholesky_inverse(matrices: Tensor) -> Tensor:
+    """A^-1, [..., b, b], without asking the device whether it exists; NaN where it does not."""
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    failed = (failed > 0)[..., None, None]
+    # LAPACK raises for a factor with a zero on its diagonal.
+    factor = torch.where(
+        failed, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device), factor
+    )
+    return torch.where(failed, torch.nan, torch.cholesky_inverse(factor))
+
+
 def _escalate(matrices: Tensor, factor: Tensor, failed: Tensor) -> Tensor:
     """Refactorise the failed matrices with more and more damping; NaN for those that never succeed."""
     factor = factor.clone()
