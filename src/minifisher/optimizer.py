@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +14,19 @@ from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
 from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
 from minifisher.checkpoint import FORMAT_VERSION
-from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
+from minifisher.cohort import (
+    SATURATED,
+    Cohort,
+    Move,
+    add_momentum,
+    clipped,
+    form_cohorts,
+    initial_state,
+)
 from minifisher.curvature import Plan
 from minifisher.description import Description, describe_layer
 from minifisher.distributed import world_size
-from minifisher.guard import all_finite, counts
+from minifisher.guard import FALLEN, HELD, SKIPPED, all_finite, counts, warn_if
 from minifisher.resumable import Resumable
 from minifisher.scaling import loss_scale, overflowed, unscale
 from minifisher.seats import Seat
@@ -71,10 +78,13 @@ class CurvatureOptimizer(Resumable):
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
-        self._fallbacks = 0
+        self._fallbacks = self._held = 0
         check_options(defaults)
+        self._complete = False
         base = {"adaptive_damping": False, "shard_curvature": False, "format_version": FORMAT_VERSION}
         super().__init__(as_groups(params), {**base, **defaults})
+        self._check_estimators(self._layers)
+        self._complete = True
         self._arm()
 
     @abstractmethod
@@ -119,19 +129,28 @@ class CurvatureOptimizer(Resumable):
         for layer in layers:
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
-        if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
-            way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
-            raise ValueError(
-                f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
-                f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
-                f"nn.Module that holds them{way_out}"
-            )
+        if self._complete:
+            self._check_estimators({**self._layers, **dict.fromkeys(layers, group)})
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
         self._seats = self._take_seats(self._plans, self._layers)
         self._active = []
         self._captures = self._new_captures()
+
+    def _check_estimators(self, layers: Mapping[Layer, dict[str, Any]]) -> None:
+        """Of the groups that want one estimator some layer must be readable; the others may be norms alone."""
+        wanting: dict[str, list[Layer]] = defaultdict(list)
+        for layer, group in layers.items():
+            wanting[group["fisher"]].append(layer)
+        for source, members in wanting.items():
+            if source != "gradient" and not any(layer.reads_samples for layer in members):
+                way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
+                raise ValueError(
+                    f"fisher={source!r} looks inside the backward pass of Linear and convolution layers and "
+                    f"{type(self).__name__} was given none ({members[0].name}: {members[0].note}); pass the "
+                    f"nn.Module that holds them, as the params of a group or of the optimizer{way_out}"
+                )
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
@@ -178,7 +197,7 @@ class CurvatureOptimizer(Resumable):
             if predicting:
                 prediction = prediction + predicted_change(move, scale)
             move.cohort.apply(move, scale)
-            self._report_fallen(move.fallen)
+            self._report(move)
             self._keep_counts(move.cohort)
         return prediction
 
@@ -187,8 +206,8 @@ class CurvatureOptimizer(Resumable):
         if self._alone:
             if not all_finite(active, samples.values()):
                 return None
-            return (self._move(cohort, samples) for cohort in self._cohorts_of(active))
-        return parallel.moves(self._cohorts_of(active), samples, all_finite(active, ()))
+            return (self._move(cohort, samples) for cohort in self._cohorts_of(active, samples))
+        return parallel.moves(self._cohorts_of(active, samples), samples, all_finite(active, ()))
 
     @property
     def _alone(self) -> bool:
@@ -273,7 +292,7 @@ class CurvatureOptimizer(Resumable):
                 self.observe(outputs, likelihood)
                 loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
             samples = self._collect()
-            cohorts = self._cohorts_of(self._with_gradients())
+            cohorts = self._cohorts_of(self._with_gradients(), samples)
             gradients = [cohort.gradient() for cohort in cohorts]
             parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
         self.zero_grad()
@@ -314,11 +333,11 @@ class CurvatureOptimizer(Resumable):
     def _with_gradients(self) -> list[Layer]:
         return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
 
-    def _cohorts_of(self, active: list[Layer]) -> list[Cohort]:
-        """The cohorts of the layers that have gradients; formed anew only when those change."""
-        if active != self._active:
+    def _cohorts_of(self, active: list[Layer], samples: Samples) -> list[Cohort]:
+        """The cohorts of the layers that have gradients; formed anew only when those or their needs change."""
+        if active != self._active or any(cohort.is_outdated(samples) for cohort in self._cohorts):
             self._initialise(active)
-            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state)
+            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)
             self._active = active
         return self._cohorts
 
@@ -326,6 +345,8 @@ class CurvatureOptimizer(Resumable):
         for layer in layers:
             if layer.weight not in self.state:
                 self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
+            elif self._layers[layer]["momentum"]:
+                add_momentum(layer, self.state)
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
@@ -340,24 +361,14 @@ class CurvatureOptimizer(Resumable):
     # ---- what went wrong ----
 
     def _skip(self) -> None:
+        warn_if(not self.skipped_steps, SKIPPED)
         self.skipped_steps += 1
-        if self.skipped_steps == 1:
-            warnings.warn(
-                "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
-                "optimizer.skipped_steps counts on, this warning is not repeated",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
-    def _report_fallen(self, fallen: int) -> None:
-        if fallen and not self._fallbacks:
-            warnings.warn(
-                "the direction of a layer was not finite: it took the first-order step; raise the damping. "
-                'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated',
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._fallbacks += fallen
+    def _report(self, move: Move) -> None:
+        warn_if(move.fallen > 0 and not self._fallbacks, FALLEN)
+        warn_if(move.held > 0 and not self._held, HELD)
+        self._fallbacks += move.fallen
+        self._held += move.held
 
     # ---- reports ----
 
@@ -372,4 +383,5 @@ class CurvatureOptimizer(Resumable):
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
         weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
-        return {"skipped_steps": self.skipped_steps, "fallbacks": self._fallbacks, "weights": weights}
+        went_wrong = {"fallbacks": self._fallbacks, "held_layers": self._held}
+        return {"skipped_steps": self.skipped_steps, **went_wrong, "weights": weights}
