@@ -87,6 +87,19 @@ def test_bare_tensors_where_the_module_is_needed_ask_for_it(fisher):
         MBF(nn.Linear(2, 2).parameters(), fisher=fisher)
 
 
+@pytest.mark.parametrize("norms_first", [False, True])
+def test_a_group_of_norms_alone_may_stand_beside_the_layers_that_are_read(norms_first):
+    matrices, norms = nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList([nn.LayerNorm(2)])
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": list(norms.parameters())}]
+    opt = MBF(groups[::-1] if norms_first else groups, fisher="empirical")
+    opt.add_param_group({"params": nn.LayerNorm(2)})
+    reasons = [layer.reason for layer in opt.describe().layers if layer.shape == (2,)]
+    assert sum("only its gradient is read" in reason for reason in reasons) == 5
+    with pytest.raises(ValueError, match=r"fisher='sampled'.*LayerNorm.*nn.Module that holds them"):
+        opt.add_param_group({"params": nn.LayerNorm(2), "fisher": "sampled"})
+    assert len(opt.param_groups) == 3
+
+
 def test_complex_parameters_are_sent_elsewhere():
     with pytest.raises(TypeError, match=r"complex.*view_as_real"):
         MBF([nn.Parameter(torch.zeros(2, 3, dtype=torch.complex64))])

@@ -124,7 +124,6 @@ def test_equal_layers_step_as_each_would_alone(options):
     torch.testing.assert_close(flat(nn.ModuleList(together)), flat(nn.ModuleList(alone)), **CLOSE)
 
 
-@pytest.mark.xfail(strict=True, reason="a cohort observes all of its layers or none")
 def test_an_equal_layer_that_was_not_called_does_not_stop_the_others():
     results = []
     for idle in (False, True):
@@ -300,7 +299,6 @@ def test_a_learning_rate_in_a_tensor_is_read_every_step():
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
 
 
-@pytest.mark.xfail(strict=True, reason="the state is made for the options of the first step", raises=KeyError)
 def test_momentum_that_starts_at_zero_may_grow():
     weight = nn.Parameter(torch.zeros(2, 2))
     opt = MBF([weight], momentum=0.0)
@@ -309,6 +307,7 @@ def test_momentum_that_starts_at_zero_may_grow():
         weight.grad = torch.ones(2, 2)
         opt.step()
     assert (weight < 0).all()
+    torch.testing.assert_close(opt.state[weight]["momentum"], torch.full((2, 2), 0.9 * 1 + 1))
 
 
 # ---- the step ----
@@ -518,6 +517,29 @@ def test_samples_that_are_not_finite_touch_nothing_even_where_the_gradient_is(fi
         opt.step()
     assert torch.equal(flat(module), weights)
     assert_equal_states(opt.state_dict()["state"], state["state"])
+
+
+@pytest.mark.parametrize("options", [{}, {"graft": "sgd"}, {"graft": None}], ids=str)
+def test_where_even_the_first_order_step_is_no_number_the_layer_stays_and_is_counted(options):
+    wild, tame = (nn.Parameter(torch.full((2, 2), size)) for size in (3e38, 1.0))
+    opt = MBF([wild, tame], weight_decay=10.0, decoupled_weight_decay=False, **options)
+    before = wild.detach().clone(), tame.detach().clone()
+    for _ in range(2):
+        wild.grad, tame.grad = torch.ones(2, 2), torch.ones(2, 2)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            opt.step()
+        assert torch.equal(wild, before[0])
+    assert torch.isfinite(tame).all()
+    assert not torch.equal(tame, before[1])
+    assert opt.diagnostics()["held_layers"] == 2
+    assert not heard  # the second time
+    with torch.no_grad():
+        wild.fill_(1.0)  # momentum and averages have kept nothing of it
+    wild.grad, tame.grad = torch.ones(2, 2), torch.ones(2, 2)
+    opt.step()
+    assert torch.isfinite(wild).all()
+    assert not torch.equal(wild, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e18, 1e30])

@@ -117,6 +117,12 @@ class Cohort:
             needs is not None and all(layer in samples for layer in self.layers)
         )
 
+    def is_outdated(self, samples: Mapping[Layer, LayerSamples]) -> bool:
+        """Whether its layers part: only some were told of, or momentum is wanted of which nothing is kept."""
+        told = [layer in samples for layer in self.layers]
+        parts = any(told) and not all(told) and self.statistics_due
+        return parts or (bool(self.options["momentum"]) and "momentum" not in self.state)
+
     def observe_into(
         self,
         curvature: Curvature,
@@ -158,6 +164,36 @@ class Cohort:
 
     # ---- direction, graft, update ----
 
+    def stride(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples]) -> Move:
+        """Statistics, curvature and direction of layers that exchange nothing with other processes."""
+        fused = self._fused(gradient)
+        if fused is not None:
+            return fused
+        if self.statistics_due:
+            self.observe(gradient, samples, self.corrected_decay())
+        self.refresh()
+        return self.move(gradient)
+
+    def _fused(self, gradient: Tensor) -> Move | None:
+        """The same in one pass, where graft and curvature have one; None where they do not."""
+        options, curvature = self.options, self.plan.curvature
+        coupled = options["weight_decay"] and not options["decoupled_weight_decay"]
+        if curvature.needs is not BatchGradient or not self.statistics_due or coupled:
+            return None
+        first_order = GRAFTS[options["graft"]].as_pass(self.state, self.step + 1, options["momentum"])
+        if first_order is None:
+            return None
+        decay, damping = self.corrected_decay(), options["damping"]
+        advanced = curvature.advance(self.state, gradient, decay, damping, first_order)
+        if advanced is None:
+            return None
+        direction, *lengths = advanced
+        norm, first_order_norm = map(self._for_each, lengths)
+        self.step, self.observations = self.step + 1, self.observations + 1
+        move = Move(self, gradient, self.state["momentum"], direction, first_order_norm)
+        self.settle(move, norm, first_order_norm)
+        return move
+
     def move(self, gradient: Tensor) -> Move:
         """M <- mu M + D, and the step that follows from it; the weights stay as they are.
 
@@ -191,16 +227,25 @@ class Cohort:
         return self._for_each(norms(move.direction, len(self.layers))), move.first_order_norm
 
     def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
-        """The length; where it or the direction is not finite, the first-order step."""
+        """The length; where it or the direction is not finite, the first-order step; else no step at all."""
         rescales = bool(self.observations) and GRAFTS[self.options["graft"]].rescales
         length = first_order_norm / norm if rescales else torch.ones_like(norm)
         usable = torch.isfinite(norm + length)
         if not usable.all():
+            held = ~(usable | torch.isfinite(first_order_norm))
             # Where the first-order step is zero as well, neither moves, and nothing was lost.
-            move.fallen = int((~usable & (first_order_norm != 0)).sum())
-            move.direction = torch.where(usable, move.direction, self._first_order(move.momentum))
+            move.fallen = int((~usable & ~held & (first_order_norm != 0)).sum())
+            move.held = int(held.sum())
+            fallback = self._first_order(move.momentum).masked_fill(held, 0)
+            move.direction = torch.where(usable, move.direction, fallback)
+            self._forget(held)
             length = length.masked_fill(~usable, 1)
         move.length = length
+
+    def _forget(self, held: Tensor) -> None:
+        """Averages that led to a number that is none would lead to it for ever: they start anew."""
+        for name in OF_PARAMETER_SHAPE & self.state.keys():
+            self.state[name].masked_fill_(held, 0)
 
     def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
         """W <- (1 - lr weight_decay) W - lr scale length direction."""
@@ -231,6 +276,7 @@ class Move:
     first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, 1, ...]
     length: Tensor = field(init=False)  # [] or [layers, 1, ...]
     fallen: int = 0  # layers that took the first-order step because their direction was not finite
+    held: int = 0  # layers that took none because neither was
 
     def divergence(self) -> Tensor:
         """lr^2 step^T P^-1 step: of a Fisher matrix, twice the step's Kullback-Leibler divergence."""
@@ -275,18 +321,33 @@ def _own(count: int | Tensor) -> int | Tensor:
     return count.clone() if isinstance(count, Tensor) else count
 
 
+def add_momentum(layer: Layer, entries: Entries) -> None:
+    """M = 0 for a layer that went without so far, as a scheduler of the momentum may have it."""
+    for parameter in layer.parameters:
+        zeros = torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype))
+        entries[parameter].setdefault("momentum", zeros)
+
+
 def _kept(dtype: torch.dtype) -> torch.dtype:
     """Float16 has no room for a square of a gradient, nor for a direction: float32 in its place."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def form_cohorts(
-    layers: Iterable[Layer], seats: Mapping[Layer, Seat], options: Mapping[Layer, Options], entries: Entries
+    layers: Iterable[Layer],
+    seats: Mapping[Layer, Seat],
+    options: Mapping[Layer, Options],
+    entries: Entries,
+    samples: Mapping[Layer, LayerSamples],
 ) -> list[Cohort]:
-    """Put equal layers together; their entries in the optimizer's state become views of the stack."""
+    """Put equal layers together; their entries in the optimizer's state become views of the stack.
+
+    Layers that `samples` tell of observe more than their equals from now on, and go apart.
+    """
     members: dict[object, list[Layer]] = defaultdict(list)
     for layer in layers:
-        members[_key(layer, seats[layer], options[layer], entries[layer.weight])].append(layer)
+        key = _key(layer, seats[layer], options[layer], entries[layer.weight])
+        members[key, layer in samples].append(layer)
     return [_cohort(equal, seats[equal[0]], options[equal[0]], entries) for equal in members.values()]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.linalg.compiled import advance_adam, fits_compiled
+from minifisher.linalg.first_order import FirstOrderPass
 from minifisher.linalg.scratch import scratch_like
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class Graft:
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """The first-order method's step, before the learning rate."""
         return direction
+
+    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderPass | None:
+        """`advance` in numbers, for a pass that does more; None where it cannot be told so."""
+        return FirstOrderPass(momentum, state["momentum"]) if momentum else None
 
 
 class MomentumGraft(Graft):
@@ -71,6 +76,13 @@ class AdamGraft(Graft):
         scale, epsilon = self._corrected(count, momentum)
         step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
         return step
+
+    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderPass | None:
+        """Adam's."""
+        if not momentum:
+            return None
+        scale, epsilon = self._corrected(count, momentum)
+        return FirstOrderPass(momentum, state["momentum"], state["second_moment"], ADAM_DECAY, epsilon, scale)
 
     def _corrected(self, count: Any, momentum: float) -> tuple[Any, Any]:
         """Both bias corrections moved out of the root: scale M / (sqrt(v) + epsilon)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,27 @@ if TYPE_CHECKING:
 
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
+
+
+SKIPPED = (
+    "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
+    "optimizer.skipped_steps counts on, this warning is not repeated"
+)
+FALLEN = (
+    "the direction of a layer was not finite: it took the first-order step; raise the damping. "
+    'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated'
+)
+HELD = (
+    "neither the direction of a layer nor its first-order step was finite: it stayed where it was and its "
+    "momentum starts anew; look for weights, or a weight_decay, out of range. "
+    'optimizer.diagnostics()["held_layers"] counts on, this warning is not repeated'
+)
+
+
+def warn_if(first: bool, message: str) -> None:
+    """Warn the user who called `step`, the first time that it happens."""
+    if first:
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def counts(entry: dict[str, Any]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,15 @@ from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, w
 from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
 from minifisher.capturable import check_capturable, take_step
 from minifisher.checkpoint import FORMAT_VERSION
-from minifisher.cohort import SATURATED, Cohort, Move, clipped, form_cohorts, initial_state
+from minifisher.cohort import (
+    SATURATED,
+    Cohort,
+    Move,
+    add_momentum,
+    clipped,
+    form_cohorts,
+    initial_state,
+)
 from minifisher.curvature import Plan
 from minifisher.distributed import world_size
 from minifisher.guard import all_finite
@@ -62,6 +70,7 @@ class CurvatureOptimizer(Reports):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._skipped: Any = 0  # with `capturable` a tensor, as the next one
         self._fallbacks: Any = 0
+        self._held = 0
         self.loss_scale: Callable[[], float] | None = None
         """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
         self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
@@ -71,6 +80,7 @@ class CurvatureOptimizer(Reports):
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
+        self._complete = False
         check_options(defaults)
         base = {
             "adaptive_damping": False,
@@ -79,6 +89,8 @@ class CurvatureOptimizer(Reports):
             "format_version": FORMAT_VERSION,
         }
         super().__init__(as_groups(params), {**base, **defaults})
+        self._check_estimators(self._layers)
+        self._complete = True
         self._arm()
 
     @abstractmethod
@@ -123,13 +135,8 @@ class CurvatureOptimizer(Reports):
         for layer in layers:
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
-        if group["fisher"] != "gradient" and not any(layer.reads_samples for layer in layers):
-            way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
-            raise ValueError(
-                f"fisher={group['fisher']!r} looks inside the backward pass of Linear and convolution layers "
-                f"and {type(self).__name__} was given none ({layers[0].name}: {layers[0].note}); pass the "
-                f"nn.Module that holds them{way_out}"
-            )
+        if self._complete:
+            self._check_estimators({**self._layers, **dict.fromkeys(layers, group)})
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
@@ -138,6 +145,20 @@ class CurvatureOptimizer(Reports):
             check_capturable(self._plans, group, self._alone)
         self._active = []
         self._captures = self._new_captures()
+
+    def _check_estimators(self, layers: Mapping[Layer, dict[str, Any]]) -> None:
+        """Of the groups that want one estimator some layer must be readable; others may be norms alone."""
+        wanting: dict[str, list[Layer]] = defaultdict(list)
+        for layer, group in layers.items():
+            wanting[group["fisher"]].append(layer)
+        for source, members in wanting.items():
+            if source != "gradient" and not any(layer.reads_samples for layer in members):
+                way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
+                raise ValueError(
+                    f"fisher={source!r} looks inside the backward pass of Linear and convolution layers and "
+                    f"{type(self).__name__} was given none ({members[0].name}: {members[0].note}); pass the "
+                    f"nn.Module that holds them, as the params of a group or of the optimizer{way_out}"
+                )
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
@@ -188,7 +209,7 @@ class CurvatureOptimizer(Reports):
     # What is traced would look for the very tensors in `.grad` again, and these are new ones every time.
     @_disable_dynamo
     def _gather(self) -> list[Tensor]:
-        return [cohort.gradient() for cohort in self._cohorts_of(self._with_gradients())]
+        return [cohort.gradient() for cohort in self._cohorts_of(self._with_gradients(), {})]
 
     def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
         """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
@@ -206,7 +227,7 @@ class CurvatureOptimizer(Reports):
             if predicting:
                 prediction = prediction + predicted_change(move, scale)
             move.cohort.apply(move, scale)
-            self._report_fallen(move.fallen)
+            self._report(move)
             self._keep_counts(move.cohort)
         return prediction
 
@@ -215,20 +236,12 @@ class CurvatureOptimizer(Reports):
         if self._alone:
             if not all_finite(active, samples.values()):
                 return None
-            return (self._move(cohort, samples) for cohort in self._cohorts_of(active))
-        return parallel.moves(self._cohorts_of(active), samples, all_finite(active, ()))
+            return (c.stride(c.gradient(), samples) for c in self._cohorts_of(active, samples))
+        return parallel.moves(self._cohorts_of(active, samples), samples, all_finite(active, ()))
 
     @property
     def _alone(self) -> bool:
         return all(seat.alone for seat in self._seats.values())
-
-    @staticmethod
-    def _move(cohort: Cohort, samples: Samples) -> Move:
-        gradient = cohort.gradient()
-        if cohort.statistics_due:
-            cohort.observe(gradient, samples, cohort.corrected_decay())
-        cohort.refresh()
-        return cohort.move(gradient)
 
     # ---- the second pass ----
 
@@ -301,7 +314,7 @@ class CurvatureOptimizer(Reports):
                 self.observe(outputs, likelihood)
                 loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
             samples = self._collect()
-            cohorts = self._cohorts_of(self._with_gradients())
+            cohorts = self._cohorts_of(self._with_gradients(), samples)
             gradients = [cohort.gradient() for cohort in cohorts]
             parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
         self.zero_grad()
@@ -342,11 +355,11 @@ class CurvatureOptimizer(Reports):
     def _with_gradients(self) -> list[Layer]:
         return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
 
-    def _cohorts_of(self, active: list[Layer]) -> list[Cohort]:
-        """The cohorts of the layers that have gradients; formed anew only when those change."""
-        if active != self._active:
+    def _cohorts_of(self, active: list[Layer], samples: Samples) -> list[Cohort]:
+        """The cohorts of the layers that have gradients; formed anew when those or their needs change."""
+        if active != self._active or any(cohort.is_outdated(samples) for cohort in self._cohorts):
             self._initialise(active)
-            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state)
+            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)
             self._active = active
             if self.defaults["capturable"]:
                 self._count_on_device()
@@ -364,6 +377,8 @@ class CurvatureOptimizer(Reports):
         for layer in layers:
             if layer.weight not in self.state:
                 self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
+            elif self._layers[layer]["momentum"]:
+                add_momentum(layer, self.state)
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one

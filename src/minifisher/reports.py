@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from minifisher.description import Description, describe_layer
-from minifisher.guard import counts
+from minifisher.guard import FALLEN, HELD, SKIPPED, counts, warn_if
 from minifisher.resumable import Resumable
 
 if TYPE_CHECKING:
+    from minifisher.cohort import Move
     from minifisher.statistics.layers import Layer
 
 
@@ -19,6 +19,7 @@ class Reports(Resumable):
 
     _skipped: Any  # an int, or with `capturable` a tensor []
     _fallbacks: Any  # likewise
+    _held: int
 
     @abstractmethod
     def _entry(self, layer: Layer) -> dict[str, Any]:
@@ -30,24 +31,14 @@ class Reports(Resumable):
         return int(self._skipped)
 
     def _skip(self) -> None:
+        warn_if(not self._skipped, SKIPPED)
         self._skipped += 1
-        if self._skipped == 1:
-            warnings.warn(
-                "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
-                "optimizer.skipped_steps counts on, this warning is not repeated",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
-    def _report_fallen(self, fallen: int) -> None:
-        if fallen and not self._fallbacks:
-            warnings.warn(
-                "the direction of a layer was not finite: it took the first-order step; raise the damping. "
-                'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated',
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._fallbacks += fallen
+    def _report(self, move: Move) -> None:
+        warn_if(move.fallen > 0 and not self._fallbacks, FALLEN)
+        warn_if(move.held > 0 and not self._held, HELD)
+        self._fallbacks += move.fallen
+        self._held += move.held
 
     def describe(self) -> Description:
         """What was chosen for every weight and why, and the share of the parameters each structure covers."""
@@ -60,4 +51,5 @@ class Reports(Resumable):
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
         weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
-        return {"skipped_steps": self.skipped_steps, "fallbacks": int(self._fallbacks), "weights": weights}
+        went_wrong = {"fallbacks": int(self._fallbacks), "held_layers": self._held}
+        return {"skipped_steps": self.skipped_steps, **went_wrong, "weights": weights}

@@ -78,7 +78,8 @@ class Resumable(Optimizer, ABC):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_layers", "_plans", "_fallbacks", "_skipped", "loss_scale", "_modules")
+        counted = ("_fallbacks", "_held", "_skipped")
+        kept = (*counted, "_layers", "_plans", "_complete", "loss_scale", "_modules")
         state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
         return {**state, "state": without_stacks(self.state)}
 
