@@ -54,7 +54,7 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
 
 
 def sum_of_outer_products(vectors: Tensor, shared: bool) -> Tensor:
-    """sum_n x_n x_n^T of every block: [n, rows, k, b] to [rows, k, b, b], or the mean over rows, [1, k, b, b].
+    """sum_n x_n x_n^T of every block: [n, rows, k, b] to [rows, k, b, b], or its mean over rows [1, ...].
 
     One product of matrices a block, over samples (and rows) at once.
     """
