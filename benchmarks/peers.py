@@ -2,10 +2,10 @@
 
     pip install -r benchmarks/requirements.txt && python benchmarks/peers.py --seconds 20
 
-Every optimizer trains the same network from the same starts on the same batches for the same training seconds
-(evaluation stands outside the clock), at every learning rate of a short ladder; the best final loss counts.
-Runs alternate seed by seed, as `minifisher compare` does. What all are timed to is the loss that AdamW, at its
-best learning rate, has at the end.
+Every optimizer trains the same network from the same starts on the same batches for the same training
+seconds (evaluation stands outside the clock), at every learning rate of a short ladder; the best final loss
+counts. Runs alternate seed by seed, as `minifisher compare` does. What all are timed to is the loss that AdamW,
+at its best learning rate, has at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from minifisher_lab.runs import Point, Run, RunFolder
 from minifisher_lab.train import Budget
 
 OURS = ("adamw", "mbf", "kfac", "soap", "muon")
-RATES = {"adamw": (1e-3, 3e-3), "mbf": (1e-3, 3e-3), "kfac": (1e-3, 3e-3), "soap": (1e-3, 3e-3), "muon": (1e-3, 3e-3)}
+OUR_RATES = (1e-3, 3e-3)
 PEERS: dict[str, tuple[str, str, dict[str, Any], tuple[float, ...]]] = {
     "pytorch-optimizer SOAP": ("pytorch_optimizer", "SOAP", {}, (1e-3, 3e-3)),
     # Its step has the gradient's length, preconditioned, and no graft: other learning rates.
@@ -78,17 +78,22 @@ def peer(name: str, compile_mode: str | None) -> Choice:
     return Choice(name, f"{kind} of {module}", build, rates[0], rates)
 
 
-class Silent:
+class Progress:
     """Says on standard error which run began: a watcher of `compare`."""
 
-    def warming(self, optimizer: str) -> None: ...
+    def warming(self, optimizer: str) -> None:
+        """Say so: heavyball may compile for minutes."""
+        print("warming up", optimizer, file=sys.stderr, flush=True)
 
     def started(self, run: Run) -> None:
+        """Say so."""
         print(run.optimizer, run.rate, run.seed, file=sys.stderr, flush=True)
 
-    def moved(self, run: Run, spent: float, loss: float) -> None: ...
+    def moved(self, run: Run, spent: float, loss: float) -> None:
+        """Nothing."""
 
-    def ended(self, run: Run) -> None: ...
+    def ended(self, run: Run) -> None:
+        """Nothing."""
 
 
 def row(runs: list[Run], target: float) -> dict[str, Any]:
@@ -122,8 +127,8 @@ def main() -> None:
     parser.add_argument("--only", help="names with commas; all of them by default")
     parser.add_argument(
         "--heavyball-compile",
-        default="default",
-        help="its compile_mode; its own choice, max-autotune-no-cudagraphs, warms up for minutes; none: eager",
+        default="none",
+        help="its compile_mode: none is eager, its own choice (max-autotune-no-cudagraphs) warms up for minutes",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -134,12 +139,12 @@ def main() -> None:
     candidates = [
         Candidate(choice, rate)
         for name, choice in choices.items()
-        for rate in (RATES[name] if name in RATES else choice.grid)
+        for rate in (choice.grid if name in PEERS else OUR_RATES)
     ]
     problem, seeds = PROBLEMS[arguments.problem], tuple(range(arguments.seeds))
     plan = Plan(problem, tuple(candidates), seeds, Budget(seconds=arguments.seconds), arguments.points)
     with tempfile.TemporaryDirectory() as folder:
-        runs = compare(plan, load(problem, torch.device("cpu")), RunFolder(Path(folder)), Silent())
+        runs = compare(plan, load(problem, torch.device("cpu")), RunFolder(Path(folder)), Progress())
     own = {name: [run for run in runs if run.optimizer == choice.name] for name, choice in choices.items()}
     target = row(own["adamw"], 0.0)["final_loss"]
     report(
