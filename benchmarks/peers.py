@@ -4,8 +4,8 @@
 
 Every optimizer trains the same network from the same starts on the same batches for the same training
 seconds (evaluation stands outside the clock), at every learning rate of a short ladder; the best final loss
-counts. Runs alternate seed by seed, as `minifisher compare` does. What all are timed to is the loss that AdamW,
-at its best learning rate, has at the end.
+counts. Runs alternate seed by seed, as `minifisher compare` does. What all are timed to is the loss that
+AdamW, at its best learning rate, has at the end.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument(
         "--heavyball-compile",
         default="none",
-        help="its compile_mode: none is eager, its own choice (max-autotune-no-cudagraphs) warms up for minutes",
+        help="its compile_mode; none: eager, its own choice (max-autotune-no-cudagraphs): minutes of warm-up",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
