@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "inverse": (None, "cholesky", "newton-schulz"),
     "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),

@@ -49,7 +49,8 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
         )
     if not (plan.curvature.capturable or isinstance(plan.curvature, FirstOrder)):
         return (
-            f"the curvature chosen for it ({plan.structure}) decides on the host: MBF with power=1 does not"
+            f"the curvature chosen for it ({plan.structure}) decides on the host: "
+            "that of MBF with power=1 and Cholesky does not"
         )
     return ""
 

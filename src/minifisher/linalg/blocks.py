@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minifisher.linalg.spd import add_to_diagonal, cholesky_inverse, inverse_power
+from minifisher.linalg.warm import newton_schulz_inverse
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,25 @@ class BlockReading:
         return mask.view(self.blocks, self.width)
 
 
-def damped_inverse_power(blocks: Tensor, damping: Tensor, power: float, on_device: bool = False) -> Tensor:
+def damped_inverse_power(
+    blocks: Tensor,
+    damping: Tensor,
+    power: float,
+    *,
+    on_device: bool = False,
+    start: Tensor | None = None,
+) -> Tensor:
     """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b].
 
-    With `on_device` nothing is asked of the host, as `cholesky_inverse` says.
+    With `on_device` nothing is asked of the host, as `cholesky_inverse` says. Inverses begin at `start`, the
+    last ones, where it is given.
     """
     if blocks.shape[-1] == 1:
         damped = blocks + damping.unsqueeze(-1)
         return damped.reciprocal_() if power == 1.0 else damped.pow_(-power)
     damped = add_to_diagonal(blocks, damping)
+    if start is not None and power == 1.0:
+        return newton_schulz_inverse(damped, start)
     return cholesky_inverse(damped) if on_device else inverse_power(damped, power)
 
 

@@ -68,6 +68,9 @@ class MiniBlocks(Curvature):
 
     averages = ("fisher", "mean")
 
+    inverse: str | None = None
+    """"newton-schulz" begins at the last inverse; Cholesky otherwise."""
+
     @property
     def capturable(self) -> bool:
         """Whether it inverts on the device alone."""
@@ -134,7 +137,9 @@ class MiniBlocks(Curvature):
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
         fisher = state["fisher"].to(working_dtype(self.dtype))
         levels = self._damping(fisher, state.get("mean"), damping)
-        state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power, self.on_device))
+        start = state["inverse"].to(fisher.dtype) if self.inverse == "newton-schulz" else None
+        inverse = damped_inverse_power(fisher, levels, self.power, on_device=self.on_device, start=start)
+        state["inverse"].copy_(inverse)
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
@@ -180,10 +185,13 @@ class MBF(CurvatureOptimizer):
     `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
     multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
     the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
-    average. With `capturable` a step asks nothing of the host, so that a CUDA graph can record it and
-    `torch.compile(opt.step)` makes one graph of it; it needs statistics_every = inverse_every = 1, and a
-    learning rate that is to change must be a tensor. The published algorithm as arguments: docs/methods.md.
-    Raises ValueError or TypeError for what it cannot use, naming the value and the cure.
+    average. `inverse` is how blocks are inverted: "cholesky", "newton-schulz" (which begins at the last
+    inverse, and leaves to Cholesky what it does not reach) or None for Cholesky, the faster one wherever it
+    was measured (docs/performance.md). With `capturable` a step asks nothing of the host, so that a CUDA
+    graph can record it and `torch.compile(opt.step)` makes one graph of it; it needs statistics_every =
+    inverse_every = 1, and a learning rate that is to change must be a tensor. The published algorithm as
+    arguments: docs/methods.md. Raises ValueError or TypeError for what it cannot use, naming the value and
+    the cure.
     """
 
     def __init__(
@@ -206,6 +214,7 @@ class MBF(CurvatureOptimizer):
         share: str | None = None,
         statistics_every: int | None = None,
         inverse_every: int | None = None,
+        inverse: str | None = None,
         fold_bias: bool = False,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
@@ -230,6 +239,7 @@ class MBF(CurvatureOptimizer):
             "share": share,
             "statistics_every": statistics_every,
             "inverse_every": inverse_every,
+            "inverse": inverse,
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
@@ -254,7 +264,7 @@ class MBF(CurvatureOptimizer):
 def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
     """Whether blocks of rows of their own are solved in every step, rather than inverted every T2."""
     inverse_every = options["inverse_every"] or 1
-    kept = inverse_every > (options["statistics_every"] or 1) or options["capturable"]
+    kept = options["inverse"] or options["capturable"] or inverse_every > (options["statistics_every"] or 1)
     return 1 < reading.width <= WIDEST and options["power"] == 1.0 and not kept
 
 
@@ -277,13 +287,18 @@ def _inverted(layer: Layer, reading: BlockReading, shared: bool, options: dict[s
         dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
         power=options["power"],
         relative_damping=options["relative_damping"],
-        on_device=options["capturable"] and options["power"] == 1.0,
+        on_device=_stays_on_device(options),
+        inverse=options["inverse"],
     )
 
 
 def _needs(layer: Layer, options: dict[str, Any]) -> type[Statistics]:
     from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
     return BatchGradient if from_gradient else LayerSamples
+
+
+def _stays_on_device(options: dict[str, Any]) -> bool:
+    return bool(options["capturable"] and options["power"] == 1.0 and options["inverse"] != "newton-schulz")
 
 
 def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
@@ -297,7 +312,9 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
         reading = (
             BlockReading(shape[0], shape[1] * kernel, kernel)
             if 1 < kernel <= width
-            else BlockReading(shape[0] * shape[1], kernel, min(width, kernel))  # pieces of kernels, or entries
+            else BlockReading(
+                shape[0] * shape[1], kernel, min(width, kernel)
+            )  # pieces of kernels, or entries
         )
         return reading, False, "kernel blocks", "asked for"
     rows, length = shape[0], shape[1:].numel()
