@@ -35,9 +35,9 @@ HELD = (
 
 
 def warn_if(first: bool, message: str) -> None:
-    """Warn the user who called `step`, the first time that it happens."""
+    """Warn the user who called `step`, which torch wraps, the first time that it happens."""
     if first:
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 def counts(entry: dict[str, Any]) -> dict[str, int]:

@@ -139,7 +139,7 @@ class CurvatureOptimizer(Resumable):
         self._captures = self._new_captures()
 
     def _check_estimators(self, layers: Mapping[Layer, dict[str, Any]]) -> None:
-        """Of the groups that want one estimator some layer must be readable; the others may be norms alone."""
+        """Of the groups that want one estimator some layer must be readable; others may be norms alone."""
         wanting: dict[str, list[Layer]] = defaultdict(list)
         for layer, group in layers.items():
             wanting[group["fisher"]].append(layer)
@@ -334,7 +334,7 @@ class CurvatureOptimizer(Resumable):
         return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
 
     def _cohorts_of(self, active: list[Layer], samples: Samples) -> list[Cohort]:
-        """The cohorts of the layers that have gradients; formed anew only when those or their needs change."""
+        """The cohorts of the layers that have gradients; formed anew only when those change or part."""
         if active != self._active or any(cohort.is_outdated(samples) for cohort in self._cohorts):
             self._initialise(active)
             self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)

@@ -204,6 +204,9 @@ class MBF(CurvatureOptimizer):
     the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
     average. The published algorithm as arguments: docs/methods.md. Raises ValueError or TypeError for what it
     cannot use, naming the value and the cure.
+
+    For [out, in] in blocks F_b [w, w]: a step and an observation cost O(out in w); where rows share their
+    blocks a refresh costs O(in w^2) and memory is O(in w) numbers, where not O(out in w^2) and O(out in w).
     """
 
     def __init__(
@@ -285,7 +288,7 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
     kernel = shape[2:].numel()
     if len(shape) > 2 and options["conv_blocks"] == "kernel":
         reading = BlockReading(shape[0] * shape[1], kernel, min(options["block_size"] or kernel, kernel))
-        return reading, False, "kernel blocks", "asked for"
+        return reading, False, "kernel blocks", "asked for; share is for rows"
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
     widest = min(_WIDTH, _ROWS_PER_WIDTH * rows) if shared else _ROWS_PER_WIDTH
