@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),
     "adaptive_damping": (False, True),
+    "capturable": (False, True),
     "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
 }
 _AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
@@ -34,7 +35,7 @@ _COUNTS = (
     "statistics_every",
     "statistics_memory",
 )
-_SHARED = ("statistics_memory", "kl_clip")
+_SHARED = ("statistics_memory", "kl_clip", "capturable")
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 """Of the state dict. It stands in every parameter group, where distributed checkpoints carry it along."""
 
-# What decides how parameters join to layers: it cannot change once the layers are made.
-_FIXED = ("fold_bias",)
+# What decides how parameters join to layers, and where counts are kept: it cannot change any more.
+_FIXED = ("fold_bias", "capturable")
 
 
 def merged_groups(

@@ -50,8 +50,8 @@ class Cohort:
     plan: Plan
     options: Options
     state: State
-    step: int  # taken so far
-    observations: int  # averaged into the curvature so far
+    step: Any  # taken so far; an int, or with `capturable` a tensor []
+    observations: Any  # averaged into the curvature so far, likewise
     seat: Seat
 
     @cached_property
@@ -92,7 +92,7 @@ class Cohort:
     @property
     def statistics_due(self) -> bool:
         """Whether the coming step reads statistics."""
-        return self.step % self.plan.statistics_every == 0
+        return bool(self.step % self.plan.statistics_every == 0)
 
     def corrected_decay(self) -> float:
         """The decay under which the average is bias-corrected as it runs.
@@ -102,7 +102,7 @@ class Cohort:
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
             return decay
-        return 1 - (1 - decay) / (1 - decay ** (self.observations + 1))
+        return float(1 - (1 - decay) / (1 - decay ** (self.observations + 1)))
 
     def observe(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples], decay: float) -> None:
         """Average in what the backward pass told; nothing where it told nothing of these layers."""
@@ -120,7 +120,7 @@ class Cohort:
     def is_outdated(self, samples: Mapping[Layer, LayerSamples]) -> bool:
         """Whether its layers part: only some were told of, or momentum is wanted of which nothing is kept."""
         told = [layer in samples for layer in self.layers]
-        parts = self.statistics_due and any(told) and not all(told)
+        parts = any(told) and not all(told) and self.statistics_due
         return parts or (bool(self.options["momentum"]) and "momentum" not in self.state)
 
     def observe_into(
@@ -272,12 +272,14 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
     entries: dict[Tensor, dict[str, Any]] = {
         parameter: {
-            "step": 0,
+            "step": _no_count(parameter, options),
             **{name: torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype)) for name in names},
         }
         for parameter in layer.parameters
     }
-    entries[layer.weight].update(observations=0, **plan.curvature.init(piece(layer)))
+    entries[layer.weight].update(
+        observations=_no_count(layer.weight, options), **plan.curvature.init(piece(layer))
+    )
     return entries
 
 
@@ -286,6 +288,14 @@ def add_momentum(layer: Layer, entries: Entries) -> None:
     for parameter in layer.parameters:
         zeros = torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype))
         entries[parameter].setdefault("momentum", zeros)
+
+
+def _no_count(parameter: Tensor, options: Options) -> int | Tensor:
+    return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
+
+
+def _own(count: int | Tensor) -> int | Tensor:
+    return count.clone() if isinstance(count, Tensor) else count
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
@@ -315,13 +325,15 @@ def _key(layer: Layer, seat: Seat, options: Options, entry: dict[str, Any]) -> o
     weight = layer.weight
     if weight.numel() > _STACKED_ENTRIES:
         return layer
-    history = entry["step"], entry["observations"]
+    history = int(entry["step"]), int(entry["observations"])
     return seat, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
 
 
 def _cohort(layers: list[Layer], seat: Seat, options: Options, entries: Entries) -> Cohort:
     entry = entries[layers[0].weight]
-    cohort = Cohort(layers, seat.plan, options, {}, entry["step"], entry["observations"], seat)
+    # Layers that part company go on counting on their own.
+    step, observations = _own(entry["step"]), _own(entry["observations"])
+    cohort = Cohort(layers, seat.plan, options, {}, step, observations, seat)
     for name in entry:
         if name in OF_PARAMETER_SHAPE:
             cohort.state[name] = cohort.gather(entries[parameter][name] for parameter in cohort.parameters)

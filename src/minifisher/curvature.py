@@ -42,6 +42,11 @@ class Curvature(ABC):
         """Whether `observe` reads what `refresh` wrote: then no rank observes what another one refreshes."""
         return False
 
+    @property
+    def capturable(self) -> bool:
+        """Whether no verb asks the device for a number; the decay of `observe` is then a tensor, []."""
+        return False
+
     def shard(self, shape: torch.Size) -> Curvature | None:
         """The same curvature of a piece of the weight, of this shape; None where it needs the whole."""
         return None

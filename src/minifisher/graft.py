@@ -6,7 +6,7 @@ Source: Agarwal, Anil, Hazan, Koren, Zhang, "Disentangling Adaptive Gradient Met
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,18 +25,19 @@ ADAM_EPSILON = 1e-8  # likewise
 class Graft:
     """The null graft: a direction keeps its own length, and the momentum M stands in where it is not finite.
 
-    M <- mu M + D is a sum, `momentum` is mu, `count` the steps so far; tensors are those of a cohort.
+    M <- mu M + D is a sum, `momentum` is mu, `count` the steps so far, an int or a tensor []; other tensors
+    are those of a cohort.
     """
 
     rescales = False
     state_names: tuple[str, ...] = ()
     """Tensors of the parameter's shape that the graft keeps in the state."""
 
-    def advance(self, state: State, gradient: Tensor, layers: int, count: int, momentum: float) -> Tensor:
+    def advance(self, state: State, gradient: Tensor, layers: int, count: Any, momentum: float) -> Tensor:
         """Update momentum and averages in place; returns the length of the first-order step, [layers]."""
         return norms(_advance_momentum(state, gradient, momentum), layers)
 
-    def step(self, state: State, direction: Tensor, count: int, momentum: float) -> Tensor:
+    def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """The first-order method's step, before the learning rate."""
         return direction
 
@@ -53,23 +54,25 @@ class AdamGraft(Graft):
     rescales = True
     state_names = ("second_moment",)
 
-    def advance(self, state: State, gradient: Tensor, layers: int, count: int, momentum: float) -> Tensor:
+    def advance(self, state: State, gradient: Tensor, layers: int, count: Any, momentum: float) -> Tensor:
         """Also v <- beta_2 v + (1 - beta_2) D^2."""
         scale, epsilon = self._corrected(count, momentum)
-        if momentum and fits_compiled(gradient, state["momentum"], state["second_moment"]):
-            d, m, v = (t.view(layers, -1) for t in (gradient, state["momentum"], state["second_moment"]))
+        tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
+        if momentum and isinstance(count, int) and fits_compiled(*tensors):
+            d, m, v = (tensor.view(layers, -1) for tensor in tensors)
             return advance_adam(d, m, v, mu=momentum, decay=ADAM_DECAY, epsilon=epsilon).mul_(scale)
         direction = _advance_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
         return norms(torch.div(direction, denominator, out=denominator), layers).mul_(scale)
 
-    def step(self, state: State, direction: Tensor, count: int, momentum: float) -> Tensor:
+    def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
         scale, epsilon = self._corrected(count, momentum)
-        return direction / state["second_moment"].sqrt().add_(epsilon) * scale
+        step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
+        return step
 
-    def _corrected(self, count: int, momentum: float) -> tuple[float, float]:
+    def _corrected(self, count: Any, momentum: float) -> tuple[Any, Any]:
         """Both bias corrections moved out of the root: scale M / (sqrt(v) + epsilon)."""
         correction = (1 - ADAM_DECAY**count) ** 0.5
         return (1 - momentum) / (1 - momentum**count) * correction, ADAM_EPSILON * correction

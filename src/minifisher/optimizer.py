@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 
 from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
 from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
+from minifisher.capturable import check_capturable, take_step
 from minifisher.checkpoint import FORMAT_VERSION
 from minifisher.cohort import (
     SATURATED,
@@ -24,10 +26,9 @@ from minifisher.cohort import (
     initial_state,
 )
 from minifisher.curvature import Plan
-from minifisher.description import Description, describe_layer
 from minifisher.distributed import world_size
-from minifisher.guard import FALLEN, HELD, SKIPPED, all_finite, counts, warn_if
-from minifisher.resumable import Resumable
+from minifisher.guard import all_finite, check_estimators
+from minifisher.reports import Reports
 from minifisher.scaling import loss_scale, overflowed, unscale
 from minifisher.seats import Seat
 from minifisher.second_pass import SecondPass
@@ -45,7 +46,7 @@ _NO_CLOSURE = (
 )
 
 
-class CurvatureOptimizer(Resumable):
+class CurvatureOptimizer(Reports):
     """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
 
     A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
@@ -67,8 +68,9 @@ class CurvatureOptimizer(Resumable):
     """What `fisher` may be."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        self.skipped_steps = 0
-        """Steps that were not taken because a gradient was NaN or infinite."""
+        self._skipped: Any = 0  # with `capturable` a tensor, as the next one
+        self._fallbacks: Any = 0
+        self._held = 0
         self.loss_scale: Callable[[], float] | None = None
         """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
         self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
@@ -78,12 +80,16 @@ class CurvatureOptimizer(Resumable):
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
-        self._fallbacks = self._held = 0
         check_options(defaults)
         self._complete = False
-        base = {"adaptive_damping": False, "shard_curvature": False, "format_version": FORMAT_VERSION}
+        base = {
+            "adaptive_damping": False,
+            "capturable": False,
+            "shard_curvature": False,
+            "format_version": FORMAT_VERSION,
+        }
         super().__init__(as_groups(params), {**base, **defaults})
-        self._check_estimators(self._layers)
+        check_estimators(type(self).__name__, self.estimators, self._layers)
         self._complete = True
         self._arm()
 
@@ -130,27 +136,16 @@ class CurvatureOptimizer(Resumable):
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
         if self._complete:
-            self._check_estimators({**self._layers, **dict.fromkeys(layers, group)})
+            enrolled = {**self._layers, **dict.fromkeys(layers, group)}
+            check_estimators(type(self).__name__, self.estimators, enrolled)
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
         self._seats = self._take_seats(self._plans, self._layers)
+        if group["capturable"]:
+            check_capturable(self._plans, group, self._alone)
         self._active = []
         self._captures = self._new_captures()
-
-    def _check_estimators(self, layers: Mapping[Layer, dict[str, Any]]) -> None:
-        """Of the groups that want one estimator some layer must be readable; others may be norms alone."""
-        wanting: dict[str, list[Layer]] = defaultdict(list)
-        for layer, group in layers.items():
-            wanting[group["fisher"]].append(layer)
-        for source, members in wanting.items():
-            if source != "gradient" and not any(layer.reads_samples for layer in members):
-                way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
-                raise ValueError(
-                    f"fisher={source!r} looks inside the backward pass of Linear and convolution layers and "
-                    f"{type(self).__name__} was given none ({members[0].name}: {members[0].note}); pass the "
-                    f"nn.Module that holds them, as the params of a group or of the optimizer{way_out}"
-                )
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
@@ -159,7 +154,7 @@ class CurvatureOptimizer(Resumable):
                 sources[group["fisher"]].append(layer)
         memory = self.defaults["statistics_memory"]
         for capture in self._captures.values():
-            capture.disarm()
+            capture.release()
         return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
 
     # ---- the step ----
@@ -170,6 +165,11 @@ class CurvatureOptimizer(Resumable):
         `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
         second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
         """
+        return self._step_on_device(closure) if self.defaults["capturable"] else self._step(closure)
+
+    # Traced, it would be compiled piece by piece, for every kind of layer and every phase of the schedule.
+    @_disable_dynamo
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         adapting = self._adaptation_due()
         passes = self._two_passes(closure, adapting)
         with torch.enable_grad():
@@ -180,6 +180,23 @@ class CurvatureOptimizer(Resumable):
             self._look_again(passes, loss, prediction)
         self._arm()
         return loss
+
+    def _step_on_device(self, closure: Callable[[], Any] | None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        with torch.no_grad():
+            gradients = self._gather()
+            if gradients:
+                scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+                skipped, fallen = take_step(self._cohorts, gradients, scale, overflow)
+                self._skipped.add_(skipped)
+                self._fallbacks.add_(fallen)
+        return loss
+
+    # What is traced would look for the very tensors in `.grad` again, and these are new ones every time.
+    @_disable_dynamo
+    def _gather(self) -> list[Tensor]:
+        return [cohort.gradient() for cohort in self._cohorts_of(self._with_gradients(), {})]
 
     def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
         """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
@@ -197,7 +214,7 @@ class CurvatureOptimizer(Resumable):
             if predicting:
                 prediction = prediction + predicted_change(move, scale)
             move.cohort.apply(move, scale)
-            self._report(move)
+            self._report(move.fallen, move.held)
             self._keep_counts(move.cohort)
         return prediction
 
@@ -297,7 +314,7 @@ class CurvatureOptimizer(Resumable):
             parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
         self.zero_grad()
         for cohort in self._cohorts:
-            cohort.observations = SATURATED
+            cohort.observations = 0 * cohort.observations + SATURATED
             self._keep_counts(cohort)
         self._arm()
 
@@ -339,7 +356,17 @@ class CurvatureOptimizer(Resumable):
             self._initialise(active)
             self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)
             self._active = active
+            if self.defaults["capturable"]:
+                self._count_on_device()
         return self._cohorts
+
+    def _count_on_device(self) -> None:
+        for cohort in self._cohorts:
+            self._keep_counts(cohort)
+            device = cohort.step.device
+        self._skipped, self._fallbacks = (
+            torch.tensor(int(count), device=device) for count in (self._skipped, self._fallbacks)
+        )
 
     def _initialise(self, layers: Iterable[Layer]) -> None:
         for layer in layers:
@@ -357,31 +384,3 @@ class CurvatureOptimizer(Resumable):
             self.state[layer.weight]["observations"] = cohort.observations
             for parameter in layer.parameters:
                 self.state[parameter]["step"] = cohort.step
-
-    # ---- what went wrong ----
-
-    def _skip(self) -> None:
-        warn_if(not self.skipped_steps, SKIPPED)
-        self.skipped_steps += 1
-
-    def _report(self, move: Move) -> None:
-        warn_if(move.fallen > 0 and not self._fallbacks, FALLEN)
-        warn_if(move.held > 0 and not self._held, HELD)
-        self._fallbacks += move.fallen
-        self._held += move.held
-
-    # ---- reports ----
-
-    def describe(self) -> Description:
-        """What was chosen for every weight and why, and the share of the parameters each structure covers."""
-        rows = (
-            describe_layer(layer, self._plans[layer], group["fisher"])
-            for layer, group in self._layers.items()
-        )
-        return Description(type(self).__name__, tuple(rows))
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
-        weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
-        went_wrong = {"fallbacks": self._fallbacks, "held_layers": self._held}
-        return {"skipped_steps": self.skipped_steps, **went_wrong, "weights": weights}

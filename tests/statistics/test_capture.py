@@ -265,21 +265,31 @@ def test_evaluation_is_not_seen():
     assert not capture.seen
 
 
-def test_hooks_are_gone_after_disarm_and_gradients_untouched():
+def test_nothing_is_kept_after_disarm_and_gradients_are_untouched():
+    case = problem("attention")
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
+    capture.arm()
+    capture.arm()
+    case.mean_loss().backward()
+    assert capture.collect()
+    observed = [parameter.grad.clone() for parameter in case.module.parameters()]
+    capture.disarm()
+    capture.disarm()
+    case.module.zero_grad()
+    case.mean_loss().backward()
+    assert not capture.seen
+    assert all(torch.equal(a, p.grad) for a, p in zip(observed, case.module.parameters(), strict=True))
+
+
+def test_released_hooks_are_gone():
     case = problem("attention")
     capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     hooks = lambda: sum(len(module._forward_hooks) for module in case.module.modules())  # noqa: E731
     capture.arm()
-    capture.arm()
     assert hooks() == 2
-    case.mean_loss().backward()
-    observed = [parameter.grad.clone() for parameter in case.module.parameters()]
-    capture.disarm()
-    capture.disarm()
+    capture.release()
     assert hooks() == 0
-    case.module.zero_grad()
-    case.mean_loss().backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(observed, case.module.parameters(), strict=True))
+    assert not capture.armed
 
 
 def test_a_capture_thrown_away_while_armed_leaves_nothing():
@@ -377,66 +387,6 @@ def test_sampled_through_activation_checkpoints():
 def test_sample_of_an_empirical_capture_is_refused():
     with pytest.raises(RuntimeError, match="sampled=True"):
         Capture([], LARGE).sample(torch.tensor(0.0))
-
-
-def test_a_compiled_model_is_read_and_not_recompiled():
-    compilations = []
-
-    def backend(graph, _):
-        compilations.append(graph)
-        return graph
-
-    case = problem("linear")
-    compiled = torch.compile(case.module, backend=backend)
-    case.loss(compiled(case.inputs), case.targets).backward()
-    capture = Capture(layers_of(compiled), LARGE)
-    expected = oracle(case)
-    for _ in range(3):
-        capture.arm()
-        case.loss(compiled(case.inputs), case.targets).backward()
-        found = capture.collect()
-        assert len(found) == 2
-        for layer, samples in found.items():
-            torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
-        capture.disarm()
-        case.loss(compiled(case.inputs), case.targets).backward()
-        assert not capture.seen
-    assert len(compilations) == 1
-
-
-def test_a_capture_is_armed_from_within_a_compiled_step():
-    module, counter = nn.Linear(2, 2), torch.zeros(())
-    capture = Capture(layers_of(module), LARGE)
-
-    @torch.compile(backend="eager")
-    def step():
-        counter.add_(1)
-        capture.disarm()
-        capture.arm()
-        counter.add_(1)
-
-    step()
-    step()
-    assert counter == 4
-    module(torch.ones(1, 2)).sum().backward()
-    assert len(capture.collect()) == 1
-    capture.disarm()
-
-
-def test_two_armed_captures_of_compiled_models_do_not_disturb_each_other():
-    compilations = []
-    modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    compiled = [torch.compile(m, backend=lambda graph, _: compilations.append(1) or graph) for m in modules]
-    first, second = (Capture(layers_of(module), LARGE) for module in modules)
-    first.arm()
-    second.arm()
-    first.disarm()
-    compiled[1](torch.ones(1, 2)).sum().backward()
-    assert len(second.collect()) == 1
-    assert not compilations
-    second.disarm()
-    compiled[1](torch.ones(1, 2))
-    assert compilations
 
 
 @pytest.mark.parametrize("route", ["chunks", "gradients"])

@@ -18,7 +18,7 @@ _VECTOR = 4096  # entries whose squares are summed in float32 before they join t
 
 
 @compiled
-def _pass(
+def first_order_pass(
     gradient: Any,
     momentum: Any,
     moment: Any,
@@ -29,12 +29,22 @@ def _pass(
     start: int,
     stop: int,
 ) -> float:
+    """M <- mu M + D, V <- decay V + fresh D^2 from start to stop; the sum of (M / (sqrt(V) + epsilon))^2.
+
+    Without V (a `moment` of no entries) the sum of M^2.
+    """
     total = 0.0
     for first in range(start, stop, _VECTOR):
         # Slices: numba vectorises no loop whose index might be negative.
         last = min(first + _VECTOR, stop)
         d, m, v = gradient[first:last], momentum[first:last], moment[first:last]
         part = np.float32(0)
+        if moment.shape[0] == 0:
+            for i in range(d.shape[0]):
+                m[i] = mu * m[i] + d[i]
+                part += m[i] * m[i]
+            total += part
+            continue
         for i in range(d.shape[0]):
             m[i] = mu * m[i] + d[i]
             v[i] = decay * v[i] + fresh * d[i] * d[i]
@@ -59,7 +69,7 @@ def _layers(
 ) -> float:
     for layer in range(start, stop):
         d, m, v = gradient[layer], momentum[layer], moment[layer]
-        squares[layer] = _pass(d, m, v, mu, decay, fresh, epsilon, 0, d.shape[0])
+        squares[layer] = first_order_pass(d, m, v, mu, decay, fresh, epsilon, 0, d.shape[0])
     return 0.0
 
 
@@ -76,7 +86,9 @@ def advance(
     squares = np.empty(layers, np.float32)
     if layers == 1:
         rows = [array[0] for array in arrays]
-        squares[0] = in_parts(lambda start, stop: _pass(*rows, *numbers, start, stop), entries, _LEAST)
+        squares[0] = in_parts(
+            lambda start, stop: first_order_pass(*rows, *numbers, start, stop), entries, _LEAST
+        )
     else:
         least = max(1, _LEAST // max(1, entries))
         in_parts(lambda start, stop: _layers(*arrays, *numbers, squares, start, stop), layers, least)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minifisher.linalg.spd import add_to_diagonal, inverse_power
+from minifisher.linalg.spd import add_to_diagonal, cholesky_inverse, inverse_power
 
 
-def damped_inverse_power(blocks: Tensor, damping: Tensor, power: float) -> Tensor:
-    """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b]."""
+def damped_inverse_power(blocks: Tensor, damping: Tensor, power: float, on_device: bool = False) -> Tensor:
+    """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b].
+
+    With `on_device` nothing is asked of the host, as `cholesky_inverse` says.
+    """
     if blocks.shape[-1] == 1:
         damped = blocks + damping.unsqueeze(-1)
         return damped.reciprocal_() if power == 1.0 else damped.pow_(-power)
-    return inverse_power(add_to_diagonal(blocks, damping), power)
+    damped = add_to_diagonal(blocks, damping)
+    return cholesky_inverse(damped) if on_device else inverse_power(damped, power)
 
 
 def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
@@ -38,15 +42,43 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
     return (columns.mT @ columns).div_(vectors.shape[-3]).unsqueeze(-4)
 
 
-def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay: float) -> None:
+def sum_of_outer_products(vectors: Tensor, shared: bool) -> Tensor:
+    """sum_n x_n x_n^T of every block: [n, rows, k, b] to [rows, k, b, b]; [1, k, b, b] with the mean over rows.
+
+    One product of matrices a block, over samples (and rows) at once.
+    """
+    n, rows, blocks, width = vectors.shape
+    if width == 1 and not shared:
+        return vectors.square().sum(0).unsqueeze(-1)
+    columns = vectors.reshape(n * rows, blocks, width) if shared else vectors.reshape(n, rows * blocks, width)
+    columns = columns.transpose(0, 1)
+    total = (columns.mT @ columns).view(1 if shared else rows, blocks, width, width)
+    return total.div_(rows) if shared else total
+
+
+def sum_over_positions(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """sum_n sum_st (g_s . g_t) a_s a_t^T of every block, which is sum_n sum_r d_nr d_nr^T: [k, b, b].
+
+    Inputs [n, s, k, b], output gradients [n, s, r] of per-sample gradients d_nr = sum_s g_sr a_s.
+    """
+    n, positions, blocks, width = inputs.shape
+    weights = gradients @ gradients.mT  # [n, s, s]
+    weighted = (weights @ inputs.flatten(2)).view(n * positions, blocks, width)
+    columns = inputs.reshape(n * positions, blocks, width)
+    return columns.transpose(0, 1).mT @ weighted.transpose(0, 1)
+
+
+def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay: float | Tensor) -> None:
     """F_b <- decay F_b + (1 - decay) x x^T in place; rows that share their blocks take the mean of x x^T.
 
-    `average` is [..., rows | 1, k, b, b], vectors [..., rows, k, b].
+    `average` is [..., rows | 1, k, b, b], vectors [..., rows, k, b]; decay a number or [].
     """
     rows, width = vectors.shape[-3], vectors.shape[-1]
     # A rank may hold no rows at all of a weight that is cut over processes: the general way serves it, too.
     in_place = vectors.dtype == average.dtype and average.is_contiguous() and rows > 0
-    if in_place and shared:
+    if isinstance(decay, Tensor):  # a matrix product takes no factor from the device
+        average.mul_(decay).add_(outer_products(vectors, shared) * (1 - decay))
+    elif in_place and shared:
         columns = vectors.transpose(-3, -2).reshape(-1, rows, width)
         average.view(-1, width, width).baddbmm_(columns.mT, columns, beta=decay, alpha=(1 - decay) / rows)
     elif in_place and width == 1:

@@ -12,14 +12,18 @@ INSTALLED = find_spec("numba") is not None
 _PLAIN = (Tensor, nn.Parameter)  # a subclass, such as a sharded tensor, has its own idea of an operation
 
 
-def fits_compiled(*tensors: Tensor) -> bool:
-    """Whether compiled loops can take these tensors: plain, float32, dense in memory, on the CPU."""
+def fits_compiled(*tensors: Tensor, halves: bool = False) -> bool:
+    """Whether compiled loops can take these tensors: plain, float32, dense in memory, on the CPU.
+
+    With `halves` bfloat16 will do as well.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if halves else (torch.float32,)
     return (
         INSTALLED
         and not torch.compiler.is_compiling()
         and all(
             type(tensor) in _PLAIN
-            and tensor.dtype == torch.float32
+            and tensor.dtype in dtypes
             and tensor.device.type == "cpu"
             and tensor.is_contiguous()
             and tensor.numel() > 0

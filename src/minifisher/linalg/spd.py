@@ -14,6 +14,11 @@ _ESCALATIONS = 6  # damping grows tenfold each time: a million-fold in all, then
 NO_CURVATURE = 1e-30
 
 
+def pivot_share(dtype: torch.dtype) -> float:
+    """The least pivot of a factorisation, as a share of the diagonal: below, it is rounding."""
+    return 8 * torch.finfo(dtype).eps
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: half precision only stores."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
@@ -42,6 +47,17 @@ def _inverse(matrices: Tensor) -> Tensor:
     if failed.any():
         factor = _escalate(matrices, factor, failed > 0)
     return torch.cholesky_inverse(factor)
+
+
+def cholesky_inverse(matrices: Tensor) -> Tensor:
+    """A^-1, [..., b, b], without asking the device whether it exists; NaN where it does not."""
+    factor, failed = torch.linalg.cholesky_ex(matrices)
+    failed = (failed > 0)[..., None, None]
+    # LAPACK raises for a factor with a zero on its diagonal.
+    factor = torch.where(
+        failed, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device), factor
+    )
+    return torch.where(failed, torch.nan, torch.cholesky_inverse(factor))
 
 
 def _escalate(matrices: Tensor, factor: Tensor, failed: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from minifisher.linalg.blocks import (
     damped_inverse_power,
     multiply_rows,
     outer_products,
+    sum_of_outer_products,
+    sum_over_positions,
 )
 from minifisher.linalg.spd import NO_CURVATURE, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
@@ -65,10 +67,13 @@ class BlockReading:
 
     def read(self, weight: Tensor, trailing: int) -> Tensor:
         """The last `trailing` dimensions of a weight as [..., rows, blocks, width]."""
-        rows = weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length)
+        return self.cut(weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length))
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Rows [..., length] as [..., blocks, width]."""
         if self.padding:
             rows = F.pad(rows, (0, self.padding))
-        return rows.view(*rows.shape[:-1], self.blocks, self.width)
+        return torch.unflatten(rows, -1, (self.blocks, self.width))
 
     def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `read`: [..., rows, blocks, width] to [..., *shape]."""
@@ -101,8 +106,15 @@ class MiniBlocks(Curvature):
     relative_damping: bool = True
     of_piece: bool = False
     """Whether the weight may be a piece of the layer's: the layer's mean is then averaged over all pieces."""
+    on_device: bool = False
+    """Whether `refresh` never asks the host: a block without an inverse gets NaN, and no further attempts."""
 
     averages = ("fisher", "mean")
+
+    @property
+    def capturable(self) -> bool:
+        """Whether it inverts on the device alone."""
+        return self.on_device
 
     def shard(self, shape: torch.Size) -> MiniBlocks | None:
         """Rows are cut anywhere, and blocks along a row are whole."""
@@ -146,18 +158,26 @@ class MiniBlocks(Curvature):
             state["mean"].lerp_(mean.unsqueeze(-1).to(self.dtype), 1 - decay)
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
-        """(1/N) sum_n d_nb d_nb^T."""
-        totals = (
-            outer_products(self.reading.read(gradients, len(self.shape)), self.shared).sum(0)
-            for gradients in samples.gradients()
-        )
+        """(1/N) sum_n d_nb d_nb^T; of rows with fewer positions than outputs without forming any d_n."""
+        if self.shared and samples.positions < self.shape[0]:
+            totals = (self._over_positions(*chunk) for chunk in samples.chunks())
+        else:
+            totals = (
+                sum_of_outer_products(self.reading.read(gradients, len(self.shape)), self.shared)
+                for gradients in samples.gradients()
+            )
         return reduce(torch.add, totals) / samples.count
+
+    def _over_positions(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        # Every row belongs to one group and reads the inputs of that group alone.
+        inputs, gradients = inputs.flatten(0, 1), gradients.flatten(0, 1)
+        return sum_over_positions(self.reading.cut(inputs), gradients).unsqueeze(0) / self.reading.rows
 
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
         fisher = state["fisher"].to(working_dtype(self.dtype))
         levels = self._damping(fisher, state.get("mean"), damping)
-        state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power))
+        state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power, self.on_device))
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
@@ -172,7 +192,8 @@ class MiniBlocks(Curvature):
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
         that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
         """
-        levels = damping * self._scale(fisher, mean) if self.relative_damping else fisher.new_tensor(damping)
+        scale = self._scale(fisher, mean) if self.relative_damping else fisher.new_ones(())
+        levels = damping * scale
         if self.reading.padding:
             entries = self.reading.entries(fisher)
             levels = levels * entries + (1 - entries)
@@ -202,8 +223,10 @@ class MBF(CurvatureOptimizer):
     `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
     multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
     the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
-    average. The published algorithm as arguments: docs/methods.md. Raises ValueError or TypeError for what it
-    cannot use, naming the value and the cure.
+    average. With `capturable` a step asks nothing of the host, so that a CUDA graph can record it and
+    `torch.compile(opt.step)` makes one graph of it; it needs statistics_every = inverse_every = 1, and a
+    learning rate that is to change must be a tensor. The published algorithm as arguments: docs/methods.md.
+    Raises ValueError or TypeError for what it cannot use, naming the value and the cure.
 
     For [out, in] in blocks F_b [w, w]: a step and an observation cost O(out in w); where rows share their
     blocks a refresh costs O(in w^2) and memory is O(in w) numbers, where not O(out in w^2) and O(out in w).
@@ -232,6 +255,7 @@ class MBF(CurvatureOptimizer):
         fold_bias: bool = False,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        capturable: bool = False,
         shard_curvature: bool = False,
         statistics_memory: int = 256 * 2**20,
     ) -> None:
@@ -255,6 +279,7 @@ class MBF(CurvatureOptimizer):
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
+            "capturable": capturable,
             "shard_curvature": shard_curvature,
             "statistics_memory": statistics_memory,
         }
@@ -272,6 +297,7 @@ class MBF(CurvatureOptimizer):
             dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
             power=options["power"],
             relative_damping=options["relative_damping"],
+            on_device=options["capturable"] and options["power"] == 1.0,
         )
         every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
         statistics_every = options["statistics_every"] or every

@@ -1,4 +1,4 @@
-"""Hooks that keep what a layer saw: on when statistics are due, off after; no `.grad` is ever touched."""
+"""Hooks that keep what a layer saw when statistics are due; no `.grad` is ever touched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import weakref
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from minifisher.statistics.positions import batched
 from minifisher.statistics.samples import Call, CapturedSamples
+from minifisher.statistics.taps import (
+    forget_compiled_code,
+    graphs_that_are_walked_twice,
+    place_of,
+    tap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,20 +30,36 @@ if TYPE_CHECKING:
     from minifisher.statistics.layers import Layer
 
 
+# While labels are drawn the backward pass is not that of the training loss: the captures that it speaks to.
+_drawing: list[Capture] = []
+
+
 @dataclass(eq=False)
 class _Pending:
     """One call of a module, waiting for its output gradient."""
 
     module: nn.Module
     inputs: Tensor
-    edge: GradientEdge | None
+    edge: GradientEdge | Tensor | None
+    """Where the gradient of a sampled loss is asked for; of a compiled call, its weight."""
     output_gradients: tuple[Tensor, ...] = ()
     """One of the training loss, or one of each loss that was sampled."""
+    compiled: bool = False
+    drawn: Tensor | None = None
+    """What compiled code handed back of the loss that is being sampled."""
 
     def receive(self, gradients: Tensor) -> None:
+        if _drawing:
+            return
         # A graph that is walked twice, once for each of two losses, hands back two terms of one gradient.
         arrived = batched(self.module, gradients.detach())
         self.output_gradients = (sum(self.output_gradients, arrived),)
+
+    def take(self, gradients: Tensor | None) -> Tensor | None:
+        """The gradient of the loss that was just sampled, which autograd answered with `gradients`."""
+        if self.compiled:
+            gradients, self.drawn = self.drawn, None
+        return gradients
 
     def receive_all(self, gradients: Iterable[Tensor | None]) -> None:
         """The gradients of several losses; one that does not depend on the call counts as zero."""
@@ -55,8 +78,10 @@ class Capture:
     extra one that `sample` makes. Calls of one forward pass are the same samples at other positions: a call
     that begins after an earlier one has received its gradient opens another pass, of other samples. Calls of
     one pass with different numbers of samples cannot be the same samples and count as others. A call whose
-    gradient never arrives is dropped. While a capture is armed, compiled models run eagerly: compiled code
-    does not see hooks that come and go, and recompiling every time would cost more.
+    gradient never arrives is dropped.
+
+    The hooks stay as long as the capture and look at one switch. A compiled model therefore has two graphs,
+    an armed one and a bare one, however often it is turned; what was compiled before is compiled anew.
     """
 
     def __init__(self, layers: Iterable[Layer], memory: int, sampled: bool = False) -> None:
@@ -64,7 +89,18 @@ class Capture:
         self._memory = memory
         self._sampled = sampled
         self._passes: dict[Layer, list[list[_Pending]]] = defaultdict(list)
-        self._release: weakref.finalize[..., Capture] | None = None
+        self._switch = _Switch()
+        self._calls: weakref.WeakValueDictionary[int, _Pending] = weakref.WeakValueDictionary()
+        self._numbers = count()
+        hooks = ExitStack()
+        for module in self._layers:
+            hook = _ForwardHook(self, module, self._switch)
+            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        if self._layers:
+            forget_compiled_code()
+        # Also when the optimizer is thrown away while armed.
+        self._release = weakref.finalize(self, hooks.close)
+        self._release.atexit = False
 
     @property
     def layers(self) -> list[Layer]:
@@ -73,8 +109,8 @@ class Capture:
 
     @property
     def armed(self) -> bool:
-        """Whether the hooks are on."""
-        return self._release is not None
+        """Whether the hooks keep what they see."""
+        return self._switch.on
 
     @property
     def seen(self) -> bool:
@@ -83,25 +119,24 @@ class Capture:
 
     @_disable_dynamo
     def arm(self) -> None:
-        """Hooks on."""
+        """Keep what the hooks see from now on."""
         if self.armed:
             return
         self._passes.clear()
-        hooks = ExitStack()
-        hold_compiled_models_eager()
-        hooks.callback(release_compiled_models)
-        for module in self._layers:
-            hooks.callback(module.register_forward_hook(_ForwardHook(self), with_kwargs=True).remove)
-        # Also when the optimizer is thrown away while armed.
-        self._release = weakref.finalize(self, hooks.close)
-        self._release.atexit = False
+        self._switch.on = True
+        if self._sampled:
+            self._switch.held.enter_context(graphs_that_are_walked_twice())
 
     @_disable_dynamo
     def disarm(self) -> None:
-        """Hooks off; what was kept stays until it is collected."""
-        if self._release is not None:
-            self._release()
-            self._release = None
+        """Keep no more; what was kept stays until it is collected."""
+        self._switch.off()
+
+    @_disable_dynamo
+    def release(self) -> None:
+        """Take the hooks away for good."""
+        self.disarm()
+        self._release()
 
     def sample(self, *loss_sums: Tensor) -> None:
         """Fills the output gradients with those of a loss *summed* over samples; the graph stays usable.
@@ -114,13 +149,18 @@ class Capture:
         pending = [call for call in calls if not call.output_gradients]
         if not pending:
             return
-        edges = [call.edge for call in pending if call.edge is not None]
-        gradients = [
-            torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
-            for loss_sum in loss_sums
-        ]
-        for call, received in zip(pending, zip(*gradients, strict=True), strict=True):
+        draws = [self._draw(loss_sum, pending) for loss_sum in loss_sums]
+        for call, received in zip(pending, zip(*draws, strict=True), strict=True):
             call.receive_all(received)
+
+    def _draw(self, loss_sum: Tensor, pending: list[_Pending]) -> list[Tensor | None]:
+        edges: list[Any] = [call.edge for call in pending if call.edge is not None]
+        _drawing.append(self)
+        try:
+            gradients = torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
+        finally:
+            _drawing.remove(self)
+        return [call.take(gradient) for call, gradient in zip(pending, gradients, strict=True)]
 
     def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
         """What each layer saw, and forget it; a layer without a gradient is absent.
@@ -142,7 +182,8 @@ class Capture:
         scale = 1.0 if self._sampled else count / loss_scale
         return CapturedSamples(layer, count, passes, scale, self._memory)
 
-    def _keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+    def keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        """One call of a module in eager mode."""
         layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
         if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
             return
@@ -155,6 +196,24 @@ class Capture:
             output.register_hook(call.receive)  # type: ignore[no-untyped-call]
         self._open_pass(layer).append(call)
 
+    def show(self, module: nn.Module, inputs: Tensor) -> int:
+        """One call of a module in compiled code; returns its number."""
+        layer, number = self._layers[module], next(self._numbers)
+        call = _Pending(module, batched(module, inputs), layer.weight, compiled=True)
+        self._calls[number] = call
+        self._open_pass(layer).append(call)
+        return number
+
+    def hand_back(self, number: int, gradients: Tensor) -> None:
+        """The output gradient of that call."""
+        call = self._calls.get(number)  # None where it was collected by now
+        if call is None or not gradients.numel():
+            return
+        if not self._sampled:
+            call.receive(gradients)
+        elif self in _drawing:
+            call.drawn = gradients if call.drawn is None else call.drawn + gradients
+
     def _open_pass(self, layer: Layer) -> list[_Pending]:
         passes = self._passes[layer]
         if not passes or any(call.output_gradients for call in passes[-1]):
@@ -162,18 +221,53 @@ class Capture:
         return passes[-1]
 
 
+class _Switch:
+    """What every hook of a capture looks at, compiled or not."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.held = ExitStack()
+
+    def off(self) -> None:
+        self.on = False
+        self.held.close()
+
+
 class _ForwardHook:
     """What is registered on the modules; a copy or a pickle of a module carries one that does nothing."""
 
-    def __init__(self, capture: Capture | None = None) -> None:
+    def __init__(
+        self, capture: Capture | None = None, module: nn.Module | None = None, switch: _Switch | None = None
+    ) -> None:
         self._capture = weakref.ref(capture) if capture is not None else None
+        self._module = weakref.ref(module) if module is not None else None
+        self._switch = switch or _Switch()
+        self._place = place_of(self)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    ) -> Tensor | None:
+        if not self._switch.on:
+            return None
+        inputs = args[0] if args else kwargs["input"]
+        if torch.compiler.is_compiling():
+            needed = output.requires_grad and module.weight.requires_grad
+            return tap(output, inputs.detach().to(output.dtype), self._place) if needed else None
         capture = self._capture() if self._capture is not None else None
         if capture is not None:
-            capture._keep(module, args[0] if args else kwargs["input"], output)
+            capture.keep(module, inputs, output)
+        return None
+
+    def show(self, inputs: Tensor) -> int:
+        """An input in compiled code."""
+        capture, module = self._capture and self._capture(), self._module and self._module()
+        return capture.show(module, inputs) if capture and module else -1
+
+    def hand_back(self, call: int, gradients: Tensor) -> None:
+        """The output gradient of that call."""
+        capture = self._capture and self._capture()
+        if capture:
+            capture.hand_back(call, gradients)
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
         return (_ForwardHook, ())
@@ -189,23 +283,3 @@ def _complete(passes: list[list[_Pending]]) -> tuple[tuple[Call, ...], ...]:
                 together[call.inputs.shape[0], draw].append(Call(call.module, call.inputs, gradients))
         complete += [tuple(calls) for calls in together.values()]
     return tuple(complete)
-
-
-_eager_holders = 0
-_eager_stance = ExitStack()
-
-
-def hold_compiled_models_eager() -> None:
-    """Compiled models run eagerly until it is released."""
-    global _eager_holders
-    if not _eager_holders:
-        _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
-    _eager_holders += 1
-
-
-def release_compiled_models() -> None:
-    """The last one to release restores the stance, in whichever order captures are disarmed."""
-    global _eager_holders
-    _eager_holders -= 1
-    if not _eager_holders:
-        _eager_stance.close()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.statistics.capture import hold_compiled_models_eager, release_compiled_models
 from minifisher.statistics.positions import batched, output_positions
 from minifisher.statistics.records import Secant
 
@@ -55,8 +54,8 @@ class OutputMeans:
         """Hooks on."""
         with ExitStack() as hooks:
             if self._layers:
-                hold_compiled_models_eager()
-                hooks.callback(release_compiled_models)
+                # Compiled code does not see hooks that come and go.
+                hooks.enter_context(torch.compiler.set_stance("force_eager"))
             for module in self._layers:
                 hooks.callback(module.register_forward_hook(self._keep).remove)
             yield

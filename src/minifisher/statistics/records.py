@@ -45,6 +45,11 @@ class LayerSamples(Statistics):
     count: int
     """N, the samples of the step."""
 
+    @property
+    def positions(self) -> int:
+        """The most shared positions that a sample has."""
+        raise NotImplementedError
+
     def is_finite(self) -> bool:
         """Whether every number in it is finite."""
         raise NotImplementedError

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from minifisher.statistics.layers import Layer
 
 
+# On a CPU, chunks that stay in its caches, in memory that the allocator does not hand back in between: the
+# statistics of ResNet-32 took half the time that chunks of 256 MiB took.
+_CACHED_BYTES = 4 * 2**20
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one module."""
@@ -42,6 +47,14 @@ class CapturedSamples(LayerSamples):
     scale: float
     """Turns what autograd handed back into per-sample gradients: N for a mean loss, 1 for a summed one."""
     memory: int
+
+    @property
+    def positions(self) -> int:
+        """The most shared positions of a sample, those of all calls of a pass together."""
+        return max(
+            sum(output_positions(c.module, c.output_gradients)[0, 0, ..., 0].numel() for c in calls)
+            for calls in self.passes
+        )
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs [n, groups, s, in], output gradients [n, groups, s, out / groups], few samples at a time.
@@ -78,7 +91,9 @@ class CapturedSamples(LayerSamples):
             numbers += padded(call.module, one).numel() + input_positions(call.module, one).numel()
             numbers += call.output_gradients[0].numel()
         # A folded bias's ones need no room of their own: they are fewer than the padded input, freed by then.
-        return max(1, self.memory // (numbers * _dtype_of(calls).itemsize))
+        on_cpu = calls[0].inputs.device.type == "cpu"
+        memory = min(self.memory, _CACHED_BYTES) if on_cpu else self.memory
+        return max(1, memory // (numbers * _dtype_of(calls).itemsize))
 
     def _read(self, calls: tuple[Call, ...], samples: slice) -> tuple[Tensor, Tensor]:
         dtype = _dtype_of(calls)
