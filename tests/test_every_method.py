@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
@@ -125,6 +127,13 @@ def test_the_state_is_what_the_curvature_makes_and_the_description_counts_it(nam
         for key, value in fresh.items():
             assert (kept[key].shape, kept[key].dtype) == (value.shape, value.dtype), (layer.name, key)
         assert described[layer.name].state_bytes == sum(value.nbytes for value in fresh.values())
+
+
+@every_method
+def test_the_docstring_gives_formula_paper_shapes_cost_and_memory(name):
+    text = inspect.getdoc(minifisher.METHODS[name])
+    for wanted in (r"W <- W - lr", r"arXiv \d{4}\.\d{5}", r"\[(out|m|w), ", r"[Cc]ost.* O\(", r"[Mm]emory"):
+        assert re.search(wanted, " ".join(text.split())), wanted
 
 
 @every_method

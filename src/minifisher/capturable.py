@@ -114,7 +114,9 @@ def _grafted(cohort: Cohort, direction: Tensor, first_order: Tensor) -> tuple[Te
     rescales = cohort.plan.curvature.needs is not None and GRAFTS[cohort.options["graft"]].rescales
     factor = length / norm if rescales else torch.ones_like(norm)
     usable = torch.isfinite(norm + factor)
-    update = torch.where(usable, direction * factor, first_order)
+    # Where the first-order step is no number either the layer stays, and counts as well.
+    fallback = torch.where(torch.isfinite(length), first_order, 0)
+    update = torch.where(usable, direction * factor, fallback)
     return update, (~usable & (length != 0)).sum()
 
 

@@ -313,19 +313,19 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     return entries
 
 
+def add_momentum(layer: Layer, entries: Entries) -> None:
+    """M = 0 for a layer that went without so far, as a scheduler of the momentum may have it."""
+    for parameter in layer.parameters:
+        zeros = torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype))
+        entries[parameter].setdefault("momentum", zeros)
+
+
 def _no_count(parameter: Tensor, options: Options) -> int | Tensor:
     return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
 
 
 def _own(count: int | Tensor) -> int | Tensor:
     return count.clone() if isinstance(count, Tensor) else count
-
-
-def add_momentum(layer: Layer, entries: Entries) -> None:
-    """M = 0 for a layer that went without so far, as a scheduler of the momentum may have it."""
-    for parameter in layer.parameters:
-        zeros = torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype))
-        entries[parameter].setdefault("momentum", zeros)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,7 @@
-"""What a step must not read, and what is reported of it."""
+"""Which layers an estimator can read, what a step must not read, and what is reported of it."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,31 +12,30 @@ from minifisher.arguments import check_gradient
 from minifisher.distributed import local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
 
 
-SKIPPED = (
-    "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
-    "optimizer.skipped_steps counts on, this warning is not repeated"
-)
-FALLEN = (
-    "the direction of a layer was not finite: it took the first-order step; raise the damping. "
-    'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated'
-)
-HELD = (
-    "neither the direction of a layer nor its first-order step was finite: it stayed where it was and its "
-    "momentum starts anew; look for weights, or a weight_decay, out of range. "
-    'optimizer.diagnostics()["held_layers"] counts on, this warning is not repeated'
-)
+def check_estimators(
+    method: str, estimators: Sequence[str], layers: Mapping[Layer, Mapping[str, Any]]
+) -> None:
+    """Raise ValueError where no layer can serve an estimator that groups ask for.
 
-
-def warn_if(first: bool, message: str) -> None:
-    """Warn the user who called `step`, the first time that it happens."""
-    if first:
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+    Of the groups that want one estimator some layer must be readable; others may be norms alone.
+    """
+    wanting: dict[str, list[Layer]] = defaultdict(list)
+    for layer, group in layers.items():
+        wanting[group["fisher"]].append(layer)
+    for source, members in wanting.items():
+        if source != "gradient" and not any(layer.reads_samples for layer in members):
+            way_out = ', or use fisher="gradient"' if "gradient" in estimators else ""
+            raise ValueError(
+                f"fisher={source!r} looks inside the backward pass of Linear and convolution layers and "
+                f"{method} was given none ({members[0].name}: {members[0].note}); pass the nn.Module that "
+                f"holds them, as the params of a group or of the optimizer{way_out}"
+            )
 
 
 def counts(entry: dict[str, Any]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from minifisher.cohort import (
 )
 from minifisher.curvature import Plan
 from minifisher.distributed import world_size
-from minifisher.guard import all_finite
+from minifisher.guard import all_finite, check_estimators
 from minifisher.reports import Reports
 from minifisher.scaling import loss_scale, overflowed, unscale
 from minifisher.seats import Seat
@@ -80,8 +80,8 @@ class CurvatureOptimizer(Reports):
         self._cohorts: list[Cohort] = []  # of the active layers
         self._captures: dict[str, Capture] = {}
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
-        self._complete = False
         check_options(defaults)
+        self._complete = False
         base = {
             "adaptive_damping": False,
             "capturable": False,
@@ -89,7 +89,7 @@ class CurvatureOptimizer(Reports):
             "format_version": FORMAT_VERSION,
         }
         super().__init__(as_groups(params), {**base, **defaults})
-        self._check_estimators(self._layers)
+        check_estimators(type(self).__name__, self.estimators, self._layers)
         self._complete = True
         self._arm()
 
@@ -136,7 +136,8 @@ class CurvatureOptimizer(Reports):
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
         if self._complete:
-            self._check_estimators({**self._layers, **dict.fromkeys(layers, group)})
+            enrolled = {**self._layers, **dict.fromkeys(layers, group)}
+            check_estimators(type(self).__name__, self.estimators, enrolled)
         for layer in layers:
             self._layers[layer] = group
             self._plans[layer] = self.plan(layer, group)
@@ -145,20 +146,6 @@ class CurvatureOptimizer(Reports):
             check_capturable(self._plans, group, self._alone)
         self._active = []
         self._captures = self._new_captures()
-
-    def _check_estimators(self, layers: Mapping[Layer, dict[str, Any]]) -> None:
-        """Of the groups that want one estimator some layer must be readable; others may be norms alone."""
-        wanting: dict[str, list[Layer]] = defaultdict(list)
-        for layer, group in layers.items():
-            wanting[group["fisher"]].append(layer)
-        for source, members in wanting.items():
-            if source != "gradient" and not any(layer.reads_samples for layer in members):
-                way_out = ', or use fisher="gradient"' if "gradient" in self.estimators else ""
-                raise ValueError(
-                    f"fisher={source!r} looks inside the backward pass of Linear and convolution layers and "
-                    f"{type(self).__name__} was given none ({members[0].name}: {members[0].note}); pass the "
-                    f"nn.Module that holds them, as the params of a group or of the optimizer{way_out}"
-                )
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
@@ -227,7 +214,7 @@ class CurvatureOptimizer(Reports):
             if predicting:
                 prediction = prediction + predicted_change(move, scale)
             move.cohort.apply(move, scale)
-            self._report(move)
+            self._report(move.fallen, move.held)
             self._keep_counts(move.cohort)
         return prediction
 
@@ -356,7 +343,7 @@ class CurvatureOptimizer(Reports):
         return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
 
     def _cohorts_of(self, active: list[Layer], samples: Samples) -> list[Cohort]:
-        """The cohorts of the layers that have gradients; formed anew when those or their needs change."""
+        """The cohorts of the layers that have gradients; formed anew only when those change or part."""
         if active != self._active or any(cohort.is_outdated(samples) for cohort in self._cohorts):
             self._initialise(active)
             self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from minifisher.description import Description, describe_layer
-from minifisher.guard import FALLEN, HELD, SKIPPED, counts, warn_if
+from minifisher.guard import counts
 from minifisher.resumable import Resumable
 
 if TYPE_CHECKING:
-    from minifisher.cohort import Move
     from minifisher.statistics.layers import Layer
 
 
@@ -31,14 +31,33 @@ class Reports(Resumable):
         return int(self._skipped)
 
     def _skip(self) -> None:
-        warn_if(not self._skipped, SKIPPED)
         self._skipped += 1
+        if self._skipped == 1:
+            warnings.warn(
+                "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
+                "optimizer.skipped_steps counts on, this warning is not repeated",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
-    def _report(self, move: Move) -> None:
-        warn_if(move.fallen > 0 and not self._fallbacks, FALLEN)
-        warn_if(move.held > 0 and not self._held, HELD)
-        self._fallbacks += move.fallen
-        self._held += move.held
+    def _report(self, fallen: int, held: int) -> None:
+        if fallen and not self._fallbacks:
+            warnings.warn(
+                "the direction of a layer was not finite: it took the first-order step; raise the damping. "
+                'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated',
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if held and not self._held:
+            warnings.warn(
+                "neither the direction of a layer nor its first-order step was finite: it stayed where it "
+                "was and its momentum starts anew; look for weights, or a weight_decay, out of range. "
+                'optimizer.diagnostics()["held_layers"] counts on, this warning is not repeated',
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._fallbacks += fallen
+        self._held += held
 
     def describe(self) -> Description:
         """What was chosen for every weight and why, and the share of the parameters each structure covers."""

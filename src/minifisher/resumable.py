@@ -78,8 +78,7 @@ class Resumable(Optimizer, ABC):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        counted = ("_fallbacks", "_held", "_skipped")
-        kept = (*counted, "_layers", "_plans", "_complete", "loss_scale", "_modules")
+        kept = ("_layers", "_plans", "_complete", "_fallbacks", "_held", "_skipped", "loss_scale", "_modules")
         state = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
         return {**state, "state": without_stacks(self.state)}
 

@@ -84,7 +84,7 @@ FIRST_ORDER = (
     _first_order("adam", "Adam", _OPTIM.Adam, 1e-3),
     _first_order("adagrad", "AdaGrad", _OPTIM.Adagrad, 1e-2),
     _first_order("rmsprop", "RMSprop", _OPTIM.RMSprop, 1e-3),
-    _first_order("sgd", "SGD with momentum 0.9", _OPTIM.SGD, 1e-2, momentum=0.9),
+    _first_order("sgd", "SGD with momentum 0.9", _OPTIM.SGD, 1e-3, momentum=0.9),
     Choice("muon", "Muon for matrices, AdamW for the rest", MuonWithAdamW, 1e-3, grid_around(1e-3)),
 )
 

@@ -365,6 +365,25 @@ def test_diagnostics_count_pairs_and_describe_says_what_has_no_curvature():
     assert structures["2.weight"] == structures["2.bias"] == "first-order step"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", [KBFGS, KBFGSL])
+def test_rounding_before_a_batch_norm_is_no_curvature_and_is_counted(method, dtype):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(36, 3)
+    ).to(dtype)
+    inputs, targets = torch.randn(64, 2, 6, 6, dtype=dtype), torch.randint(3, (64,))
+    optimizer = method(module, lr=1e-2, statistics_every=1)
+    for _ in range(6):
+        optimizer.step(closure_of(module, optimizer, inputs, targets))
+    counts = optimizer.diagnostics()["weights"]
+    normed, free = counts["0.weight"], counts["3.weight"]
+    assert (normed["pairs"], normed["skipped_pairs"]) == (0, 6)
+    assert (free["pairs"], free["skipped_pairs"]) == (5, 0)
+    state = optimizer.state[module[0].weight]
+    assert not state["gradient_change"].any()
+
+
 def test_limited_memory_takes_wide_outputs_and_neither_takes_wide_inputs():
     module = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 3))
     structures = {

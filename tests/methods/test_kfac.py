@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -88,12 +89,15 @@ def calls(case: Problem) -> dict[nn.Module, tuple[Tensor, Tensor]]:
 
 
 def patches(leaf: nn.Module, inputs: Tensor) -> Tensor:
-    """[n, groups, s, in + 1] with torch's own unfold."""
+    """[n, groups, s, in + 1]: the convolution with every unit kernel takes one entry out of each patch."""
     if isinstance(leaf, nn.Linear):
         rows = inputs.flatten(1, -2).unsqueeze(1) if inputs.dim() > 2 else inputs[:, None, None]
     else:
-        columns = functional.unfold(inputs, leaf.kernel_size, leaf.dilation, leaf.padding, leaf.stride)
-        rows = columns.unflatten(1, (leaf.groups, -1)).mT
+        convolve = getattr(functional, f"conv{len(leaf.kernel_size)}d")
+        count = leaf.in_channels * math.prod(leaf.kernel_size)
+        units = torch.eye(count, dtype=inputs.dtype).reshape(count, leaf.in_channels, *leaf.kernel_size)
+        columns = convolve(inputs, units, None, leaf.stride, leaf.padding, leaf.dilation)
+        rows = columns.flatten(2).unflatten(1, (leaf.groups, -1)).mT
     return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) if leaf.bias is not None else rows
 
 
@@ -115,7 +119,7 @@ SHARED = [
 
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("name", ["linear", "linear without bias", "conv2d 1x1", *SHARED])
+@pytest.mark.parametrize("name", ["linear", "linear without bias", "conv2d 1x1", "conv1d", "conv3d", *SHARED])
 def test_factors_are_the_second_moments_of_inputs_and_output_gradients(name, weight_sharing):
     case = problem(name)
     oracle = calls(case)

@@ -589,3 +589,12 @@ def test_a_batch_with_every_sample_twice_is_the_same_batch():
             opt.step()
         results.append(torch.cat([p.detach().flatten() for p in case.module.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("share", [None, "layer"])
+def test_kernel_blocks_are_never_shared_and_the_description_says_that_sharing_is_for_rows(share):
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.Flatten(), nn.Linear(12, 4, bias=False))
+    kernels, rows = MBF(network, conv_blocks="kernel", share=share).describe().layers
+    assert (kernels.structure, kernels.blocks) == ("kernel blocks", 6)
+    assert "share is for rows" in kernels.reason
+    assert rows.structure == "blocks of shared rows"

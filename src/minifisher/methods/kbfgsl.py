@@ -73,10 +73,10 @@ class LimitedMemoryKroneckerBFGS(KroneckerBFGS):
 class KBFGSL(KroneckerBFGSOptimizer):
     """Kronecker-factored BFGS with limited memory: as KBFGS, with H_g from the latest `pairs` pairs alone.
 
-    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877. H_g = gamma (I + [S Y] C [S Y]^T) with S, Y the m pairs
-    [m, out] and C [2 m, 2 m] (Byrd, Nocedal, Schnabel 1994); gamma = 1, or the inverse mean of g^2 with
-    `relative_damping`. Memory 2 in^2 + 2 m out + 4 m^2 numbers a layer; m out in a step instead of
-    out^2 in, and m^2 out + m^3 a pair. `max_dim` holds for the inputs only. All else as in KBFGS.
+    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877: W <- W - lr H_g M H_a, H_g = gamma (I + [S Y] C [S Y]^T)
+    with S, Y the m pairs [m, out] and C [2 m, 2 m] (Byrd, Nocedal, Schnabel 1994); gamma = 1, or the inverse
+    mean of g^2 with `relative_damping`. Memory is 2 in^2 + 2 m out + 4 m^2 numbers a layer; a step costs O(m
+    out in + in^2 out), a pair O(m^2 out + m^3). `max_dim` holds for the inputs only. All else as in KBFGS.
     """
 
     def __init__(

@@ -232,8 +232,8 @@ class KFAC(CurvatureOptimizer):
     layers, exceeds it, all steps shrink alike (Ba et al. 2017). `curvature_decay` is beta of the
     bias-corrected average.
 
-    A layer keeps 2 (in^2 + out^2) numbers (EKFAC in out more). A step takes O(in out (in + out)), with EKFAC
-    twice; statistics of N samples at S positions O(N S (in^2 + out^2)) beside a backward pass, every
+    Memory of a layer is 2 (in^2 + out^2) numbers (EKFAC in out more). A step costs O(in out (in + out)), with
+    EKFAC twice; statistics of N samples at S positions O(N S (in^2 + out^2)) beside a backward pass, every
     `statistics_every` steps; inverses O(in^3 + out^3), every `inverse_every`. With groups all are those of
     one group, times their number. The published settings as arguments: docs/methods.md.
     """

@@ -186,12 +186,15 @@ class MBF(CurvatureOptimizer):
     multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
     the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
     average. `inverse` is how blocks are inverted: "cholesky", "newton-schulz" (which begins at the last
-    inverse, and leaves to Cholesky what it does not reach) or None for Cholesky, the faster one wherever it
-    was measured (docs/performance.md). With `capturable` a step asks nothing of the host, so that a CUDA
-    graph can record it and `torch.compile(opt.step)` makes one graph of it; it needs statistics_every =
-    inverse_every = 1, and a learning rate that is to change must be a tensor. The published algorithm as
-    arguments: docs/methods.md. Raises ValueError or TypeError for what it cannot use, naming the value and
-    the cure.
+    inverse, and leaves to Cholesky what it does not reach) or None, which chooses: blocks of at most 25
+    entries that no rows share are solved anew in every step and keep no inverse, others take Cholesky
+    (docs/performance.md). With `capturable` a step asks nothing of the host, so that a CUDA graph can record
+    it and `torch.compile(opt.step)` makes one graph of it; it needs statistics_every = inverse_every = 1, and
+    a learning rate that is to change must be a tensor. The published algorithm as arguments: docs/methods.md.
+    Raises ValueError or TypeError for what it cannot use, naming the value and the cure.
+
+    For [out, in] in blocks F_b [w, w]: a step and an observation cost O(out in w); where rows share their
+    blocks a refresh costs O(in w^2) and memory is O(in w) numbers, where not O(out in w^2) and O(out in w).
     """
 
     def __init__(
@@ -311,12 +314,10 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
         width = options["block_size"] or kernel
         reading = (
             BlockReading(shape[0], shape[1] * kernel, kernel)
-            if 1 < kernel <= width
-            else BlockReading(
-                shape[0] * shape[1], kernel, min(width, kernel)
-            )  # pieces of kernels, or entries
+            if 1 < kernel <= width  # otherwise pieces of kernels, or entries
+            else BlockReading(shape[0] * shape[1], kernel, min(width, kernel))
         )
-        return reading, False, "kernel blocks", "asked for"
+        return reading, False, "kernel blocks", "asked for; share is for rows"
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
     widest = min(_WIDTH, _ROWS_PER_WIDTH * rows) if shared else _ROWS_PER_WIDTH

@@ -123,9 +123,9 @@ class Shampoo(CurvatureOptimizer):
     `diagnostics()`. `eigenbasis=True` is SOAP: see there.
 
     `damping` is lambda, or with `relative_damping` the fraction of the mean eigenvalue of H_i that lambda_i
-    is. `lr` is in step lengths of `graft`. For [out, in] with blocks of [w_1, w_2]: a step and an
-    observation cost O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 + w_2^2) a
-    block of w_1 w_2 weights.
+    is. `lr` is in step lengths of `graft`. For [out, in] with blocks of [w_1, w_2], H_i [w_i, w_i]: a step
+    and an observation cost O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 +
+    w_2^2) a block of w_1 w_2 weights.
     """
 
     def __init__(
@@ -251,9 +251,9 @@ class SOAP(Shampoo):
     It is `Shampoo(eigenbasis=True, graft=None)`: W <- W - lr (M' / (sqrt(V) + lambda)) x_1 Q_1 ... x_K Q_K,
     M' and V the means of gradients, and of their squares, in the basis Q_i of the eigenvectors of H_i; the
     modes of a convolution are (out, in, k_1 k_2). `lr` is in Adam's step lengths; `damping` is lambda, with
-    `relative_damping` as a fraction of the layer's root mean square. For [out, in] a step costs O(out in
-    (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block; memory 2 (w_1^2 + w_2^2) + w_1 w_2 a block. Further
-    arguments: Shampoo's.
+    `relative_damping` as a fraction of the layer's root mean square. For [out, in] in blocks of [w_1, w_2],
+    Q_i [w_i, w_i], a step and an observation cost O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block;
+    memory 2 (w_1^2 + w_2^2) + w_1 w_2 a block. Further arguments: Shampoo's.
     """
 
     def __init__(

@@ -82,9 +82,9 @@ class TNT(CurvatureOptimizer):
     blocks (`max_dim`, by default 256).
 
     `damping` is lambda, the same for every mode, or with `relative_damping` the fraction of c that lambda is.
-    `lr` is in step lengths of `graft`. For [out, in] in blocks of [w_1, w_2]: a step and an observation cost
-    O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 + w_2^2) a block of w_1 w_2
-    weights.
+    `lr` is in step lengths of `graft`. For [out, in] in blocks of [w_1, w_2], H_i and Omega_i [w_i, w_i]: a
+    step and an observation cost O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block, memory 2 (w_1^2 +
+    w_2^2) a block of w_1 w_2 weights.
     """
 
     def __init__(
