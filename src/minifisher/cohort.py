@@ -64,6 +64,23 @@ class Cohort:
         """What this process holds of every parameter."""
         return [local(parameter) for parameter in self.parameters]
 
+    @cached_property
+    def _rows(self) -> int | None:
+        """Rows of a layer, as this process holds it, where each borrows a length; None: the layer does."""
+        shape = piece(self.layers[0]).shape
+        return shape[0] if GRAFTS[self.options["graft"]].by_rows and shape else None
+
+    @property
+    def parts(self) -> int:
+        """How many lengths are borrowed: one a layer, or one a row."""
+        return len(self.layers) * (1 if self._rows is None else self._rows)
+
+    @property
+    def length_groups(self) -> tuple[Any, ...]:
+        """The ranks that hold the other pieces of what borrows one length."""
+        whole_rows = 0 if self._rows is not None else None
+        return tuple(group for dimension, group in self.seat.cuts if dimension != whole_rows)
+
     # ---- between the parameters and the stack ----
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -146,15 +163,20 @@ class Cohort:
             return state
         return {name: tensor[index] for name, tensor in state.items()}
 
-    def refresh(self) -> None:
-        """Recompute what the direction needs, where it is due.
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the coming step recomputes what the direction needs.
 
         In the first `inverse_every` steps the statistics change fast: every observation counts (published).
         """
         plan = self.plan
         every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
-        if self.observations and (self.step % every == 0 or self.observations == 1):
-            plan.curvature.refresh(self.state, self.options["damping"])
+        return bool(self.observations) and (self.step % every == 0 or self.observations == 1)
+
+    def refresh(self) -> None:
+        """Recompute what the direction needs, where it is due."""
+        if self.refresh_due:
+            self.plan.curvature.refresh(self.state, self.options["damping"])
 
     # ---- direction, graft, update ----
 
@@ -175,7 +197,7 @@ class Cohort:
         if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
             gradient = gradient + self.options["weight_decay"] * self.gather(self.tensors)
         graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
-        length = self._for_each(graft.advance(self.state, gradient, len(self.layers), self.step, mu))
+        length = self._for_each(graft.advance(self.state, gradient, self.parts, self.step, mu))
         momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
             return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
@@ -187,8 +209,8 @@ class Cohort:
         return graft.step(self.state, momentum, self.step, self.options["momentum"])
 
     def norms(self, move: Move) -> tuple[Tensor, Tensor]:
-        """Of the direction and of the first-order step, [] or [layers, 1, ...]."""
-        return self._for_each(norms(move.direction, len(self.layers))), move.first_order_norm
+        """Of the direction and of the first-order step, [] or [layers, 1, ...]; of rows, [rows, 1, ...]."""
+        return self._for_each(norms(move.direction, self.parts)), move.first_order_norm
 
     def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
         """The length; where it or the direction is not finite, the first-order step."""
@@ -196,8 +218,9 @@ class Cohort:
         length = first_order_norm / norm if rescales else torch.ones_like(norm)
         usable = torch.isfinite(norm + length)
         if not usable.all():
-            # Where the first-order step is zero as well, neither moves, and nothing was lost.
-            move.fallen = int((~usable & (first_order_norm != 0)).sum())
+            # Where one of the two is zero it is no direction that was lost: a unit that is all but dead.
+            fallen = ~usable & (first_order_norm != 0) & (norm != 0)
+            move.fallen = int(fallen.view(len(self.layers), -1).any(1).sum())
             move.direction = torch.where(usable, move.direction, self._first_order(move.momentum))
             length = length.masked_fill(~usable, 1)
         move.length = length
@@ -208,16 +231,20 @@ class Cohort:
         if decay and self.options["decoupled_weight_decay"]:
             torch._foreach_mul_(self.tensors, 1 - rate * decay)
         direction, length = move.direction, move.length * scale
-        if len(self.layers) > 1:
+        if length.ndim:
             direction, length = direction.mul_(length), length.new_ones(())
         # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
         for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
             parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def _for_each(self, numbers: Tensor) -> Tensor:
-        """One number a layer, [layers], as a factor of the stack, [] or [layers, 1, ...]."""
-        shape = [-1, *[1] * len(self.layers[0].shape)] if len(self.layers) > 1 else []
-        return numbers.view(shape)
+        """One number a part, [parts], as a factor of the stack: [] or [layers, 1, ...], with rows for a 1."""
+        shape = [1] * len(self.layers[0].shape)
+        if self._rows is not None:
+            shape[0] = self._rows
+        elif len(self.layers) == 1:
+            shape = []
+        return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
 
 
 @dataclass(eq=False)
