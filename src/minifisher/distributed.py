@@ -78,14 +78,6 @@ def sum_over(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
     return finite
 
 
-def agree(holds: bool, groups: Sequence[Group], device: torch.device) -> bool:
-    """Whether it holds on every rank of the groups."""
-    vote = torch.tensor(float(holds), device=device)
-    for group in dict.fromkeys(groups):
-        dist.all_reduce(vote, dist.ReduceOp.MIN, group=group)
-    return bool(vote)
-
-
 def fill_in(tensors: Sequence[tuple[Tensor, int]]) -> None:
     """Every tensor on every rank as it is on its owner, with one gather for each dtype: [(tensor, owner)]."""
     by_dtype: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, int]]] = defaultdict(list)

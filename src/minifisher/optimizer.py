@@ -30,6 +30,7 @@ from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 
 Samples = dict[Layer, LayerSamples]
+Changes = list[tuple[Tensor, tuple[Any, ...]]]  # each with the ranks whose pieces add to it
 
 _NO_CLOSURE = (
     "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
@@ -156,14 +157,14 @@ class CurvatureOptimizer(Resumable):
         with torch.enable_grad():
             loss = passes.first() if passes is not None else closure() if closure is not None else None
         with torch.no_grad():
-            prediction = self._advance(self._collect(), adapting)
-        if passes is not None and prediction is not None:
-            self._look_again(passes, loss, prediction)
+            changes = self._advance(self._collect(), adapting)
+        if passes is not None and changes is not None:
+            self._look_again(passes, loss, changes)
         self._arm()
         return loss
 
-    def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
-        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
+    def _advance(self, samples: Samples, predicting: bool) -> Changes | None:
+        """Step; how each cohort is predicted to change the loss, if `predicting`; None where it was skipped."""
         if overflowed(self):
             return None
         unscale(self)
@@ -173,14 +174,14 @@ class CurvatureOptimizer(Resumable):
             self._skip()
             return None
         bound = self.defaults.get("kl_clip")
-        prediction: Tensor | float = 0.0
+        changes: Changes = []
         for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
             if predicting:
-                prediction = prediction + predicted_change(move, scale)
+                changes.append((predicted_change(move, scale), move.cohort.seat.groups))
             move.cohort.apply(move, scale)
             self._report_fallen(move.fallen)
             self._keep_counts(move.cohort)
-        return prediction
+        return changes
 
     def _moves(self, active: list[Layer], samples: Samples) -> Iterable[Move] | None:
         """The step of every cohort, one after another where one process trains; None where it must not be."""
@@ -223,7 +224,7 @@ class CurvatureOptimizer(Resumable):
         taken = max((self._entry(layer).get("step", 0) for layer in self._layers), default=0)
         return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
 
-    def _look_again(self, passes: SecondPass, loss: Any, prediction: Tensor | float) -> None:
+    def _look_again(self, passes: SecondPass, loss: Any, changes: Changes) -> None:
         for capture in self._captures.values():
             capture.disarm()
         loss_after = passes.second()
@@ -233,11 +234,11 @@ class CurvatureOptimizer(Resumable):
                 secants = parallel.mean_secants(secants)
             for cohort in self._cohorts:
                 cohort.observe_secants(secants)
-        if isinstance(prediction, Tensor):
+        if changes:
             groups = self._adaptive_groups()
             if world_size() > 1:
                 loss, loss_after = parallel.mean_of((loss, loss_after))
-            factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
+            factor = damping_factor(loss, loss_after, parallel.total(changes), groups[0]["maximize"])
             for group in groups:
                 group["damping"] = within_bounds(group["damping"] * factor)
 

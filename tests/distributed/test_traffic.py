@@ -21,6 +21,15 @@ from tests.distributed.processes import run
 Log = list[tuple[str, int]]  # each call with its numbers
 SHARED = {"block_size": 4, "statistics_every": 2}
 OWN_ROWS = {"share": "row", "conv_blocks": "kernel", "block_size": 4, "statistics_every": 2}
+RAW = {**OWN_ROWS, "relative_damping": False}
+CUT: dict[str, dict[str, Any]] = {
+    "shared": SHARED,
+    "own rows": OWN_ROWS,
+    "own rows, raw": RAW,
+    "shared, lengths by row": {**SHARED, "graft": "adam-rows"},
+    "own rows, raw, lengths by row": {**RAW, "graft": "adam-rows"},
+}
+STEPS = (0, 2, 3)  # the first; one with statistics, one without
 
 
 @contextmanager
@@ -93,37 +102,49 @@ def message_of(method: str, **options: Any) -> str:
     return str(caught.value)
 
 
-def one_rank_overflows(options: dict[str, Any], cut: bool) -> bool:
-    """Whether all weights stay as they were when one rank alone sees an infinite gradient or sample."""
-    network, optimizer = training.make("mbf", options)
-    if cut:
-        fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        optimizer = minifisher.MBF(network, **options)
-    model = network if cut else training.replicated(network)
+def one_rank_overflows() -> bool:
+    """Whether all weights stay as they were when one rank alone sees infinite samples."""
+    network, optimizer = training.make("mbf", {"fisher": "empirical", "statistics_every": 1})
+    model = training.replicated(network)
     training.train(model, optimizer, range(2))
-    before = [p.detach().clone() for p in network.parameters()]
+    before = training.weights(network)
     images, labels = training.batch(2)
     # Samples whose squares overflow in one process, while the mean gradient is finite in all.
-    loss = functional.cross_entropy(model(images), labels)
-    loss.backward()
+    functional.cross_entropy(model(images), labels).backward()
     if dist.get_rank() == 1:
-        if cut:
-            network.last.weight.grad.to_local().fill_(torch.inf)
-        else:
-            capture = optimizer._captures["empirical"]
-            capture._passes[next(iter(capture._passes))][0][0].output_gradients[0].fill_(torch.inf)
+        capture = optimizer._captures["empirical"]
+        capture._passes[next(iter(capture._passes))][0][0].output_gradients[0].fill_(torch.inf)
     optimizer.step()
-    same = all(torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+    same = all(torch.equal(old, new) for old, new in zip(before.values(), network.parameters(), strict=True))
     training.train(model, optimizer, range(3, 5))
     return same and optimizer.skipped_steps == 1
+
+
+def without_trace(options: dict[str, Any], step: int) -> bool:
+    """Whether a run goes on, to the last bit, as if no rank had tried a step that one of them could not."""
+    runs = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        network = training.Network().double()
+        fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = minifisher.MBF(network, **options)
+        training.train(network, optimizer, range(step))
+        if fails:
+            images, labels = training.batch(99)
+            functional.cross_entropy(network(images), labels).backward()
+            if dist.get_rank() == 1:
+                network.last.weight.grad.to_local().view(-1)[0] = torch.inf
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+        training.train(network, optimizer, range(step, step + 3))
+        runs.append([parameter.to_local().clone() for parameter in network.parameters()])
+    return all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def everything() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return {
-        "cut, shared": cut_logs(SHARED),
-        "cut, own rows": cut_logs(OWN_ROWS),
-        "cut, own rows, raw": cut_logs({**OWN_ROWS, "relative_damping": False}),
+        **{f"cut, {name}": cut_logs(options) for name, options in CUT.items()},
         "copied, gradient": copied_logs(SHARED),
         "copied, empirical": copied_logs({**SHARED, "fisher": "empirical"}),
         "copied, owned": copied_logs({**SHARED, "shard_curvature": True}),
@@ -133,16 +154,21 @@ def everything() -> dict[str, Any]:
         "shampoo": message_of("shampoo"),
         "kfac": message_of("kfac"),
         "empirical": message_of("mbf", fisher="empirical"),
-        "overflow": [
-            one_rank_overflows({"fisher": "empirical", "statistics_every": 1}, cut=False),
-            one_rank_overflows({}, cut=True),
-        ],
+        "overflow": one_rank_overflows(),
+        "without trace": {
+            (name, step): without_trace(options, step) for name, options in CUT.items() for step in STEPS
+        },
     }
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return run(2, everything)[0]
+def all_found() -> list[dict[str, Any]]:
+    return run(2, everything)
+
+
+@pytest.fixture(scope="module")
+def found(all_found: list[dict[str, Any]]) -> dict[str, Any]:
+    return all_found[0]
 
 
 WEIGHTS = 12  # convolution, norm, three equal layers and the last: weight and bias each
@@ -179,22 +205,38 @@ def test_owners_gather_directions_alone(found: dict[str, Any]) -> None:
         assert parameters / 2 <= numbers <= 0.75 * parameters
 
 
-def test_a_cut_weight_needs_a_vote_and_norms_and_its_shared_matrices(found: dict[str, Any]) -> None:
-    first, second = found["cut, shared"]
-    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
-    means = WEIGHTS
-    assert first == [vote, ("all_reduce", fisher_numbers(training.Network()) + means), norms]
-    assert second == [vote, norms]
+VOTE = 1  # is every gradient finite?
+LENGTHS = ("all_reduce", 2 * WEIGHTS + VOTE)
+
+
+def test_a_cut_weight_needs_lengths_and_its_shared_matrices(found: dict[str, Any]) -> None:
+    matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
+    lengths_alone = ("all_reduce", 2 * WEIGHTS)
+    assert found["cut, shared"] == [[matrices_and_means, lengths_alone], [LENGTHS]]
 
 
 def test_rows_and_kernels_of_a_cut_weight_need_one_number_each(found: dict[str, Any]) -> None:
-    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
-    assert found["cut, own rows"] == [[vote, ("all_reduce", WEIGHTS), norms], [vote, norms]]
+    means, lengths_alone = ("all_reduce", WEIGHTS + VOTE), ("all_reduce", 2 * WEIGHTS)
+    assert found["cut, own rows"] == [[means, lengths_alone], [LENGTHS]]
 
 
-def test_with_absolute_damping_their_curvature_needs_none(found: dict[str, Any]) -> None:
-    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
-    assert found["cut, own rows, raw"] == [[vote, norms], [vote, norms]]
+def test_with_absolute_damping_their_curvature_needs_nothing(found: dict[str, Any]) -> None:
+    assert found["cut, own rows, raw"] == [[LENGTHS], [LENGTHS]]
+
+
+def test_lengths_borrowed_row_by_row_need_nothing(found: dict[str, Any]) -> None:
+    matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
+    vote = ("all_reduce", VOTE)
+    assert found["cut, shared, lengths by row"] == [[matrices_and_means], [vote]]
+    assert found["cut, own rows, raw, lengths by row"] == [[vote], [vote]]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", CUT)
+def test_a_step_that_one_rank_cannot_take_leaves_no_trace_on_any(
+    all_found: list[dict[str, Any]], name: str, step: int
+) -> None:
+    assert [found["without trace"][name, step] for found in all_found] == [True, True]
 
 
 @pytest.mark.parametrize("share", ["row", "layer"])
@@ -211,5 +253,5 @@ def test_who_needs_whole_weights_says_what_to_do(found: dict[str, Any]) -> None:
         assert 'needs fisher="gradient"' in found[name]
 
 
-def test_what_one_rank_cannot_use_no_rank_uses(found: dict[str, Any]) -> None:
-    assert found["overflow"] == [True, True]
+def test_what_one_rank_cannot_use_no_rank_uses(all_found: list[dict[str, Any]]) -> None:
+    assert [found["overflow"] for found in all_found] == [True, True]
