@@ -164,7 +164,7 @@ class CurvatureOptimizer(Resumable):
         return loss
 
     def _advance(self, samples: Samples, predicting: bool) -> Changes | None:
-        """Step; how each cohort is predicted to change the loss, if `predicting`; None where it was skipped."""
+        """Step; if `predicting`, how each cohort should change the loss; None where it was skipped."""
         if overflowed(self):
             return None
         unscale(self)
