@@ -25,6 +25,8 @@ from minifisher.methods.kbfgsl import LimitedMemoryKroneckerBFGS
 from minifisher.methods.kfac import KroneckerFactors
 from minifisher.methods.mbf import MiniBlocks
 from minifisher.methods.shampoo import KroneckerRoots
+from minifisher.placement import assign_owners
+from minifisher.seats import cost as placement_cost
 from minifisher.statistics.layers import Layer, layers_of
 from minifisher.statistics.records import BatchGradient
 
@@ -196,18 +198,33 @@ def planned(method: str, model: Model, **options: Any) -> Iterator[Row]:
 def prediction(layers: list[Row], devices: int) -> dict[str, float]:
     """Bytes that one device sends in an average step, beside the gradients' own, and its operations."""
     ring = 2 * (devices - 1) / devices  # an all-reduce of one byte
-    parameters = sum(layer.shape.numel() for layer, _, _ in layers)
     averaged = sum(c.averaged / plan.statistics_every for _, plan, c in layers)
     each_step = sum(c.direction for _, _, c in layers)
     observing = sum(c.statistics / plan.statistics_every for _, plan, c in layers)
-    of_samples = sum(c.statistics / plan.statistics_every for _, plan, c in layers if c.averaged)
     refreshing = sum((c.refresh + c.factorised) / plan.inverse_every for _, plan, c in layers)
+    gathered, own = _heaviest(layers, devices)
+    of_samples = sum(c.statistics / plan.statistics_every for _, plan, c in layers if c.averaged)
     return {
         "replicas_bytes": round(ring * NUMBER * averaged),
-        "owners_bytes": round(ring * NUMBER * averaged + ring / 2 * NUMBER * parameters),
+        "owners_bytes": round(ring * NUMBER * averaged + NUMBER * gathered),
         "replicas_gflop": _giga(each_step + observing + refreshing),
-        "owners_gflop": _giga((each_step + refreshing + observing - of_samples) / devices + of_samples),
+        "owners_gflop": _giga(own + of_samples),
     }
+
+
+def _heaviest(layers: list[Row], devices: int) -> tuple[float, float]:
+    """Numbers that a device sends to hand directions out, and operations of the one that has most to do."""
+    movable = [row for row in layers if row[1].curvature.needs is not None]
+    owners = assign_owners([placement_cost(layer, plan) for layer, plan, _ in movable], devices)
+    shares, operations = [0] * devices, [0.0] * devices
+    for (layer, plan, c), owner in zip(movable, owners, strict=True):
+        shares[owner] += layer.shape.numel()
+        statistics = 0.0 if c.averaged else c.statistics  # of samples: every device its own
+        operations[owner] += (
+            c.direction + statistics / plan.statistics_every + (c.refresh + c.factorised) / plan.inverse_every
+        )
+    gather, addition = (devices - 1) * max(shares), 2 * (devices - 1) / devices * sum(shares)
+    return min(gather, addition), max(operations)
 
 
 def cut(layers: list[Row], devices: int, by_rows: bool) -> dict[str, float]:
