@@ -35,7 +35,9 @@ def _turn_of_null_space(values: Tensor, vectors: Tensor) -> Tensor:
     restricted = (vectors.mT * ramp) @ vectors
     # No eigenvalue of what is restricted is above b: the others come first, each an eigenvector by itself.
     others = torch.diag_embed(2 * values.shape[-1] + ramp)
-    return eigenbasis(torch.where(null[..., :, None] & null[..., None, :], restricted, others))[1].flip(-1)
+    blocks = torch.where(null[..., :, None] & null[..., None, :], restricted, others)
+    turn: Tensor = eigenbasis(blocks)[1].flip(-1)
+    return turn
 
 
 def _negligible(sizes: Tensor) -> Tensor:
