@@ -165,9 +165,9 @@ def _blank(curvature: Curvature, layer: Layer) -> State:
 def _seat_of_piece(method: str, layer: Layer, plan: Plan) -> Seat:
     if plan.curvature.needs not in (None, BatchGradient):
         raise ValueError(
-            f"{layer.name} is cut over processes, and what one of them sees of its samples is not enough: "
-            f'{method} needs fisher="gradient" under fully_shard and tensor parallelism, or '
-            "DistributedDataParallel, where shard_curvature=True spreads the curvature"
+            f"{layer.name} is cut over processes, and what one of them sees of its samples is not enough for "
+            f'{method}: under fully_shard and tensor parallelism there is MBF with fisher="gradient"; for '
+            "every method there is DistributedDataParallel, where shard_curvature=True spreads the curvature"
         )
     lines = cuts(layer.weight)
     if layer.bias is not None and cuts(layer.bias) != lines:

@@ -54,7 +54,7 @@ def test_no_ranks() -> None:
 
 @pytest.mark.parametrize("method", minifisher.METHODS)
 def test_a_cost_grows_as_the_work_does(method: str) -> None:
-    """Twice the width: up to eight times the multiplications, and (calls aside) no fewer than four times as many."""
+    """Twice the width: four times (but for what a call costs) to eight times the multiplications."""
     costs = []
     for width in (1024, 2048):
         with torch.device("meta"):

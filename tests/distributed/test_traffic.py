@@ -29,12 +29,25 @@ CUT: dict[str, dict[str, Any]] = {
     "shared, lengths by row": {**SHARED, "graft": "adam-rows"},
     "own rows, raw, lengths by row": {**RAW, "graft": "adam-rows"},
 }
+PARALLEL: dict[str, dict[str, Any]] = {
+    "own rows": {"block_size": 3, "share": "row"},
+    "shared": {"block_size": 3},
+    "lengths by row": {"block_size": 3, "graft": "adam-rows"},
+}
 STEPS = (0, 2, 3)  # the first; one with statistics, one without
 
 
+METHOD_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, {}) for method in minifisher.METHODS},
+    "kfac, eigenvalues corrected": ("kfac", {"eigenvalue_correction": True}),
+    "tnt by sample": ("tnt", {"per_sample": True}),
+    "shampoo by sample": ("shampoo", {"fisher": "empirical"}),
+}
+
+
 @contextmanager
-def listening() -> Iterator[Log]:
-    """What the optimizer sends; an unlisted collective of any other kind fails."""
+def listening(witness: Any = None) -> Iterator[Log]:
+    """What the optimizer sends; for a collective of any other kind CommDebugMode, the witness, fails."""
     log: Log = []
     originals = dist.all_reduce, dist.all_gather
 
@@ -48,9 +61,9 @@ def listening() -> Iterator[Log]:
 
     dist.all_reduce, dist.all_gather = all_reduce, all_gather
     try:
-        with CommDebugMode() as mode:
+        with witness or CommDebugMode() as mode:
             yield log
-        assert mode.get_total_counts() == len(log)
+        assert mode is None or mode.get_total_counts() == len(log)
     finally:
         dist.all_reduce, dist.all_gather = originals
 
@@ -141,6 +154,20 @@ def without_trace(options: dict[str, Any], step: int) -> bool:
     return all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+def method_logs(method: str, options: dict[str, Any]) -> list[Log]:
+    """Two steps with a closure, so that every method can take them, of replicas without DDP's own calls.
+
+    The closure runs the network inside the step, which CommDebugMode cannot witness.
+    """
+    network, optimizer = training.make(method, options)
+    found = []
+    for step in range(2):
+        with listening(witness=nullcontext()) as log:
+            training.train(network, optimizer, range(step, step + 1))
+        found.append(log)
+    return found
+
+
 def one_layer_of_four_ranks(options: dict[str, Any]) -> tuple[list[Log], list[Tensor]]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 5, bias=False)).double()
@@ -155,11 +182,9 @@ def everything() -> dict[str, Any]:
         "copied, gradient": copied_logs(SHARED),
         "copied, empirical": copied_logs({**SHARED, "fisher": "empirical"}),
         "copied, owned": copied_logs({**SHARED, "shard_curvature": True}),
-        "tensor parallel": {
-            share: in_columns_and_rows({"block_size": 3, "share": share}, mesh) for share in ("row", "layer")
-        },
-        "shampoo": message_of("shampoo"),
-        "kfac": message_of("kfac"),
+        **{f"replicas, {name}": method_logs(*case) for name, case in METHOD_CASES.items()},
+        "tensor parallel": {name: in_columns_and_rows(options, mesh) for name, options in PARALLEL.items()},
+        "messages": {method: message_of(method) for method in minifisher.METHODS if method != "mbf"},
         "empirical": message_of("mbf", fisher="empirical"),
         "overflow": one_rank_overflows(),
         "without trace": {
@@ -176,6 +201,36 @@ def all_found() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def found(all_found: list[dict[str, Any]]) -> dict[str, Any]:
     return all_found[0]
+
+
+def weight_sizes(folded: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of every layer that samples are read of; with a folded bias one input more."""
+    parameters = training.Network().parameters()
+    return [(len(p), p[0].numel() + folded) for p in parameters if p.ndim > 1]
+
+
+def replicas_exchange() -> dict[str, list[int]]:
+    """The numbers of every all-reduce of a statistics step, by the formulas of docs/scaling.md."""
+    folded, plain = weight_sizes(1), weight_sizes(0)
+    factors = [n**2 + m**2 for n, m in folded]
+    secants = [sum(m**2 + m + 1 for _, m in folded), sum(2 * n for n, _ in folded)]
+    by_sample = [sum(n**2 + m**2 for n, m in plain)]
+    return {
+        **{method: [] for method in ("mbf", "shampoo", "soap")},
+        "kfac": [sum(factors)],
+        "kfac, eigenvalues corrected": [sum(factors) + sum(n * m for n, m in folded)],
+        "kbfgs": secants,
+        "kbfgsl": secants,
+        "tnt": [sum(n * m for n, m in plain)],
+        "tnt by sample": by_sample,
+        "shampoo by sample": by_sample,
+    }
+
+
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_replicas_exchange_what_the_formulas_say(found: dict[str, Any], name: str) -> None:
+    expected = [("all_reduce", numbers) for numbers in replicas_exchange()[name]]
+    assert found[f"replicas, {name}"] == [expected, []]
 
 
 def test_with_more_ranks_than_layers_owners_send_no_more_than_twice_the_directions() -> None:
@@ -252,18 +307,23 @@ def test_a_step_that_one_rank_cannot_take_leaves_no_trace_on_any(
     assert [found["without trace"][name, step] for found in all_found] == [True, True]
 
 
-@pytest.mark.parametrize("share", ["row", "layer"])
-def test_columns_and_rows_of_a_layer_take_the_whole_layers_steps(found: dict[str, Any], share: str) -> None:
-    whole = in_columns_and_rows({"block_size": 3, "share": share})
-    torch.testing.assert_close(found["tensor parallel"][share], whole, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("name", PARALLEL)
+def test_columns_and_rows_of_a_layer_take_the_whole_layers_steps(found: dict[str, Any], name: str) -> None:
+    whole = in_columns_and_rows(PARALLEL[name])
+    torch.testing.assert_close(found["tensor parallel"][name], whole, rtol=1e-9, atol=1e-9)
 
 
-def test_who_needs_whole_weights_says_what_to_do(found: dict[str, Any]) -> None:
-    assert "Shampoo cannot precondition the piece" in found["shampoo"]
-    assert "MBF can" in found["shampoo"]
-    assert "shard_curvature=True" in found["shampoo"]
-    for name in ("kfac", "empirical"):
-        assert 'needs fisher="gradient"' in found[name]
+@pytest.mark.parametrize("method", [method for method in minifisher.METHODS if method != "mbf"])
+def test_who_needs_whole_weights_says_what_to_do(found: dict[str, Any], method: str) -> None:
+    message, name = found["messages"][method], minifisher.METHODS[method].__name__
+    assert f"{name} cannot precondition the piece" in message or f"is not enough for {name}" in message
+    assert "MBF" in message
+    assert "for every method there is DistributedDataParallel, where shard_curvature=True" in message
+
+
+def test_samples_of_one_rank_are_not_enough_for_a_piece(found: dict[str, Any]) -> None:
+    assert "not enough for MBF: under fully_shard" in found["empirical"]
+    assert 'MBF with fisher="gradient"' in found["empirical"]
 
 
 def test_what_one_rank_cannot_use_no_rank_uses(all_found: list[dict[str, Any]]) -> None:

@@ -35,14 +35,13 @@ def _turn_of_null_space(values: Tensor, vectors: Tensor) -> Tensor:
     restricted = (vectors.mT * ramp) @ vectors
     # No eigenvalue of what is restricted is above b: the others come first, each an eigenvector by itself.
     others = torch.diag_embed(2 * values.shape[-1] + ramp)
-    blocks = torch.where(null[..., :, None] & null[..., None, :], restricted, others)
-    turn: Tensor = eigenbasis(blocks)[1].flip(-1)
-    return turn
+    return eigenbasis(torch.where(null[..., :, None] & null[..., None, :], restricted, others))[1].flip(-1)
 
 
 def _negligible(sizes: Tensor) -> Tensor:
     """Below it half of the digits of a size [..., b] or more are rounding errors of the largest, [..., 1]."""
-    return torch.finfo(sizes.dtype).eps ** 0.5 * sizes.amax(-1, keepdim=True)
+    level: Tensor = torch.finfo(sizes.dtype).eps ** 0.5 * sizes.amax(-1, keepdim=True)
+    return level
 
 
 def power_iteration(matrices: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
