@@ -34,6 +34,7 @@ WALK = [
     ("graft",),
     ("description",),
     ("cohort",),
+    ("stacking",),
     ("adaptive", "parallel", "checkpoint", "capturable"),
     ("resumable",),
     ("reports",),
