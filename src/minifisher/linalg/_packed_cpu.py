@@ -97,18 +97,16 @@ def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any,
 @compiled
 def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
     """Entry e of block l of the tile to [e, l]; zero behind the end of the row and in lanes without block."""
-    if lanes < LANES or start + lanes * width > row.shape[0]:
+    stop = min(start + lanes * width, row.shape[0])
+    tile = row[start:stop]
+    if tile.shape[0] == LANES * width:
+        for lane in range(LANES):
+            for e in range(width):
+                vectors[e, lane] = tile[lane * width + e]
+    else:
         vectors[:] = np.float32(0)
-        lanes = min(lanes, (row.shape[0] - start + width - 1) // width)
-        for lane in range(lanes):
-            block = row[start + lane * width : min(start + (lane + 1) * width, row.shape[0])]
-            for e in range(block.shape[0]):
-                vectors[e, lane] = block[e]
-        return
-    tile = row[start : start + LANES * width]
-    for lane in range(LANES):
-        for e in range(width):
-            vectors[e, lane] = tile[lane * width + e]
+        for position in range(tile.shape[0]):
+            vectors[position % width, position // width] = tile[position]
 
 
 @compiled
@@ -130,27 +128,19 @@ def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> floa
 
 
 @compiled
-def _shares(tile: int, width: int, lanes: int, length: int, shares: Any) -> None:
+def _shares(first: int, width: int, length: int, shares: Any) -> None:
     """One over the true entries of every block of the tile; a lane without a block has one."""
     for lane in range(LANES):
-        left = length - (tile * lanes + lane) * width
+        left = length - first - lane * width
         shares[0, lane] = np.float32(1) / np.float32(max(1, min(width, left)))
 
 
 @compiled
-def _widen(triangle: Any, lanes: int, full: Any) -> None:
-    """A tile of fewer lanes to one of sixteen."""
-    for entry in range(triangle.shape[0]):
+def _copy(source: Any, lanes: int, target: Any) -> None:
+    """The lanes of a tile that has fewer than sixteen."""
+    for entry in range(source.shape[0]):
         for lane in range(lanes):
-            full[entry, lane] = triangle[entry, lane]
-
-
-@compiled
-def _narrow(full: Any, lanes: int, triangle: Any) -> None:
-    """The inverse of `_widen`."""
-    for entry in range(triangle.shape[0]):
-        for lane in range(lanes):
-            triangle[entry, lane] = full[entry, lane]
+            target[entry, lane] = source[entry, lane]
 
 
 # ---- rows ----
@@ -159,52 +149,9 @@ def _narrow(full: Any, lanes: int, triangle: Any) -> None:
 @compiled
 def _rows(
     packed: Any,
-    observed: Any,  # D, or nothing
+    gradient: Any,  # D, or nothing
     momentum: Any,  # M, or nothing
-    direction: Any,
-    squares: Any,
-    means: Any,
-    width: int,
-    decay: Any,
-    damping: Any,
-    relative: bool,
-    start: int,
-    stop: int,
-) -> float:
-    """Of every row: average in what was observed, if anything, then solve for the momentum, if any."""
-    tiles, entries, lanes = packed.shape[1:]
-    vectors, inverses = np.empty((width, LANES), np.float32), np.empty((width, LANES), np.float32)
-    factor, shares = np.empty((entries, LANES), np.float32), np.empty((1, LANES), np.float32)
-    full = np.zeros((entries, LANES), packed.dtype)
-    for row in range(start, stop):
-        total = 0.0
-        for tile in range(tiles):
-            triangle = packed[row, tile]
-            if lanes < LANES:
-                _widen(triangle, lanes, full)
-                triangle = full
-            first = tile * lanes * width
-            if observed.shape[0]:
-                _gather(observed[row], first, width, lanes, vectors)
-                _average(triangle, vectors, width, decay)
-                if lanes < LANES:
-                    _narrow(full, lanes, packed[row, tile])
-            if momentum.shape[0]:
-                _shares(tile, width, lanes, momentum.shape[1], shares)
-                levels = _levels(triangle, shares, width, damping, means[row], relative)
-                _gather(momentum[row], first, width, lanes, vectors)
-                _solve(triangle, levels, vectors, factor, inverses, width)
-                total += _scatter(vectors, first, width, lanes, direction[row])
-        squares[row] = total
-    return 0.0
-
-
-@compiled
-def _advance(
-    packed: Any,
-    gradient: Any,
-    momentum: Any,
-    moment: Any,
+    moment: Any,  # V, or nothing
     direction: Any,
     squares: Any,
     first_order_squares: Any,
@@ -214,80 +161,64 @@ def _advance(
     damping: Any,
     relative: bool,
     first_order: Any,
+    advances: bool,
     start: int,
     stop: int,
 ) -> float:
-    """Row by row, so that the second reading of D and M finds them in the cache."""
+    """Of every row: M and V if it `advances`, then the average of D, if any, then the solution for M, if any.
+
+    Row by row, so that the second reading of D and M finds them in the cache.
+    """
+    tiles, entries, lanes = packed.shape[1:]
     mu, moment_decay, epsilon = first_order
+    vectors, inverses = np.empty((width, LANES), np.float32), np.empty((width, LANES), np.float32)
+    factor, shares = np.empty((entries, LANES), np.float32), np.empty((1, LANES), np.float32)
+    full = np.zeros((entries, LANES), packed.dtype)
     for row in range(start, stop):
-        first_order_squares[row] = first_order_pass(
-            gradient[row],
-            momentum[row],
-            moment[row] if moment.shape[0] else moment[:0].reshape(0),
-            mu,
-            moment_decay,
-            np.float32(1) - moment_decay,
-            epsilon,
-            0,
-            gradient.shape[1],
-        )
-        _rows(
-            packed,
-            gradient,
-            momentum,
-            direction,
-            squares,
-            means,
-            width,
-            decay,
-            damping,
-            relative,
-            row,
-            row + 1,
-        )
+        if advances:
+            v = moment[row] if moment.shape[0] else momentum[row, :0]
+            fresh = np.float32(1) - moment_decay
+            first_order_squares[row] = first_order_pass(
+                gradient[row], momentum[row], v, mu, moment_decay, fresh, epsilon, 0, momentum.shape[1]
+            )
+        total = 0.0
+        for tile in range(tiles):
+            triangle = packed[row, tile]
+            if lanes < LANES:
+                _copy(triangle, lanes, full)
+                triangle = full
+            first = tile * lanes * width
+            if gradient.shape[0]:
+                _gather(gradient[row], first, width, lanes, vectors)
+                _average(triangle, vectors, width, decay)
+                if lanes < LANES:
+                    _copy(full, lanes, packed[row, tile])
+            if momentum.shape[0]:
+                _shares(first, width, momentum.shape[1], shares)
+                levels = _levels(triangle, shares, width, damping, means[row], relative)
+                _gather(momentum[row], first, width, lanes, vectors)
+                _solve(triangle, levels, vectors, factor, inverses, width)
+                total += _scatter(vectors, first, width, lanes, direction[row])
+        squares[row] = total
     return 0.0
 
 
 # ---- tensors ----
 
-_NOTHING = np.empty((0, 0), np.float32)
-
-
-def _array(tensor: Tensor | None) -> Any:
-    if tensor is None:
-        return _NOTHING
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+_NO_PASS = np.float32(0), np.float32(0), np.float32(0)
 
 
 def average(packed: Tensor, gradient: Tensor, *, width: int, decay: float) -> None:
     """F_b <- decay F_b + (1 - decay) d_b d_b^T."""
-    _pass(packed, gradient, None, None, width, decay, 0.0, False)
+    _run(packed, gradient, None, None, None, width, (decay, 0.0, False), _NO_PASS, False)
 
 
 def solve(
     packed: Tensor, momentum: Tensor, means: Tensor, *, width: int, damping: float, relative: bool
 ) -> tuple[Tensor, Tensor]:
     """(F_b + lambda_b I)^-1 m_b, and the squared norm of every row of it."""
-    return _pass(packed, None, momentum, means, width, 0.0, damping, relative)
-
-
-def _pass(
-    packed: Tensor,
-    gradient: Tensor | None,
-    momentum: Tensor | None,
-    means: Tensor | None,
-    width: int,
-    decay: float,
-    damping: float,
-    relative: bool,
-) -> tuple[Tensor, Tensor]:
-    direction = torch.empty_like(momentum) if momentum is not None else torch.empty((0, 0))
-    squares = torch.empty(packed.shape[0], dtype=torch.float64)
-    arrays = [_array(tensor) for tensor in (packed, gradient, momentum, direction, squares, means)]
-    arrays[-1] = arrays[-1].reshape(-1)
-    numbers = width, np.float32(decay), np.float32(damping), relative
-    in_parts(lambda start, stop: _rows(*arrays, *numbers, start, stop), *_share(packed))
+    numbers = 0.0, damping, relative
+    direction, squares, _ = _run(packed, None, momentum, None, means, width, numbers, _NO_PASS, False)
     return direction, squares
 
 
@@ -307,17 +238,36 @@ def advance(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first-order pass, `average` and `solve` in one; squared norms of every row of both steps."""
-    direction = torch.empty_like(momentum)
-    squares, first_order_squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
-    tensors = (packed, gradient, momentum, moment, direction, squares, first_order_squares, means)
-    arrays = [_array(tensor) for tensor in tensors]
-    numbers = width, np.float32(decay), np.float32(damping), relative
     first_order = np.float32(mu), np.float32(moment_decay), np.float32(epsilon)
-    in_parts(lambda start, stop: _advance(*arrays, *numbers, first_order, start, stop), *_share(packed))
+    numbers = decay, damping, relative
+    return _run(packed, gradient, momentum, moment, means, width, numbers, first_order, True)
+
+
+def _run(
+    packed: Tensor,
+    gradient: Tensor | None,
+    momentum: Tensor | None,
+    moment: Tensor | None,
+    means: Tensor | None,
+    width: int,
+    numbers: tuple[float, float, bool],
+    first_order: tuple[Any, Any, Any],
+    advances: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
+    squares, first_order_squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
+    weights = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction)]
+    sums = squares.numpy(), first_order_squares.numpy(), _array(means).reshape(-1)
+    decay, damping, relative = numbers
+    options = width, np.float32(decay), np.float32(damping), relative, first_order, advances
+    rows = packed.shape[0]
+    least = max(1, _LEAST // max(1, packed[0].numel()))  # rows that are worth a thread
+    in_parts(lambda start, stop: _rows(*weights, *sums, *options, start, stop), rows, least)
     return direction, squares, first_order_squares
 
 
-def _share(packed: Tensor) -> tuple[int, int]:
-    """How many rows there are, and how few of them are worth a thread."""
-    rows = packed.shape[0]
-    return rows, max(1, _LEAST // max(1, packed[0].numel()))
+def _array(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return np.empty((0, 0), np.float32)
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
