@@ -34,6 +34,7 @@ WALK = [
     ("graft",),
     ("description",),
     ("cohort",),
+    ("stacking",),
     ("adaptive", "parallel", "checkpoint", "capturable"),
     ("resumable",),
     ("reports",),
@@ -41,8 +42,8 @@ WALK = [
     ("methods",),
     ("",),
 ]
-# Extras, each the business of one leaf; numpy comes with numba.
-EXTRAS = {"numba": "linalg", "numpy": "linalg", "triton": "linalg"}
+# Extras, the business of the leaves; numpy and llvmlite come with numba.
+EXTRAS = dict.fromkeys(("llvmlite", "numba", "numpy", "triton"), "linalg")
 
 
 def modules(package):

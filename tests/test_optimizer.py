@@ -89,6 +89,54 @@ def test_every_layer_takes_a_step_of_the_first_order_length(graft, fold_bias):
                 torch.testing.assert_close(step.norm(), length.norm(), **CLOSE)
 
 
+def pairs(steps):
+    """Weight and bias of every layer."""
+    return zip(steps[::2], steps[1::2], strict=True)
+
+
+@pytest.mark.parametrize("fold_bias", [False, True])
+def test_every_row_takes_a_step_of_its_own_adam_length(fold_bias):
+    ours, theirs = network(dtype=torch.float64), network(dtype=torch.float64)
+    opt = MBF(ours, lr=0.01, graft="adam-rows", fold_bias=fold_bias, statistics_every=2)
+    rival = FIRST_ORDER["adam"](theirs.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        random_gradients(ours.parameters(), generator)
+        for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            other.grad = own.grad.clone()
+        steps = []
+        for module, optimizer in ((ours, opt), (theirs, rival)):
+            before = copy.deepcopy(module)
+            optimizer.step()
+            steps.append(
+                [new - old for new, old in zip(module.parameters(), before.parameters(), strict=True)]
+            )
+        for (moved, bias), (expected, rival_bias) in zip(*map(pairs, steps), strict=True):
+            if fold_bias:
+                moved, expected = (
+                    torch.cat((w, b[:, None]), 1) for w, b in ((moved, bias), (expected, rival_bias))
+                )
+            else:  # a row of one entry: Adam's own step
+                torch.testing.assert_close(bias, rival_bias, **CLOSE)
+            torch.testing.assert_close(moved.norm(dim=1), expected.norm(dim=1), **CLOSE)
+            assert not torch.allclose(moved, expected, rtol=1e-3)
+
+
+def test_a_row_without_a_gradient_stays_and_is_not_reported(recwarn):
+    weight = nn.Parameter(torch.ones(4, 3))
+    opt = MBF([weight], graft="adam-rows")
+    for step in range(3):
+        weight.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        weight.grad[1] = 0
+        weight.grad[2] *= 1e-30  # its square is zero
+        opt.step()
+    assert (weight[1] == 1).all()
+    assert (weight[[0, 3]] != 1).all()
+    assert torch.isfinite(weight).all()
+    assert opt.diagnostics()["fallbacks"] == 0
+    assert not recwarn.list
+
+
 def test_an_adam_graft_on_blocks_of_one_entry_at_full_damping_is_adam_with_sgd_directions():
     weight = nn.Parameter(torch.zeros(4, dtype=torch.float64))
     opt = MBF([weight], lr=0.1, momentum=0.0, damping=1e12, relative_damping=False)
@@ -169,6 +217,7 @@ OVERRIDES = [
     {"power": 0.5},
     {"graft": None},
     {"graft": "sgd"},
+    {"graft": "adam-rows"},
     {"weight_decay": 0.3},
     {"weight_decay": 0.3, "decoupled_weight_decay": False},
     {"fisher": "empirical"},

@@ -15,8 +15,9 @@ Params = nn.Module | Iterable[Any]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "fisher": ("gradient", "empirical", "sampled", "exact"),
-    "graft": ("adam", "sgd", None),
+    "graft": ("adam", "adam-rows", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),
+    "inverse": (None, "cholesky", "newton-schulz"),
     "root": ("eigen", "newton"),
     "share": (None, "row", "layer"),
     "weight_sharing": ("expand", "reduce"),

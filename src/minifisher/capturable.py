@@ -42,6 +42,8 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
         return f'a recorded step reads gradients alone, got fisher={options["fisher"]!r}: use "gradient"'
     if options["adaptive_damping"]:
         return "adaptive_damping=True compares losses on the host: set one of the two to False"
+    if GRAFTS[options["graft"]].by_rows:
+        return f'a recorded step has one length a layer, got graft={options["graft"]!r}: use "adam" or "sgd"'
     if plan.statistics_every != 1 or plan.inverse_every != 1:
         return (
             f"a recorded step has no schedule, got statistics_every={plan.statistics_every} and "
@@ -49,7 +51,8 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
         )
     if not (plan.curvature.capturable or isinstance(plan.curvature, FirstOrder)):
         return (
-            f"the curvature chosen for it ({plan.structure}) decides on the host: MBF with power=1 does not"
+            f"the curvature chosen for it ({plan.structure}) decides on the host: "
+            "that of MBF with power=1 and Cholesky does not"
         )
     return ""
 

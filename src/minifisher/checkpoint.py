@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from minifisher.arguments import check_options
-from minifisher.cohort import OF_PARAMETER_SHAPE, initial_state
+from minifisher.cohort import OF_PARAMETER_SHAPE
 from minifisher.distributed import as_distributed, is_distributed, local
 from minifisher.seats import whole_shape
+from minifisher.stacking import initial_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,7 +6,6 @@ optimizer keeps of a parameter is a slice of the stack.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,14 +28,10 @@ if TYPE_CHECKING:
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
 
-# Stacking copies the gradients once; above this many entries a call of its own costs less than the copy.
-_STACKED_ENTRIES = 65_536
-
 # Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
 OF_PARAMETER_SHAPE = frozenset(
     {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
 )
-_COUNTS = frozenset({"step", "observations"})
 
 # The bias correction has died out: an average that was warm-started goes on as a plain one.
 SATURATED = 1_000_000
@@ -64,6 +59,23 @@ class Cohort:
         """What this process holds of every parameter."""
         return [local(parameter) for parameter in self.parameters]
 
+    @cached_property
+    def _rows(self) -> int | None:
+        """Rows of a layer, as this process holds it, where each borrows a length; None: the layer does."""
+        shape = piece(self.layers[0]).shape
+        return shape[0] if GRAFTS[self.options["graft"]].by_rows and shape else None
+
+    @property
+    def parts(self) -> int:
+        """How many lengths are borrowed: one a layer, or one a row."""
+        return len(self.layers) * (1 if self._rows is None else self._rows)
+
+    @property
+    def length_groups(self) -> tuple[Any, ...]:
+        """The ranks that hold the other pieces of what borrows one length."""
+        whole_rows = 0 if self._rows is not None else None
+        return tuple(group for dimension, group in self.seat.cuts if dimension != whole_rows)
+
     # ---- between the parameters and the stack ----
 
     def gather(self, tensors: Iterable[Tensor]) -> Tensor:
@@ -84,7 +96,7 @@ class Cohort:
     def gradient(self) -> Tensor:
         """D; zero where only the weight or only the bias of a layer got one."""
         gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
-        gradient = gradient.to(_kept(gradient.dtype))
+        gradient = gradient.to(kept(gradient.dtype))
         return -gradient if self.options["maximize"] else gradient
 
     # ---- statistics and curvature ----
@@ -152,17 +164,52 @@ class Cohort:
             return state
         return {name: tensor[index] for name, tensor in state.items()}
 
-    def refresh(self) -> None:
-        """Recompute what the direction needs, where it is due.
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the coming step recomputes what the direction needs.
 
         In the first `inverse_every` steps the statistics change fast: every observation counts (published).
         """
         plan = self.plan
         every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
-        if self.observations and (self.step % every == 0 or self.observations == 1):
-            plan.curvature.refresh(self.state, self.options["damping"])
+        return bool(self.observations) and (self.step % every == 0 or self.observations == 1)
+
+    def refresh(self) -> None:
+        """Recompute what the direction needs, where it is due."""
+        if self.refresh_due:
+            self.plan.curvature.refresh(self.state, self.options["damping"])
 
     # ---- direction, graft, update ----
+
+    def stride(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples]) -> Move:
+        """Statistics, curvature and direction of layers that exchange nothing with other processes."""
+        fused = self._fused(gradient)
+        if fused is not None:
+            return fused
+        if self.statistics_due:
+            self.observe(gradient, samples, self.corrected_decay())
+        self.refresh()
+        return self.move(gradient)
+
+    def _fused(self, gradient: Tensor) -> Move | None:
+        """The same in one pass, where graft and curvature have one; None where they do not."""
+        options, curvature = self.options, self.plan.curvature
+        coupled = options["weight_decay"] and not options["decoupled_weight_decay"]
+        if curvature.needs is not BatchGradient or not self.statistics_due or coupled or self._rows:
+            return None
+        first_order = GRAFTS[options["graft"]].as_pass(self.state, self.step + 1, options["momentum"])
+        if first_order is None:
+            return None
+        decay, damping = self.corrected_decay(), options["damping"]
+        advanced = curvature.advance(self.state, gradient, decay, damping, first_order)
+        if advanced is None:
+            return None
+        direction, *lengths = advanced
+        norm, first_order_norm = map(self._for_each, lengths)
+        self.step, self.observations = self.step + 1, self.observations + 1
+        move = Move(self, gradient, self.state["momentum"], direction, first_order_norm)
+        self.settle(move, norm, first_order_norm)
+        return move
 
     def move(self, gradient: Tensor) -> Move:
         """M <- mu M + D, and the step that follows from it; the weights stay as they are.
@@ -181,7 +228,7 @@ class Cohort:
         if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
             gradient = gradient + self.options["weight_decay"] * self.gather(self.tensors)
         graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
-        length = self._for_each(graft.advance(self.state, gradient, len(self.layers), self.step, mu))
+        length = self._for_each(graft.advance(self.state, gradient, self.parts, self.step, mu))
         momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
             return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
@@ -193,8 +240,8 @@ class Cohort:
         return graft.step(self.state, momentum, self.step, self.options["momentum"])
 
     def norms(self, move: Move) -> tuple[Tensor, Tensor]:
-        """Of the direction and of the first-order step, [] or [layers, 1, ...]."""
-        return self._for_each(norms(move.direction, len(self.layers))), move.first_order_norm
+        """Of the direction and of the first-order step, [] or [layers, 1, ...]; of rows, [rows, 1, ...]."""
+        return self._for_each(norms(move.direction, self.parts)), move.first_order_norm
 
     def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
         """The length; where it or the direction is not finite, the first-order step; else no step at all."""
@@ -203,9 +250,11 @@ class Cohort:
         usable = torch.isfinite(norm + length)
         if not usable.all():
             held = ~(usable | torch.isfinite(first_order_norm))
-            # Where the first-order step is zero as well, neither moves, and nothing was lost.
-            move.fallen = int((~usable & ~held & (first_order_norm != 0)).sum())
-            move.held = int(held.sum())
+            # Where one of the two is zero it is no direction that was lost: a unit that is all but dead.
+            fallen = ~usable & ~held & (first_order_norm != 0) & (norm != 0)
+            move.fallen, move.held = (
+                int(where.view(len(self.layers), -1).any(1).sum()) for where in (fallen, held)
+            )
             fallback = self._first_order(move.momentum).masked_fill(held, 0)
             move.direction = torch.where(usable, move.direction, fallback)
             self._forget(held)
@@ -223,16 +272,20 @@ class Cohort:
         if decay and self.options["decoupled_weight_decay"]:
             torch._foreach_mul_(self.tensors, 1 - rate * decay)
         direction, length = move.direction, move.length * scale
-        if len(self.layers) > 1:
+        if length.ndim:
             direction, length = direction.mul_(length), length.new_ones(())
         # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
         for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
             parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def _for_each(self, numbers: Tensor) -> Tensor:
-        """One number a layer, [layers], as a factor of the stack, [] or [layers, 1, ...]."""
-        shape = [-1, *[1] * len(self.layers[0].shape)] if len(self.layers) > 1 else []
-        return numbers.view(shape)
+        """One number a part, [parts], as a factor of the stack: [] or [layers, 1, ...], with rows for a 1."""
+        shape = [1] * len(self.layers[0].shape)
+        if self._rows is not None:
+            shape[0] = self._rows
+        elif len(self.layers) == 1:
+            shape = []
+        return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
 
 
 @dataclass(eq=False)
@@ -267,81 +320,6 @@ def clipped(moves: Sequence[Move], bound: float) -> Iterator[tuple[Move, Tensor 
     return ((move, scale if move.cohort.observations else 1.0) for move in moves)
 
 
-def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
-    """The entries of a layer's parameters in the optimizer's state before the first step."""
-    names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
-    entries: dict[Tensor, dict[str, Any]] = {
-        parameter: {
-            "step": _no_count(parameter, options),
-            **{name: torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype)) for name in names},
-        }
-        for parameter in layer.parameters
-    }
-    entries[layer.weight].update(
-        observations=_no_count(layer.weight, options), **plan.curvature.init(piece(layer))
-    )
-    return entries
-
-
-def add_momentum(layer: Layer, entries: Entries) -> None:
-    """M = 0 for a layer that went without so far, as a scheduler of the momentum may have it."""
-    for parameter in layer.parameters:
-        zeros = torch.zeros_like(local(parameter), dtype=_kept(parameter.dtype))
-        entries[parameter].setdefault("momentum", zeros)
-
-
-def _no_count(parameter: Tensor, options: Options) -> int | Tensor:
-    return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
-
-
-def _own(count: int | Tensor) -> int | Tensor:
-    return count.clone() if isinstance(count, Tensor) else count
-
-
-def _kept(dtype: torch.dtype) -> torch.dtype:
+def kept(dtype: torch.dtype) -> torch.dtype:
     """Float16 has no room for a square of a gradient, nor for a direction: float32 in its place."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def form_cohorts(
-    layers: Iterable[Layer],
-    seats: Mapping[Layer, Seat],
-    options: Mapping[Layer, Options],
-    entries: Entries,
-    samples: Mapping[Layer, LayerSamples],
-) -> list[Cohort]:
-    """Put equal layers together; their entries in the optimizer's state become views of the stack.
-
-    Layers that `samples` tell of observe more than their equals from now on, and go apart.
-    """
-    members: dict[object, list[Layer]] = defaultdict(list)
-    for layer in layers:
-        key = _key(layer, seats[layer], options[layer], entries[layer.weight])
-        members[key, layer in samples].append(layer)
-    return [_cohort(equal, seats[equal[0]], options[equal[0]], entries) for equal in members.values()]
-
-
-def _key(layer: Layer, seat: Seat, options: Options, entry: dict[str, Any]) -> object:
-    weight = layer.weight
-    if weight.numel() > _STACKED_ENTRIES:
-        return layer
-    history = int(entry["step"]), int(entry["observations"])
-    return seat, layer.shape, layer.bias is None, weight.dtype, weight.device, id(options), history
-
-
-def _cohort(layers: list[Layer], seat: Seat, options: Options, entries: Entries) -> Cohort:
-    entry = entries[layers[0].weight]
-    # Layers that part company go on counting on their own.
-    step, observations = _own(entry["step"]), _own(entry["observations"])
-    cohort = Cohort(layers, seat.plan, options, {}, step, observations, seat)
-    for name in entry:
-        if name in OF_PARAMETER_SHAPE:
-            cohort.state[name] = cohort.gather(entries[parameter][name] for parameter in cohort.parameters)
-            for parameter, view in zip(cohort.parameters, cohort.scatter(cohort.state[name]), strict=True):
-                entries[parameter][name] = view
-        elif name not in _COUNTS:
-            tensors = [entries[layer.weight][name] for layer in layers]
-            cohort.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
-            for index, layer in enumerate(layers):
-                entries[layer.weight][name] = cohort._of_layer(index, cohort.state)[name]
-    return cohort

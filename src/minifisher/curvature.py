@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from minifisher.linalg.first_order import FirstOrderPass
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import Statistics
 
@@ -49,6 +50,16 @@ class Curvature(ABC):
 
     def shard(self, shape: torch.Size) -> Curvature | None:
         """The same curvature of a piece of the weight, of this shape; None where it needs the whole."""
+        return None
+
+    def advance(
+        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderPass
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """In one pass what the graft does to M, `observe` of the batch gradient, and `precondition` of M.
+
+        Returns the direction and two lengths [..., 1], its own and the first-order step's; None, and nothing
+        changed, where there is no such pass. It agrees with the verbs one after another.
+        """
         return None
 
     @abstractmethod

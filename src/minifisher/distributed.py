@@ -78,29 +78,28 @@ def sum_over(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
     return finite
 
 
-def agree(holds: bool, groups: Sequence[Group], device: torch.device) -> bool:
-    """Whether it holds on every rank of the groups."""
-    vote = torch.tensor(float(holds), device=device)
-    for group in dict.fromkeys(groups):
-        dist.all_reduce(vote, dist.ReduceOp.MIN, group=group)
-    return bool(vote)
-
-
 def fill_in(tensors: Sequence[tuple[Tensor, int]]) -> None:
-    """Every tensor on every rank as it is on its owner, with one gather for each dtype: [(tensor, owner)]."""
+    """Every tensor on every rank as it is on its owner, with one call for each dtype: [(tensor, owner)].
+
+    A gather takes from every rank as much as from the one that owns most; where that is more than twice what
+    there is (fewer tensors than ranks, say), a sum with zeros from all who do not own them sends less.
+    """
     by_dtype: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, int]]] = defaultdict(list)
     for tensor, owner in tensors:
         by_dtype[tensor.dtype, tensor.device].append((tensor, owner))
     for members in by_dtype.values():
-        _fill_in(members)
+        owned: list[list[Tensor]] = [[] for _ in range(world_size())]
+        for tensor, owner in members:
+            owned[owner].append(tensor)
+        shares = [sum(tensor.numel() for tensor in theirs) for theirs in owned]
+        if max(shares) * world_size() <= 2 * sum(shares):
+            _gather(owned, max(shares))
+        else:
+            _sum_with_zeros(members)
 
 
-def _fill_in(members: list[tuple[Tensor, int]]) -> None:
-    owned: list[list[Tensor]] = [[] for _ in range(world_size())]
-    for tensor, owner in members:
-        owned[owner].append(tensor)
-    length = max(sum(tensor.numel() for tensor in theirs) for theirs in owned)
-    mine = members[0][0].new_zeros(length)
+def _gather(owned: Sequence[list[Tensor]], length: int) -> None:
+    mine = next(tensor for theirs in owned for tensor in theirs).new_zeros(length)
     parts = [tensor.flatten() for tensor in owned[rank()]]
     if parts:
         torch.cat(parts, out=mine[: sum(part.numel() for part in parts)])
@@ -111,6 +110,13 @@ def _fill_in(members: list[tuple[Tensor, int]]) -> None:
         for tensor in theirs:
             tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
             start += tensor.numel()
+
+
+def _sum_with_zeros(members: Sequence[tuple[Tensor, int]]) -> None:
+    for tensor, owner in members:
+        if owner != rank():
+            tensor.zero_()
+    sum_over((tensor, ALL_RANKS) for tensor, _ in members)
 
 
 # ---- pieces in checkpoints ----

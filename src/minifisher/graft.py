@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.linalg.compiled import advance_adam, fits_compiled
+from minifisher.linalg.first_order import FirstOrderPass
 from minifisher.linalg.scratch import scratch_like
 
 if TYPE_CHECKING:
@@ -30,16 +31,25 @@ class Graft:
     """
 
     rescales = False
+    by_rows = False
+    """Whether every row of a weight (an output's) borrows a length of its own."""
     state_names: tuple[str, ...] = ()
     """Tensors of the parameter's shape that the graft keeps in the state."""
 
-    def advance(self, state: State, gradient: Tensor, layers: int, count: Any, momentum: float) -> Tensor:
-        """Update momentum and averages in place; returns the length of the first-order step, [layers]."""
-        return norms(_advance_momentum(state, gradient, momentum), layers)
+    def advance(self, state: State, gradient: Tensor, parts: int, count: Any, momentum: float) -> Tensor:
+        """Update momentum and averages in place; returns the length of the first-order step, [parts].
+
+        The cohort's tensors are so many parts of one size: its layers, or their rows.
+        """
+        return norms(_advance_momentum(state, gradient, momentum), parts)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """The first-order method's step, before the learning rate."""
         return direction
+
+    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderPass | None:
+        """`advance` in numbers, for a pass that does more; None where it cannot be told so."""
+        return FirstOrderPass(momentum, state["momentum"]) if momentum else None
 
 
 class MomentumGraft(Graft):
@@ -54,17 +64,17 @@ class AdamGraft(Graft):
     rescales = True
     state_names = ("second_moment",)
 
-    def advance(self, state: State, gradient: Tensor, layers: int, count: Any, momentum: float) -> Tensor:
+    def advance(self, state: State, gradient: Tensor, parts: int, count: Any, momentum: float) -> Tensor:
         """Also v <- beta_2 v + (1 - beta_2) D^2."""
         scale, epsilon = self._corrected(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
         if momentum and isinstance(count, int) and fits_compiled(*tensors):
-            d, m, v = (tensor.view(layers, -1) for tensor in tensors)
+            d, m, v = (tensor.view(parts, -1) for tensor in tensors)
             return advance_adam(d, m, v, mu=momentum, decay=ADAM_DECAY, epsilon=epsilon).mul_(scale)
         direction = _advance_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
-        return norms(torch.div(direction, denominator, out=denominator), layers).mul_(scale)
+        return norms(torch.div(direction, denominator, out=denominator), parts).mul_(scale)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
@@ -72,10 +82,23 @@ class AdamGraft(Graft):
         step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
         return step
 
+    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderPass | None:
+        """Adam's."""
+        if not momentum:
+            return None
+        scale, epsilon = self._corrected(count, momentum)
+        return FirstOrderPass(momentum, state["momentum"], state["second_moment"], ADAM_DECAY, epsilon, scale)
+
     def _corrected(self, count: Any, momentum: float) -> tuple[Any, Any]:
         """Both bias corrections moved out of the root: scale M / (sqrt(v) + epsilon)."""
         correction = (1 - ADAM_DECAY**count) ** 0.5
         return (1 - momentum) / (1 - momentum**count) * correction, ADAM_EPSILON * correction
+
+
+class AdamRowsGraft(AdamGraft):
+    """Adam's step length of every row by itself: nothing is exchanged where whole rows are cut apart."""
+
+    by_rows = True
 
 
 def _advance_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:
@@ -85,14 +108,19 @@ def _advance_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor
     return state["momentum"].mul_(momentum).add_(gradient)
 
 
-def norms(stack: Tensor, layers: int) -> Tensor:
-    """The norm of every layer of a cohort, [layers]."""
+def norms(stack: Tensor, parts: int) -> Tensor:
+    """The norm of each of so many equal parts of a contiguous stack, [parts]."""
     norm: Tensor
-    if layers == 1:
+    if parts == 1:
         norm = torch.linalg.vector_norm(stack)
         return norm.view(1)
-    norm = torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)))
+    norm = torch.linalg.vector_norm(stack.reshape(parts, stack.numel() // max(1, parts)), dim=1)
     return norm
 
 
-GRAFTS: dict[str | None, Graft] = {None: Graft(), "sgd": MomentumGraft(), "adam": AdamGraft()}
+GRAFTS: dict[str | None, Graft] = {
+    None: Graft(),
+    "sgd": MomentumGraft(),
+    "adam": AdamGraft(),
+    "adam-rows": AdamRowsGraft(),
+}

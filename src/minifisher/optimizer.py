@@ -16,15 +16,7 @@ from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, w
 from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
 from minifisher.capturable import check_capturable, take_step
 from minifisher.checkpoint import FORMAT_VERSION
-from minifisher.cohort import (
-    SATURATED,
-    Cohort,
-    Move,
-    add_momentum,
-    clipped,
-    form_cohorts,
-    initial_state,
-)
+from minifisher.cohort import SATURATED, Cohort, Move, clipped
 from minifisher.curvature import Plan
 from minifisher.distributed import world_size
 from minifisher.guard import all_finite, check_estimators
@@ -32,12 +24,14 @@ from minifisher.reports import Reports
 from minifisher.scaling import loss_scale, overflowed, unscale
 from minifisher.seats import Seat
 from minifisher.second_pass import SecondPass
+from minifisher.stacking import add_momentum, form_cohorts, initial_state
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
 from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 
 Samples = dict[Layer, LayerSamples]
+Changes = list[tuple[Tensor, tuple[Any, ...]]]  # each with the ranks whose pieces add to it
 
 _NO_CLOSURE = (
     "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
@@ -175,9 +169,9 @@ class CurvatureOptimizer(Reports):
         with torch.enable_grad():
             loss = passes.first() if passes is not None else closure() if closure is not None else None
         with torch.no_grad():
-            prediction = self._advance(self._collect(), adapting)
-        if passes is not None and prediction is not None:
-            self._look_again(passes, loss, prediction)
+            changes = self._advance(self._collect(), adapting)
+        if passes is not None and changes is not None:
+            self._look_again(passes, loss, changes)
         self._arm()
         return loss
 
@@ -198,8 +192,8 @@ class CurvatureOptimizer(Reports):
     def _gather(self) -> list[Tensor]:
         return [cohort.gradient() for cohort in self._cohorts_of(self._with_gradients(), {})]
 
-    def _advance(self, samples: Samples, predicting: bool) -> Tensor | float | None:
-        """Step; the predicted change of the loss, 0 where not `predicting`, None where it was skipped."""
+    def _advance(self, samples: Samples, predicting: bool) -> Changes | None:
+        """Step; if `predicting`, how each cohort should change the loss; None where it was skipped."""
         if overflowed(self):
             return None
         unscale(self)
@@ -209,34 +203,26 @@ class CurvatureOptimizer(Reports):
             self._skip()
             return None
         bound = self.defaults.get("kl_clip")
-        prediction: Tensor | float = 0.0
+        changes: Changes = []
         for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
             if predicting:
-                prediction = prediction + predicted_change(move, scale)
+                changes.append((predicted_change(move, scale), move.cohort.seat.groups))
             move.cohort.apply(move, scale)
             self._report(move.fallen, move.held)
             self._keep_counts(move.cohort)
-        return prediction
+        return changes
 
     def _moves(self, active: list[Layer], samples: Samples) -> Iterable[Move] | None:
         """The step of every cohort, one after another where one process trains; None where it must not be."""
         if self._alone:
             if not all_finite(active, samples.values()):
                 return None
-            return (self._move(cohort, samples) for cohort in self._cohorts_of(active, samples))
+            return (c.stride(c.gradient(), samples) for c in self._cohorts_of(active, samples))
         return parallel.moves(self._cohorts_of(active, samples), samples, all_finite(active, ()))
 
     @property
     def _alone(self) -> bool:
         return all(seat.alone for seat in self._seats.values())
-
-    @staticmethod
-    def _move(cohort: Cohort, samples: Samples) -> Move:
-        gradient = cohort.gradient()
-        if cohort.statistics_due:
-            cohort.observe(gradient, samples, cohort.corrected_decay())
-        cohort.refresh()
-        return cohort.move(gradient)
 
     # ---- the second pass ----
 
@@ -259,7 +245,7 @@ class CurvatureOptimizer(Reports):
         taken = max((self._entry(layer).get("step", 0) for layer in self._layers), default=0)
         return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
 
-    def _look_again(self, passes: SecondPass, loss: Any, prediction: Tensor | float) -> None:
+    def _look_again(self, passes: SecondPass, loss: Any, changes: Changes) -> None:
         for capture in self._captures.values():
             capture.disarm()
         loss_after = passes.second()
@@ -269,11 +255,11 @@ class CurvatureOptimizer(Reports):
                 secants = parallel.mean_secants(secants)
             for cohort in self._cohorts:
                 cohort.observe_secants(secants)
-        if isinstance(prediction, Tensor):
+        if changes:
             groups = self._adaptive_groups()
             if world_size() > 1:
                 loss, loss_after = parallel.mean_of((loss, loss_after))
-            factor = damping_factor(loss, loss_after, float(prediction), groups[0]["maximize"])
+            factor = damping_factor(loss, loss_after, parallel.total(changes), groups[0]["maximize"])
             for group in groups:
                 group["damping"] = within_bounds(group["damping"] * factor)
 

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from minifisher.statistics.records import Statistics
 
 
+# Nanoseconds, fitted to what benchmarks/owner_cost.py measured for every method (docs/scaling.md): they only
+# decide who owns what, and all ranks must decide alike, so nobody measures at run time.
+_PER_LAYER = 25_000.0
+_PER_NUMBER = 0.65  # of the state: blocks of own rows are read more than computed with
+_PER_PRODUCT = 0.0125
+_PER_MATRIX = 550.0  # decompositions of many small blocks
+_PER_CUBE = 0.03
+
+
 @dataclass(frozen=True)
 class Elsewhere(Curvature):
     """A curvature that another rank owns: nothing is kept here, the direction arrives from there."""
@@ -102,8 +111,23 @@ def _can_move(layer: Layer, plan: Plan) -> bool:
 
 
 def cost(layer: Layer, plan: Plan) -> float:
-    """Multiplications a step: of the inverses, every T2 steps, and of the direction."""
-    return plan.blocks * plan.block_size**3 / plan.inverse_every + layer.shape.numel() * plan.block_size
+    """Nanoseconds of one core a step: of the direction, and of a refresh every T2 steps, read off the state.
+
+    `benchmarks/owner_cost.py` measures beside it.
+    """
+    state = _blank(plan.curvature, layer).values()
+    matrices = [tensor for tensor in state if tensor.ndim > 1 and tensor.shape[-2] == tensor.shape[-1] > 1]
+    numbers = sum(tensor.numel() for tensor in state)
+    widths = sum(tensor.shape[-1] for tensor in matrices)
+    count = sum(tensor.shape[:-2].numel() for tensor in matrices)
+    cubes = sum(tensor.numel() * tensor.shape[-1] for tensor in matrices)
+    refresh = _PER_MATRIX * count + _PER_CUBE * cubes
+    return (
+        _PER_LAYER
+        + _PER_NUMBER * numbers
+        + _PER_PRODUCT * layer.shape.numel() * widths
+        + refresh / plan.inverse_every
+    )
 
 
 def _seat(method: str, layer: Layer, plan: Plan, owner: int | None) -> Seat:
@@ -141,9 +165,9 @@ def _blank(curvature: Curvature, layer: Layer) -> State:
 def _seat_of_piece(method: str, layer: Layer, plan: Plan) -> Seat:
     if plan.curvature.needs not in (None, BatchGradient):
         raise ValueError(
-            f"{layer.name} is cut over processes, and what one of them sees of its samples is not enough: "
-            f'{method} needs fisher="gradient" under fully_shard and tensor parallelism, or '
-            "DistributedDataParallel, where shard_curvature=True spreads the curvature"
+            f"{layer.name} is cut over processes, and what one of them sees of its samples is not enough for "
+            f'{method}: under fully_shard and tensor parallelism there is MBF with fisher="gradient"; for '
+            "every method there is DistributedDataParallel, where shard_curvature=True spreads the curvature"
         )
     lines = cuts(layer.weight)
     if layer.bias is not None and cuts(layer.bias) != lines:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minifisher_lab import batches, data
+from minifisher_lab import batches, data, processes
 from minifisher_lab.compare import Candidate, Plan
 from minifisher_lab.names import UnknownNameError, look_up
 from minifisher_lab.optimizers import choose, optimizers
@@ -83,6 +83,7 @@ def _splits(problem: Problem, device: str | None) -> Splits:
 
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
     """Build every optimizer once, so that a wrong argument is answered before the first run."""
+    _valid(lambda: processes.check_shares(problem.batch_size))
     for choice, rate in candidates:
         try:
             choice.build(problem.build(seed=0), lr=rate)
@@ -90,12 +91,17 @@ def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
             raise typer.BadParameter(f"{choice.name} on {problem.name}: {error}") from error
 
 
+def _needs_one_process(command: str) -> None:
+    if processes.started() > 1:
+        raise typer.BadParameter(f"{command} runs in one process: start it without torchrun")
+
+
 def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Budget:
     return _valid(lambda: Budget(seconds, epochs if seconds or epochs else problem.epochs))
 
 
 def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if processes.enough_gpus() else "cpu"
 
 
 @app.command("problems")
@@ -125,6 +131,7 @@ def list_optimizers() -> None:
 
 
 @app.command("train")
+@processes.joined()
 def train_command(
     problem: ProblemName,
     optimizer: OptimizerName = "mbf",
@@ -136,7 +143,7 @@ def train_command(
     folder: Folder = Path("runs"),
     device: Device = None,
 ) -> None:
-    """Train one problem with one optimizer."""
+    """Train one problem with one optimizer; under torchrun its processes share every batch."""
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
     candidate = Candidate(choice, choice.rate if lr is None else lr)
     plan = Plan(task, (candidate,), (seed,), _budget(task, seconds, epochs), points)
@@ -149,11 +156,12 @@ def train_command(
 def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
     """Print what structure a method of minifisher gives each weight."""
     optimizer = Trainer(problem, splits, candidate.choice, candidate.rate, seed=0).optimizer
-    if hasattr(optimizer, "describe"):
+    if hasattr(optimizer, "describe") and processes.rank() == 0:
         console.print(str(optimizer.describe()), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("compare")
+@processes.joined()
 def compare_command(
     problems: ProblemNames,
     optimizer_names: OptimizerNames = "adamw,sgd,mbf",
@@ -213,6 +221,7 @@ def tune_command(
     device: Device = None,
 ) -> None:
     """Search one optimizer's learning rate, and damping where it has one, with optuna."""
+    _needs_one_process("tune")
     from minifisher_lab import tune  # optuna is slow to import and needed here alone
 
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
@@ -249,6 +258,7 @@ def demo_command(
     folder: Folder = Path("runs"),
 ) -> None:
     """MBF with its defaults against AdamW at the best of three learning rates, on scikit-learn's digits."""
+    _needs_one_process("demo")
     from minifisher_lab import demo
 
     demo.run(seconds, folder, console)

@@ -94,6 +94,22 @@ class RunBars(PairOfBars):
         self.finish("  ".join(parts))
 
 
+class Silence:
+    """Shows nothing of a comparison: the part of a process that only trains along."""
+
+    def warming(self, optimizer: str) -> None:
+        """Nothing."""
+
+    def started(self, run: Run) -> None:
+        """Nothing."""
+
+    def moved(self, run: Run, spent: float, loss: float) -> None:
+        """Nothing."""
+
+    def ended(self, run: Run) -> None:
+        """Nothing."""
+
+
 class TrialBars(PairOfBars):
     """The bars of a search."""
 

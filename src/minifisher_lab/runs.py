@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from minifisher_lab import processes
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -87,10 +89,15 @@ class RunFolder:
 
     @classmethod
     def create(cls, parent: Path, label: str) -> RunFolder:
-        """A new folder, named by the time and the label, that no earlier one is overwritten by."""
+        """A new folder, named by the time and the label, that no earlier one is overwritten by.
+
+        Of processes that train together the first one alone makes it and writes into it.
+        """
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{label}"
         names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
         path = next(parent / name for name in names if not (parent / name).exists())
+        if processes.rank() > 0:
+            return Nowhere(path)
         path.mkdir(parents=True)
         return cls(path)
 
@@ -104,3 +111,14 @@ class RunFolder:
         path = self.path / name
         path.write_text(json.dumps(without_infinities(content), indent=1) + "\n")
         return path
+
+
+class Nowhere(RunFolder):
+    """Keeps nothing."""
+
+    def log(self, run: Run, point: Point) -> None:
+        """Nothing."""
+
+    def write(self, name: str, content: dict[str, Any]) -> Path:
+        """Nothing."""
+        return self.path / name

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minifisher_lab import plots, report
+from minifisher_lab import plots, processes, report
 from minifisher_lab.compare import compare
-from minifisher_lab.display import RunBars
+from minifisher_lab.display import RunBars, Silence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) -> list[Run]:
-    """Run the plan under progress bars; write results.json and the plots; print the table."""
+    """Run the plan under progress bars; write results.json and the plots; print the table.
+
+    Of processes that train together all run the plan, and the first alone prints and writes.
+    """
+    if processes.rank() > 0:
+        return compare(plan, splits, folder, Silence())
     with RunBars(console, len(plan.seeds) * len(plan.candidates), "runs") as bars:
         runs = compare(plan, splits, folder, bars)
     if not any(run.points for run in runs):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minifisher
+from minifisher_lab import processes
 from minifisher_lab.batches import batches
 from minifisher_lab.runs import Point
 
@@ -120,26 +121,28 @@ class Trainer:
         self.model = problem.build(seed).to(self.device)
         self.optimizer: Optimizer = choice.build(self.model, lr=rate)
         self.rate = rate
+        self.replica = processes.replicate(self.model, seed)
         size = min(problem.batch_size, len(splits.train))
+        processes.check_shares(size)
         self.steps_per_epoch = len(splits.train) // size
         self.stream = batches(splits.train, size, seed, problem.augmentation)
 
     def step(self, spent: float) -> float:
-        """One step on the next batch; its loss before the step."""
-        inputs, targets = next(self.stream)
+        """One step on the next batch; its loss before the step. Several processes share the batch."""
+        inputs, targets = map(processes.share, next(self.stream))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rate_factor(self.problem.schedule, spent)
 
         def closure() -> Any:
             self.model.zero_grad()
-            outputs = self.model(inputs)
+            outputs = self.replica(inputs)
             if isinstance(self.optimizer, minifisher.CurvatureOptimizer):
                 self.optimizer.observe(outputs, likelihood=self.problem.likelihood)
             loss = self.problem.loss(outputs, inputs, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
-        return float(self.optimizer.step(closure))
+        return processes.mean(float(self.optimizer.step(closure)))
 
 
 def warm_up(problem: Problem, splits: Splits, choice: Choice, steps: int = 3) -> None:
@@ -162,7 +165,7 @@ def train(
     """Train until the budget is spent or the loss is no longer finite, filling `run` as it goes.
 
     `points` evenly spaced logged steps go to `log`; `watch` hears the spent fraction and the batch loss
-    a few times a second. Both, and every evaluation, stand outside the clock.
+    a few times a second. Both, and every evaluation, stand outside the clock, which is the first process's.
     """
     slices = splits.train.slice(EVALUATION_SIZE), splits.test.slice(EVALUATION_SIZE)
     clock = Clock(trainer.device)
@@ -181,11 +184,11 @@ def train(
         log(run, point)
 
     record()
-    while spent < 1 and run.points[-1].finite:
+    while spent < 1 and processes.of_first(run.points[-1].finite):
         with clock:
             losses.append(trainer.step(spent))
         run.steps, run.seconds = run.steps + 1, clock.seconds
-        spent = budget.spent(clock.seconds, run.steps / trainer.steps_per_epoch)
+        spent = processes.of_first(budget.spent(clock.seconds, run.steps / trainer.steps_per_epoch))
         if spent * points >= len(run.points) or spent == 1 or not math.isfinite(losses[-1]):
             record()
         if time.monotonic() - watched > 0.1:

@@ -18,6 +18,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rows": {"share": "row", "block_size": 4, "power": 0.5},
     "raw": {"graft": None, "relative_damping": False, "damping": 1.0},
     "sgd": {"graft": "sgd", "weight_decay": 0.1, "statistics_every": 3, "inverse_every": 2},
+    "lengths by row": {"graft": "adam-rows", "fold_bias": True},
+    "adaptive": {"adaptive_damping": True, "graft": None, "relative_damping": False, "lr": 0.1},
     "folded": {"fold_bias": True, "weight_decay": 0.1, "decoupled_weight_decay": False},
 }
 MESHES = {2: [(2,)], 4: [(4,), (2, 2)]}
@@ -45,7 +47,7 @@ def make(kind: type[nn.Module], options: dict[str, Any], mesh: Any = None) -> tu
     network = kind().double()
     if mesh is not None:
         fully_shard(network, mesh=mesh)
-    return network, minifisher.MBF(network, lr=1e-2, **options)
+    return network, minifisher.MBF(network, **{"lr": 1e-2, **options})
 
 
 def trained(kind: type[nn.Module], options: dict[str, Any], mesh: Any = None) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 
 CASES = [
     *((training.Network, name) for name in OPTIONS),
-    *((Uneven, name) for name in ("default", "kernels", "folded")),
+    *((Uneven, name) for name in ("default", "kernels", "folded", "lengths by row")),
 ]
 
 

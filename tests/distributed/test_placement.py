@@ -3,14 +3,19 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
+from torch import nn
 
+import minifisher
 from minifisher.placement import assign_owners
+from minifisher.seats import cost
+from minifisher.statistics.layers import layers_of
 
 
 def loads(costs: list[float], owners: list[int], ranks: int) -> list[float]:
     totals = [0.0] * ranks
-    for cost, owner in zip(costs, owners, strict=True):
-        totals[owner] += cost
+    for one, owner in zip(costs, owners, strict=True):
+        totals[owner] += one
     return totals
 
 
@@ -45,3 +50,25 @@ def test_a_cost_that_is_none(costs: list[float]) -> None:
 def test_no_ranks() -> None:
     with pytest.raises(ValueError, match="ranks must be >= 1, got 0"):
         assign_owners([1.0], 0)
+
+
+@pytest.mark.parametrize("method", minifisher.METHODS)
+def test_a_cost_grows_as_the_work_does(method: str) -> None:
+    """Twice the width: four times (but for what a call costs) to eight times the multiplications."""
+    costs = []
+    for width in (1024, 2048):
+        with torch.device("meta"):
+            module = nn.Linear(width, width, bias=False)
+        optimizer = minifisher.METHODS[method](module)
+        (layer,) = layers_of(module)
+        costs.append(cost(layer, optimizer.plan(layer, optimizer.param_groups[0])))
+    assert 3.7 < costs[1] / costs[0] < 8.1
+
+
+def test_a_cost_needs_no_memory_and_counts_the_refresh_by_its_period() -> None:
+    with torch.device("meta"):
+        module = nn.Linear(1024, 1024, bias=False)
+    (layer,) = layers_of(module)
+    often, rarely = (minifisher.KFAC(module, inverse_every=every) for every in (1, 1000))
+    first, last = (cost(layer, o.plan(layer, o.param_groups[0])) for o in (often, rarely))
+    assert first > 2 * last

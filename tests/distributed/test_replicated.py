@@ -11,8 +11,6 @@ from tests.distributed import training
 from tests.distributed.processes import run
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {method: (method, {}) for method in minifisher.METHODS}
-# Where a factor has no full rank, its eigenbasis is made of rounding errors. Of 2x2 blocks all have.
-CASES["soap"] = ("soap", {"max_dim": 2})
 CASES |= {
     "mbf empirical": ("mbf", {"fisher": "empirical", "statistics_every": 3}),
     "mbf sampled, bias folded in": ("mbf", {"fisher": "sampled", "fold_bias": True}),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -21,11 +21,33 @@ from tests.distributed.processes import run
 Log = list[tuple[str, int]]  # each call with its numbers
 SHARED = {"block_size": 4, "statistics_every": 2}
 OWN_ROWS = {"share": "row", "conv_blocks": "kernel", "block_size": 4, "statistics_every": 2}
+RAW = {**OWN_ROWS, "relative_damping": False}
+CUT: dict[str, dict[str, Any]] = {
+    "shared": SHARED,
+    "own rows": OWN_ROWS,
+    "own rows, raw": RAW,
+    "shared, lengths by row": {**SHARED, "graft": "adam-rows"},
+    "own rows, raw, lengths by row": {**RAW, "graft": "adam-rows"},
+}
+PARALLEL: dict[str, dict[str, Any]] = {
+    "own rows": {"block_size": 3, "share": "row"},
+    "shared": {"block_size": 3},
+    "lengths by row": {"block_size": 3, "graft": "adam-rows"},
+}
+STEPS = (0, 2, 3)  # the first; one with statistics, one without
+
+
+METHOD_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, {}) for method in minifisher.METHODS},
+    "kfac, eigenvalues corrected": ("kfac", {"eigenvalue_correction": True}),
+    "tnt by sample": ("tnt", {"per_sample": True}),
+    "shampoo by sample": ("shampoo", {"fisher": "empirical"}),
+}
 
 
 @contextmanager
-def listening() -> Iterator[Log]:
-    """What the optimizer sends; an unlisted collective of any other kind fails."""
+def listening(witness: Any = None) -> Iterator[Log]:
+    """What the optimizer sends; for a collective of any other kind CommDebugMode, the witness, fails."""
     log: Log = []
     originals = dist.all_reduce, dist.all_gather
 
@@ -39,9 +61,9 @@ def listening() -> Iterator[Log]:
 
     dist.all_reduce, dist.all_gather = all_reduce, all_gather
     try:
-        with CommDebugMode() as mode:
+        with witness or CommDebugMode() as mode:
             yield log
-        assert mode.get_total_counts() == len(log)
+        assert mode is None or mode.get_total_counts() == len(log)
     finally:
         dist.all_reduce, dist.all_gather = originals
 
@@ -51,7 +73,7 @@ def logs(model: nn.Module, optimizer: Any, steps: int = 2) -> list[Log]:
     for step in range(steps):
         images, labels = training.batch(step)
         functional.cross_entropy(model(images), labels).backward()
-        with listening() as log:
+        with listening() if dist.is_initialized() else nullcontext([]) as log:
             optimizer.step()
         found.append(log)
         optimizer.zero_grad()
@@ -93,56 +115,128 @@ def message_of(method: str, **options: Any) -> str:
     return str(caught.value)
 
 
-def one_rank_overflows(options: dict[str, Any], cut: bool) -> bool:
-    """Whether all weights stay as they were when one rank alone sees an infinite gradient or sample."""
-    network, optimizer = training.make("mbf", options)
-    if cut:
-        fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        optimizer = minifisher.MBF(network, **options)
-    model = network if cut else training.replicated(network)
+def one_rank_overflows() -> bool:
+    """Whether all weights stay as they were when one rank alone sees infinite samples."""
+    network, optimizer = training.make("mbf", {"fisher": "empirical", "statistics_every": 1})
+    model = training.replicated(network)
     training.train(model, optimizer, range(2))
-    before = [p.detach().clone() for p in network.parameters()]
+    before = training.weights(network)
     images, labels = training.batch(2)
     # Samples whose squares overflow in one process, while the mean gradient is finite in all.
-    loss = functional.cross_entropy(model(images), labels)
-    loss.backward()
+    functional.cross_entropy(model(images), labels).backward()
     if dist.get_rank() == 1:
-        if cut:
-            network.last.weight.grad.to_local().fill_(torch.inf)
-        else:
-            capture = optimizer._captures["empirical"]
-            capture._passes[next(iter(capture._passes))][0][0].output_gradients[0].fill_(torch.inf)
+        capture = optimizer._captures["empirical"]
+        capture._passes[next(iter(capture._passes))][0][0].output_gradients[0].fill_(torch.inf)
     optimizer.step()
-    same = all(torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+    same = all(torch.equal(old, new) for old, new in zip(before.values(), network.parameters(), strict=True))
     training.train(model, optimizer, range(3, 5))
     return same and optimizer.skipped_steps == 1
+
+
+def without_trace(options: dict[str, Any], step: int) -> bool:
+    """Whether a run goes on, to the last bit, as if no rank had tried a step that one of them could not."""
+    runs = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        network = training.Network().double()
+        fully_shard(network, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = minifisher.MBF(network, **options)
+        training.train(network, optimizer, range(step))
+        if fails:
+            images, labels = training.batch(99)
+            functional.cross_entropy(network(images), labels).backward()
+            if dist.get_rank() == 1:
+                network.last.weight.grad.to_local().view(-1)[0] = torch.inf
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+        training.train(network, optimizer, range(step, step + 3))
+        runs.append([parameter.to_local().clone() for parameter in network.parameters()])
+    return all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def method_logs(method: str, options: dict[str, Any]) -> list[Log]:
+    """Two steps with a closure, so that every method can take them, of replicas without DDP's own calls.
+
+    The closure runs the network inside the step, which CommDebugMode cannot witness.
+    """
+    network, optimizer = training.make(method, options)
+    found = []
+    for step in range(2):
+        with listening(witness=nullcontext()) as log:
+            training.train(network, optimizer, range(step, step + 1))
+        found.append(log)
+    return found
+
+
+def one_layer_of_four_ranks(options: dict[str, Any]) -> tuple[list[Log], list[Tensor]]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 5, bias=False)).double()
+    optimizer = minifisher.MBF(network, **options)
+    return logs(training.replicated(network), optimizer), [p.detach() for p in network.parameters()]
 
 
 def everything() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return {
-        "cut, shared": cut_logs(SHARED),
-        "cut, own rows": cut_logs(OWN_ROWS),
-        "cut, own rows, raw": cut_logs({**OWN_ROWS, "relative_damping": False}),
+        **{f"cut, {name}": cut_logs(options) for name, options in CUT.items()},
         "copied, gradient": copied_logs(SHARED),
         "copied, empirical": copied_logs({**SHARED, "fisher": "empirical"}),
         "copied, owned": copied_logs({**SHARED, "shard_curvature": True}),
-        "tensor parallel": {
-            share: in_columns_and_rows({"block_size": 3, "share": share}, mesh) for share in ("row", "layer")
-        },
-        "shampoo": message_of("shampoo"),
-        "kfac": message_of("kfac"),
+        **{f"replicas, {name}": method_logs(*case) for name, case in METHOD_CASES.items()},
+        "tensor parallel": {name: in_columns_and_rows(options, mesh) for name, options in PARALLEL.items()},
+        "messages": {method: message_of(method) for method in minifisher.METHODS if method != "mbf"},
         "empirical": message_of("mbf", fisher="empirical"),
-        "overflow": [
-            one_rank_overflows({"fisher": "empirical", "statistics_every": 1}, cut=False),
-            one_rank_overflows({}, cut=True),
-        ],
+        "overflow": one_rank_overflows(),
+        "without trace": {
+            (name, step): without_trace(options, step) for name, options in CUT.items() for step in STEPS
+        },
     }
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return run(2, everything)[0]
+def all_found() -> list[dict[str, Any]]:
+    return run(2, everything)
+
+
+@pytest.fixture(scope="module")
+def found(all_found: list[dict[str, Any]]) -> dict[str, Any]:
+    return all_found[0]
+
+
+def weight_sizes(folded: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of every layer that samples are read of; with a folded bias one input more."""
+    parameters = training.Network().parameters()
+    return [(len(p), p[0].numel() + folded) for p in parameters if p.ndim > 1]
+
+
+def replicas_exchange() -> dict[str, list[int]]:
+    """The numbers of every all-reduce of a statistics step, by the formulas of docs/scaling.md."""
+    folded, plain = weight_sizes(1), weight_sizes(0)
+    factors = [n**2 + m**2 for n, m in folded]
+    secants = [sum(m**2 + m + 1 for _, m in folded), sum(2 * n for n, _ in folded)]
+    by_sample = [sum(n**2 + m**2 for n, m in plain)]
+    return {
+        **{method: [] for method in ("mbf", "shampoo", "soap")},
+        "kfac": [sum(factors)],
+        "kfac, eigenvalues corrected": [sum(factors) + sum(n * m for n, m in folded)],
+        "kbfgs": secants,
+        "kbfgsl": secants,
+        "tnt": [sum(n * m for n, m in plain)],
+        "tnt by sample": by_sample,
+        "shampoo by sample": by_sample,
+    }
+
+
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_replicas_exchange_what_the_formulas_say(found: dict[str, Any], name: str) -> None:
+    expected = [("all_reduce", numbers) for numbers in replicas_exchange()[name]]
+    assert found[f"replicas, {name}"] == [expected, []]
+
+
+def test_with_more_ranks_than_layers_owners_send_no_more_than_twice_the_directions() -> None:
+    for log, weights in run(4, one_layer_of_four_ranks, {"shard_curvature": True}):
+        assert log == [[("all_reduce", 80)]] * 2
+        torch.testing.assert_close(weights, one_layer_of_four_ranks({})[1], rtol=1e-9, atol=1e-9)
 
 
 WEIGHTS = 12  # convolution, norm, three equal layers and the last: weight and bias each
@@ -179,37 +273,58 @@ def test_owners_gather_directions_alone(found: dict[str, Any]) -> None:
         assert parameters / 2 <= numbers <= 0.75 * parameters
 
 
-def test_a_cut_weight_needs_a_vote_and_norms_and_its_shared_matrices(found: dict[str, Any]) -> None:
-    first, second = found["cut, shared"]
-    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
-    means = WEIGHTS
-    assert first == [vote, ("all_reduce", fisher_numbers(training.Network()) + means), norms]
-    assert second == [vote, norms]
+VOTE = 1  # is every gradient finite?
+LENGTHS = ("all_reduce", 2 * WEIGHTS + VOTE)
+
+
+def test_a_cut_weight_needs_lengths_and_its_shared_matrices(found: dict[str, Any]) -> None:
+    matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
+    lengths_alone = ("all_reduce", 2 * WEIGHTS)
+    assert found["cut, shared"] == [[matrices_and_means, lengths_alone], [LENGTHS]]
 
 
 def test_rows_and_kernels_of_a_cut_weight_need_one_number_each(found: dict[str, Any]) -> None:
-    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
-    assert found["cut, own rows"] == [[vote, ("all_reduce", WEIGHTS), norms], [vote, norms]]
+    means, lengths_alone = ("all_reduce", WEIGHTS + VOTE), ("all_reduce", 2 * WEIGHTS)
+    assert found["cut, own rows"] == [[means, lengths_alone], [LENGTHS]]
 
 
-def test_with_absolute_damping_their_curvature_needs_none(found: dict[str, Any]) -> None:
-    vote, norms = ("all_reduce", 1), ("all_reduce", 2 * WEIGHTS)
-    assert found["cut, own rows, raw"] == [[vote, norms], [vote, norms]]
+def test_with_absolute_damping_their_curvature_needs_nothing(found: dict[str, Any]) -> None:
+    assert found["cut, own rows, raw"] == [[LENGTHS], [LENGTHS]]
 
 
-@pytest.mark.parametrize("share", ["row", "layer"])
-def test_columns_and_rows_of_a_layer_take_the_whole_layers_steps(found: dict[str, Any], share: str) -> None:
-    whole = in_columns_and_rows({"block_size": 3, "share": share})
-    torch.testing.assert_close(found["tensor parallel"][share], whole, rtol=1e-9, atol=1e-9)
+def test_lengths_borrowed_row_by_row_need_nothing(found: dict[str, Any]) -> None:
+    matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
+    vote = ("all_reduce", VOTE)
+    assert found["cut, shared, lengths by row"] == [[matrices_and_means], [vote]]
+    assert found["cut, own rows, raw, lengths by row"] == [[vote], [vote]]
 
 
-def test_who_needs_whole_weights_says_what_to_do(found: dict[str, Any]) -> None:
-    assert "Shampoo cannot precondition the piece" in found["shampoo"]
-    assert "MBF can" in found["shampoo"]
-    assert "shard_curvature=True" in found["shampoo"]
-    for name in ("kfac", "empirical"):
-        assert 'needs fisher="gradient"' in found[name]
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("name", CUT)
+def test_a_step_that_one_rank_cannot_take_leaves_no_trace_on_any(
+    all_found: list[dict[str, Any]], name: str, step: int
+) -> None:
+    assert [found["without trace"][name, step] for found in all_found] == [True, True]
 
 
-def test_what_one_rank_cannot_use_no_rank_uses(found: dict[str, Any]) -> None:
-    assert found["overflow"] == [True, True]
+@pytest.mark.parametrize("name", PARALLEL)
+def test_columns_and_rows_of_a_layer_take_the_whole_layers_steps(found: dict[str, Any], name: str) -> None:
+    whole = in_columns_and_rows(PARALLEL[name])
+    torch.testing.assert_close(found["tensor parallel"][name], whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [method for method in minifisher.METHODS if method != "mbf"])
+def test_who_needs_whole_weights_says_what_to_do(found: dict[str, Any], method: str) -> None:
+    message, name = found["messages"][method], minifisher.METHODS[method].__name__
+    assert f"{name} cannot precondition the piece" in message or f"is not enough for {name}" in message
+    assert "MBF" in message
+    assert "for every method there is DistributedDataParallel, where shard_curvature=True" in message
+
+
+def test_samples_of_one_rank_are_not_enough_for_a_piece(found: dict[str, Any]) -> None:
+    assert "not enough for MBF: under fully_shard" in found["empirical"]
+    assert 'MBF with fisher="gradient"' in found["empirical"]
+
+
+def test_what_one_rank_cannot_use_no_rank_uses(all_found: list[dict[str, Any]]) -> None:
+    assert [found["overflow"] for found in all_found] == [True, True]

@@ -59,6 +59,33 @@ def test_power_iteration_of_nothing_is_still_orthogonal():
     assert_orthogonal(turned)
 
 
+def after_one_more(seed: int, rounding: float) -> torch.Tensor:
+    """A basis made of a matrix of rank 3, and turned by one of rank 5: as the first two steps of SOAP do."""
+    matrices = [random_moment(9, 3, seed=1), random_moment(9, 3, seed=1) + random_moment(9, 2, seed=2)]
+    generator = torch.Generator().manual_seed(seed)
+    for matrix in matrices:
+        noise = rounding * matrix.abs().max() * torch.randn(9, 9, generator=generator, dtype=torch.float64)
+        matrix += noise + noise.T
+    basis, _ = power_iteration(matrices[1], eigenvectors(matrices[0]))
+    return power_iteration(matrices[1], basis)[0]
+
+
+def test_rounding_errors_choose_no_basis_where_the_rank_is_low():
+    basis = after_one_more(0, rounding=0.0)
+    assert_orthogonal(basis)
+    for seed in range(3):
+        overlap = (basis.T @ after_one_more(seed, rounding=1e-16)).abs()
+        torch.testing.assert_close(overlap.amax(0), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(overlap.sum(0), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_of_full_rank_it_is_the_published_iteration():
+    matrix = random_moment(6, 9)
+    basis = torch.linalg.qr(random_moment(6, 6, seed=3)).Q
+    turned, order = power_iteration(matrix, basis)
+    assert torch.equal(turned, torch.linalg.qr((matrix @ basis)[:, order]).Q)
+
+
 def test_an_eigendecomposition_that_fails_leaves_a_basis_to_go_on_from(monkeypatch):
     def fail(matrix: torch.Tensor) -> None:
         raise torch.linalg.LinAlgError("the algorithm failed to converge")

@@ -1,8 +1,8 @@
 """Sixteen float32 numbers side by side as one value that compiled loops compute with; needs numba.
 
-LLVM vectorises the innermost loop alone and keeps nothing in registers from one such loop to the next. A value
-of this type *is* a vector: what is loaded stays in a register until it is stored, in as many registers as the
-processor needs for sixteen numbers. Arithmetic is that of +, -, *, / and `maximum`, lane by lane.
+LLVM vectorises the innermost loop alone and keeps nothing in registers from one such loop to the next. A
+value of this type *is* a vector: what is loaded stays in a register until it is stored, in as many registers
+as the processor needs for sixteen numbers. Arithmetic is +, -, *, / and `maximum`, lane by lane.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HALVES = ir.VectorType(ir.IntType(16), LANES)
 _BITS = ir.VectorType(ir.IntType(32), LANES)
 
 
-class _Lanes(types.Type):  # type: ignore[misc]
+class _Lanes(types.Type):
     def __init__(self) -> None:
         super().__init__("Lanes")
 
@@ -33,20 +33,20 @@ _lanes = _Lanes()
 
 
 @register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _FLOATS)
 
 
 def _define(function: Any, instruction: str) -> None:
     @infer_global(function)
-    class _Arithmetic(AbstractTemplate):  # type: ignore[misc]
+    class _Arithmetic(AbstractTemplate):
         def generic(self, arguments: Any, keywords: Any) -> Any:
             if arguments == (_lanes, _lanes):
                 return signature(_lanes, _lanes, _lanes)
             return None
 
-    @lower_builtin(function, _lanes, _lanes)  # type: ignore[untyped-decorator]
+    @lower_builtin(function, _lanes, _lanes)
     def _lower(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
         return getattr(builder, instruction)(*arguments)
 

@@ -1,8 +1,8 @@
 """Packed triangles on the CPU: one pass over a weight and its curvature, in vector registers; needs numba.
 
 Arrays are those of `minifisher.linalg.packed`, all layers' rows one after another: packed triangles
-[rows, tiles, entries, lanes] in float32 or as the bits of bfloat16, weights [rows, length] in float32. Rows are
-shared out over threads, and every sum is one of a row: the result does not depend on their number.
+[rows, tiles, entries, lanes] in float32 or as the bits of bfloat16, weights [rows, length] in float32. Rows
+are shared out over threads, and every sum is one of a row: the result does not depend on their number.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> floa
     total = np.float32(0)
     for position in range(tile.shape[0]):
         total += tile[position] * tile[position]
-    return total
+    return float(total)
 
 
 @compiled

@@ -2,21 +2,81 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minifisher.linalg.spd import add_to_diagonal, cholesky_inverse, inverse_power
+from minifisher.linalg.warm import newton_schulz_inverse
 
 
-def damped_inverse_power(blocks: Tensor, damping: Tensor, power: float, on_device: bool = False) -> Tensor:
+@dataclass(frozen=True)
+class BlockReading:
+    """A weight read as `rows` vectors, each cut into `blocks` blocks of `width` entries, the last one padded.
+
+    Rows of a fully connected layer, kernels of a convolution and entries of a bias are three readings.
+    """
+
+    rows: int
+    length: int
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of one row."""
+        return math.ceil(self.length / self.width)
+
+    @property
+    def padding(self) -> int:
+        """The zeros behind each row that fill its last block."""
+        return self.blocks * self.width - self.length
+
+    def read(self, weight: Tensor, trailing: int) -> Tensor:
+        """The last `trailing` dimensions of a weight as [..., rows, blocks, width]."""
+        return self.cut(weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length))
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Rows [..., length] as [..., blocks, width]."""
+        if self.padding:
+            rows = F.pad(rows, (0, self.padding))
+        return torch.unflatten(rows, -1, (self.blocks, self.width))
+
+    def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `read`: [..., rows, blocks, width] to [..., *shape]."""
+        rows = blocks.flatten(-2)
+        if self.padding:
+            rows = rows[..., : self.length]
+        return rows.reshape((*rows.shape[:-2], *shape))
+
+    def entries(self, like: Tensor) -> Tensor:
+        """1 for every true entry of a block and 0 for padding, [blocks, width]."""
+        mask = torch.ones(self.blocks * self.width, dtype=like.dtype, device=like.device)
+        mask[self.length :] = 0
+        return mask.view(self.blocks, self.width)
+
+
+def damped_inverse_power(
+    blocks: Tensor,
+    damping: Tensor,
+    power: float,
+    *,
+    on_device: bool = False,
+    start: Tensor | None = None,
+) -> Tensor:
     """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b].
 
-    With `on_device` nothing is asked of the host, as `cholesky_inverse` says.
+    With `on_device` nothing is asked of the host, as `cholesky_inverse` says. Inverses begin at `start`, the
+    last ones, where it is given.
     """
     if blocks.shape[-1] == 1:
         damped = blocks + damping.unsqueeze(-1)
         return damped.reciprocal_() if power == 1.0 else damped.pow_(-power)
     damped = add_to_diagonal(blocks, damping)
+    if start is not None and power == 1.0:
+        return newton_schulz_inverse(damped, start)
     return cholesky_inverse(damped) if on_device else inverse_power(damped, power)
 
 
@@ -43,7 +103,7 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
 
 
 def sum_of_outer_products(vectors: Tensor, shared: bool) -> Tensor:
-    """sum_n x_n x_n^T of every block: [n, rows, k, b] to [rows, k, b, b]; [1, k, b, b] with the mean over rows.
+    """sum_n x_n x_n^T of every block, [n, rows, k, b] to [rows, k, b, b]; shared, their mean [1, k, b, b].
 
     One product of matrices a block, over samples (and rows) at once.
     """

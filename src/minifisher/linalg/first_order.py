@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FirstOrderPass:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2; the step M / (sqrt(V) + epsilon), or M where there is no V."""
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2; the step M / (sqrt(V) + epsilon), or M without V."""
 
     mu: float
     momentum: Tensor  # M, [..., *layer.shape]

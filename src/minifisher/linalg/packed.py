@@ -70,7 +70,7 @@ class Tiling:
         i, j = torch.tril_indices(self.reading.width, self.reading.width, device=blocks.device)
         triangles = blocks[..., i, j]
         padded = F.pad(triangles, (0, 0, 0, self.tiles * self.lanes - self.reading.blocks))
-        return padded.unflatten(-2, (self.tiles, self.lanes)).mT.contiguous()
+        return torch.unflatten(padded, -2, (self.tiles, self.lanes)).mT.contiguous()
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`."""
@@ -116,15 +116,11 @@ def solve(
     """
     leaf = _leaf(packed, momentum, means)
     if leaf is not None:
-        direction, _ = leaf.solve(
-            _flat(packed, 3),
-            _flat(momentum, 1),
-            _of_rows(means, tiling),
-            width=tiling.reading.width,
-            damping=damping,
-            relative=relative,
-        )
-        return direction.view(momentum.shape)
+        numbers = {"width": tiling.reading.width, "damping": damping, "relative": relative}
+        solved: Tensor = leaf.solve(_flat(packed, 3), _flat(momentum, 1), _of_rows(means, tiling), **numbers)[
+            0
+        ]
+        return solved.view(momentum.shape)
     triangles = packed.to(working_dtype(packed.dtype))
     levels = _levels(triangles, means, tiling, damping) if relative else triangles.new_tensor(damping)
     vectors = tiling.vectors(momentum.to(triangles.dtype))

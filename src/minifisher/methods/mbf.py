@@ -12,10 +12,10 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from minifisher.curvature import Curvature, Plan
 from minifisher.linalg.blocks import (
+    BlockReading,
     average_outer_products,
     damped_inverse_power,
     multiply_rows,
@@ -23,7 +23,9 @@ from minifisher.linalg.blocks import (
     sum_of_outer_products,
     sum_over_positions,
 )
+from minifisher.linalg.packed import WIDEST
 from minifisher.linalg.spd import NO_CURVATURE, working_dtype
+from minifisher.methods.packed import PackedBlocks
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
@@ -42,51 +44,6 @@ _STATISTICS_EVERY, _STATISTICS_EVERY_OF_CONVOLUTIONS = 8, 4
 _ROWS_PER_WIDTH = (
     8  # a block is at most 8 times as wide as the rows that share it: 16 bytes a byte of the weight
 )
-
-
-@dataclass(frozen=True)
-class BlockReading:
-    """A weight read as `rows` vectors, each cut into `blocks` blocks of `width` entries, the last one padded.
-
-    Rows of a fully connected layer, kernels of a convolution and entries of a bias are three readings.
-    """
-
-    rows: int
-    length: int
-    width: int
-
-    @property
-    def blocks(self) -> int:
-        """The blocks of one row."""
-        return math.ceil(self.length / self.width)
-
-    @property
-    def padding(self) -> int:
-        """The zeros behind each row that fill its last block."""
-        return self.blocks * self.width - self.length
-
-    def read(self, weight: Tensor, trailing: int) -> Tensor:
-        """The last `trailing` dimensions of a weight as [..., rows, blocks, width]."""
-        return self.cut(weight.reshape(*weight.shape[: weight.ndim - trailing], self.rows, self.length))
-
-    def cut(self, rows: Tensor) -> Tensor:
-        """Rows [..., length] as [..., blocks, width]."""
-        if self.padding:
-            rows = F.pad(rows, (0, self.padding))
-        return torch.unflatten(rows, -1, (self.blocks, self.width))
-
-    def write(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `read`: [..., rows, blocks, width] to [..., *shape]."""
-        rows = blocks.flatten(-2)
-        if self.padding:
-            rows = rows[..., : self.length]
-        return rows.reshape((*rows.shape[:-2], *shape))
-
-    def entries(self, like: Tensor) -> Tensor:
-        """1 for every true entry of a block and 0 for padding, [blocks, width]."""
-        mask = torch.ones(self.blocks * self.width, dtype=like.dtype, device=like.device)
-        mask[self.length :] = 0
-        return mask.view(self.blocks, self.width)
 
 
 @dataclass(frozen=True)
@@ -110,6 +67,9 @@ class MiniBlocks(Curvature):
     """Whether `refresh` never asks the host: a block without an inverse gets NaN, and no further attempts."""
 
     averages = ("fisher", "mean")
+
+    inverse: str | None = None
+    """"newton-schulz" begins at the last inverse; Cholesky otherwise."""
 
     @property
     def capturable(self) -> bool:
@@ -177,7 +137,9 @@ class MiniBlocks(Curvature):
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
         fisher = state["fisher"].to(working_dtype(self.dtype))
         levels = self._damping(fisher, state.get("mean"), damping)
-        state["inverse"].copy_(damped_inverse_power(fisher, levels, self.power, self.on_device))
+        start = state["inverse"].to(fisher.dtype) if self.inverse == "newton-schulz" else None
+        inverse = damped_inverse_power(fisher, levels, self.power, on_device=self.on_device, start=start)
+        state["inverse"].copy_(inverse)
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
@@ -223,9 +185,12 @@ class MBF(CurvatureOptimizer):
     `lr` is in step lengths of `graft`, so that AdamW's learning rate carries over; with `graft=None` it
     multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
     the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
-    average. With `capturable` a step asks nothing of the host, so that a CUDA graph can record it and
-    `torch.compile(opt.step)` makes one graph of it; it needs statistics_every = inverse_every = 1, and a
-    learning rate that is to change must be a tensor. The published algorithm as arguments: docs/methods.md.
+    average. `inverse` is how blocks are inverted: "cholesky", "newton-schulz" (which begins at the last
+    inverse, and leaves to Cholesky what it does not reach) or None, which chooses: blocks of at most 25
+    entries that no rows share are solved anew in every step and keep no inverse, others take Cholesky
+    (docs/performance.md). With `capturable` a step asks nothing of the host, so that a CUDA graph can record
+    it and `torch.compile(opt.step)` makes one graph of it; it needs statistics_every = inverse_every = 1, and
+    a learning rate that is to change must be a tensor. The published algorithm as arguments: docs/methods.md.
     Raises ValueError or TypeError for what it cannot use, naming the value and the cure.
 
     For [out, in] in blocks F_b [w, w]: a step and an observation cost O(out in w); where rows share their
@@ -252,6 +217,7 @@ class MBF(CurvatureOptimizer):
         share: str | None = None,
         statistics_every: int | None = None,
         inverse_every: int | None = None,
+        inverse: str | None = None,
         fold_bias: bool = False,
         curvature_dtype: torch.dtype | None = None,
         maximize: bool = False,
@@ -276,6 +242,7 @@ class MBF(CurvatureOptimizer):
             "share": share,
             "statistics_every": statistics_every,
             "inverse_every": inverse_every,
+            "inverse": inverse,
             "fold_bias": fold_bias,
             "curvature_dtype": curvature_dtype,
             "maximize": maximize,
@@ -288,22 +255,53 @@ class MBF(CurvatureOptimizer):
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Kernels, rows or entries of a weight, shared or not, in blocks of a width that memory allows."""
         reading, shared, structure, reason = _choose(layer, options)
-        from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
-        curvature = MiniBlocks(
-            reading=reading,
-            shape=layer.shape,
-            shared=shared,
-            needs=BatchGradient if from_gradient else LayerSamples,
-            dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
-            power=options["power"],
-            relative_damping=options["relative_damping"],
-            on_device=options["capturable"] and options["power"] == 1.0,
-        )
-        every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
-        statistics_every = options["statistics_every"] or every
         blocks = reading.blocks * (1 if shared else reading.rows)
-        inverse_every = options["inverse_every"] or statistics_every
+        packs = not shared and _packs(reading, options)
+        every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
+        statistics_every = options["statistics_every"] or (1 if packs else every)
+        inverse_every = statistics_every if packs else options["inverse_every"] or statistics_every
+        curvature = (_packed if packs else _inverted)(layer, reading, shared, options)
         return Plan(curvature, structure, reason, blocks, reading.width, statistics_every, inverse_every)
+
+
+def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
+    """Whether blocks of rows of their own are solved in every step, rather than inverted every T2."""
+    inverse_every = options["inverse_every"] or 1
+    kept = options["inverse"] or options["capturable"] or inverse_every > (options["statistics_every"] or 1)
+    return 1 < reading.width <= WIDEST and options["power"] == 1.0 and not kept
+
+
+def _packed(layer: Layer, reading: BlockReading, shared: bool, options: dict[str, Any]) -> Curvature:
+    return PackedBlocks(
+        reading=reading,
+        shape=layer.shape,
+        needs=_needs(layer, options),
+        dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
+        relative_damping=options["relative_damping"],
+    )
+
+
+def _inverted(layer: Layer, reading: BlockReading, shared: bool, options: dict[str, Any]) -> Curvature:
+    return MiniBlocks(
+        reading=reading,
+        shape=layer.shape,
+        shared=shared,
+        needs=_needs(layer, options),
+        dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
+        power=options["power"],
+        relative_damping=options["relative_damping"],
+        on_device=_stays_on_device(options),
+        inverse=options["inverse"],
+    )
+
+
+def _needs(layer: Layer, options: dict[str, Any]) -> type[Statistics]:
+    from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
+    return BatchGradient if from_gradient else LayerSamples
+
+
+def _stays_on_device(options: dict[str, Any]) -> bool:
+    return bool(options["capturable"] and options["power"] == 1.0 and options["inverse"] != "newton-schulz")
 
 
 def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
@@ -313,7 +311,12 @@ def _choose(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, bool, 
         return BlockReading(shape.numel(), 1, 1), False, "diagonal", "not a matrix"
     kernel = shape[2:].numel()
     if len(shape) > 2 and options["conv_blocks"] == "kernel":
-        reading = BlockReading(shape[0] * shape[1], kernel, min(options["block_size"] or kernel, kernel))
+        width = options["block_size"] or kernel
+        reading = (
+            BlockReading(shape[0], shape[1] * kernel, kernel)
+            if 1 < kernel <= width  # otherwise pieces of kernels, or entries
+            else BlockReading(shape[0] * shape[1], kernel, min(width, kernel))
+        )
         return reading, False, "kernel blocks", "asked for; share is for rows"
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
