@@ -60,7 +60,7 @@ def test_train_leaves_a_run_folder(tmp_path: Path) -> None:
         )
     )
     assert code == 0, output
-    assert len((_only_folder(tmp_path) / "sgd-lr0.001-seed0.jsonl").read_text().splitlines()) == 15
+    assert len((_only_folder(tmp_path) / "sgd-lr0.01-seed0.jsonl").read_text().splitlines()) == 15
     assert "Best loss" in output
 
 
