@@ -20,7 +20,7 @@ OUT_OF_RANGE = [
     ({"curvature_decay": 1.0}, r"curvature_decay must be in \[0, 1\), got 1.0"),
     ({"power": 0.0}, "power must be > 0.*got 0.0"),
     ({"power": -1.0}, "power must be > 0.*got -1.0"),
-    ({"graft": "lion"}, "graft must be one of 'adam', 'sgd', None, got 'lion'"),
+    ({"graft": "lion"}, "graft must be one of 'adam', 'adam-rows', 'sgd', None, got 'lion'"),
     ({"fisher": "true"}, "fisher .*must be one of .*'empirical'.*got 'true'"),
     ({"conv_blocks": "channel"}, "conv_blocks must be one of .*'kernel'.*got 'channel'"),
     ({"share": "all"}, "share must be one of .*'layer'.*got 'all'"),
