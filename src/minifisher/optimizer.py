@@ -43,9 +43,9 @@ _NO_CLOSURE = (
 class CurvatureOptimizer(Reports):
     """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
 
-    A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`;
-    W <- (1 - lr weight_decay) W - lr direction. With `decoupled_weight_decay=False`, weight_decay W joins D
-    in M, not in the curvature.
+    A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`,
+    for a weight ("adam", "sgd") or for each of its rows ("adam-rows"); W <- (1 - lr weight_decay) W - lr
+    direction. With `decoupled_weight_decay=False`, weight_decay W joins D in M, not in the curvature.
 
     With `adaptive_damping=True` `step` needs a closure, and evaluates it once more every fifth step: the
     group's `damping` is multiplied by 0.95^5 where the loss fell by more than 3/4 of what the damped

@@ -63,7 +63,7 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 
 CASES = [
     *((training.Network, name) for name in OPTIONS),
-    *((Uneven, name) for name in ("default", "kernels", "folded", "lengths by row")),
+    *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row")),
 ]
 
 
