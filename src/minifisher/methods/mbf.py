@@ -152,10 +152,15 @@ class MiniBlocks(Curvature):
         """lambda_b for every entry, [..., rows | 1, blocks, width].
 
         Relative: `damping` times the average of two means of the diagonal, the block's and the layer's, so
-        that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1.
+        that a block without curvature (a dead unit) is damped as its layer is. Padding gets 1. An average
+        kept in half precision is damped at least by its rounding, which may have left it indefinite.
         """
         scale = self._scale(fisher, mean) if self.relative_damping else fisher.new_ones(())
         levels = damping * scale
+        if self.dtype != fisher.dtype:
+            # Twice what one entry can be off by; of more, the row sums', too much curvature is lost.
+            largest = fisher.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+            levels = torch.maximum(levels, torch.finfo(self.dtype).eps * largest)
         if self.reading.padding:
             entries = self.reading.entries(fisher)
             levels = levels * entries + (1 - entries)
