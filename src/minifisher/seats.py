@@ -190,7 +190,8 @@ def shard(method: str, layer: Layer, plan: Plan, shape: torch.Size) -> Curvature
         raise ValueError(
             f"{method} cannot precondition the piece {tuple(shape)} of {layer.name} {tuple(layer.shape)} "
             "on its own: MBF can, where the weight is cut along its first dimension, or along another one at "
-            "block borders (block_size a divisor of the piece); for every method there is "
+            'block borders (block_size a divisor of the piece, and inverse="cholesky" where blocks that no '
+            "rows share are too many for one tile); for every method there is "
             "DistributedDataParallel, where shard_curvature=True spreads the curvature"
         )
     return curvature

@@ -42,12 +42,12 @@ class Tiling:
     @property
     def tiles(self) -> int:
         """Of one row."""
-        return math.ceil(self.reading.blocks / LANES)
+        return max(1, math.ceil(self.reading.blocks / LANES))
 
     @property
     def lanes(self) -> int:
         """Blocks of one tile: as even as they come, so that few lanes stay empty."""
-        return math.ceil(self.reading.blocks / max(1, self.tiles))
+        return math.ceil(self.reading.blocks / self.tiles)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

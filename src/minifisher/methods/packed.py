@@ -44,13 +44,12 @@ class PackedBlocks(Curvature):
         return packed.Tiling(self.reading)
 
     def shard(self, shape: torch.Size) -> PackedBlocks | None:
-        """Rows are cut anywhere, and tiles along a row are whole."""
-        reading = replace(self.reading, rows=shape[0], length=shape[1:].numel())
-        lanes, length = self._tiling.lanes, reading.length
-        if length != self.reading.length and length % (lanes * self.reading.width):
-            return None
-        piece = replace(self, reading=reading, shape=shape)
-        return piece if piece._tiling.lanes in (0, lanes) else None
+        """Rows are cut anywhere; along a row tiles are whole, or blocks where all of them lie in one tile."""
+        whole, length = self._tiling, shape[1:].numel()
+        piece = replace(self, reading=replace(self.reading, rows=shape[0], length=length), shape=shape)
+        unit = self.reading.width * (1 if whole.tiles == 1 else whole.lanes)
+        fits = whole.tiles == 1 or piece._tiling.lanes in (0, whole.lanes)
+        return piece if length == self.reading.length or (length % unit == 0 and fits) else None
 
     def init(self, layer: Layer) -> State:
         """`fisher` [rows, tiles, entries, lanes], as `minifisher.linalg.packed` says; `mean`, [1]."""
