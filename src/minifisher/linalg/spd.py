@@ -14,6 +14,11 @@ _ESCALATIONS = 6  # damping grows tenfold each time: a million-fold in all, then
 NO_CURVATURE = 1e-30
 
 
+def pivot_share(dtype: torch.dtype) -> float:
+    """The least pivot of a factorisation, as a share of the diagonal: below, it is rounding."""
+    return 8 * torch.finfo(dtype).eps
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: half precision only stores."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
