@@ -4,6 +4,11 @@ Arrays are those of `minifisher.linalg.packed`, all layers' rows one after anoth
 [rows, tiles, entries, lanes] in float32 or bfloat16, weights [rows, length] in float32. A thread has one
 block, whose whole triangle stands in its registers; threads side by side read lanes side by side. The kernel
 sums up squares of one tile and torch those of a row, without atomics: the result is always the same.
+
+Triangles are [entries, entries, tiles, lanes] tensors and their entries chosen by masks. As the layout gives
+a thread all entries of its block, masks are known when the kernel is compiled and cost nothing: what is left
+is the straight-line arithmetic of one triangle. Unrolled loads and stores of single entries would give the
+same code, but the compiler's time for them grows with the cube of their number.
 """
 
 from __future__ import annotations
@@ -59,13 +64,21 @@ def _entry(vector: tl.tensor, index: tl.tensor, which: tl.constexpr) -> tl.tenso
 
 
 @triton.jit
-def _trace(triangle: tl.tensor, i: tl.tensor, j: tl.tensor) -> tl.tensor:
-    """Of F, [1, tiles, lanes]."""
-    return tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
+def _averaged(triangle: tl.tensor, vector: tl.tensor, decay: tl.tensor) -> tl.tensor:
+    """F <- decay F + (1 - decay) x x^T."""
+    return decay * triangle + (1.0 - decay) * vector[:, None] * vector[None, :]
+
+
+@triton.jit
+def _scale(triangle: tl.tensor, i: tl.tensor, j: tl.tensor, entries: tl.tensor, mean: tl.tensor) -> tl.tensor:
+    """What damping is relative to: the mean of the curvature of the block, of `entries`, and of the layer."""
+    trace = tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
+    return tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _FLOOR)
 
 
 @triton.jit
 def _diagonal(triangle: tl.tensor, i: tl.tensor, j: tl.tensor) -> tl.tensor:
+    """Entries (i, i), [entries, tiles, lanes]."""
     return tl.sum(tl.where(i == j, triangle, -0.0), 1)
 
 
@@ -156,24 +169,18 @@ def _kernel(
 ) -> None:
     """Of the tiles of a program: what `advance`, `average` and `solve` say, by the tensors that are there."""
     size: tl.constexpr = width * (width + 1) // 2 * lanes
-    index = tl.arange(0, ENTRIES)[:, None, None]
-    place = tl.arange(0, TILES)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    first = tl.program_id(0) * TILES
-    tile, first_row = first + tl.arange(0, TILES), first // tiles
+    index, lane = tl.arange(0, ENTRIES)[:, None, None], tl.arange(0, LANES)[None, None, :]
+    first, place = tl.program_id(0) * TILES, tl.arange(0, TILES)
+    tile, first_row = first + place, first // tiles
     row, real = tile // tiles, tile < count
     here = real[None, :, None] & (lane < lanes)
     start = ((tile % tiles)[None, :, None] * lanes + lane) * width  # of the block in its row
     mask = here & (index < width) & (start + index < length)
     # Only where a program starts may lie behind 2^31 entries.
     offsets = first_row.to(tl.int64) * length + (((row - first_row) * length)[None, :, None] + start + index)
-    i = tl.arange(0, ENTRIES)[:, None, None, None]
-    j = tl.arange(0, ENTRIES)[None, :, None, None]
-    triangles = (
-        packed + first.to(tl.int64) * size + ((place * size + lane)[:, None] + (i * (i + 1) // 2 + j) * lanes)
-    )
-    stored = here[:, None] & (i < width) & (j <= i)
-
+    i, j = index[:, None], index[None, :]
+    entry, stored = (i * (i + 1) // 2 + j) * lanes, here[:, None] & (i < width) & (j <= i)
+    triangles = packed + first.to(tl.int64) * size + ((place[None, :, None] * size + lane)[:, None] + entry)
     if gradient is not None:
         d = tl.load(gradient + offsets, mask=mask, other=0.0)
     if first_order_squares is not None:
@@ -183,17 +190,14 @@ def _kernel(
         m = tl.load(momentum + offsets, mask=mask, other=0.0)
     triangle = tl.load(triangles, mask=stored, other=0.0).to(tl.float32)
     if gradient is not None:
-        x = _gathered(d, index, width)
-        triangle = decay * triangle + (1.0 - decay) * x[:, None] * x[None, :]
-        rounded = triangle.to(packed.dtype.element_ty)
+        rounded = _averaged(triangle, _gathered(d, index, width), decay).to(packed.dtype.element_ty)
         tl.store(triangles, rounded, mask=stored)
         triangle = rounded.to(tl.float32)
     if momentum is not None:
         level = damping
         if relative:
-            entries = tl.minimum(tl.maximum(length - start, 1), width).to(tl.float32)
             mean = tl.load(means + row, mask=real, other=0.0)[None, :, None]
-            level = damping * tl.maximum(0.5 * (_trace(triangle, i, j) / entries + mean), _FLOOR)
+            level = damping * _scale(triangle, i, j, tl.minimum(length - start, width), mean)
         solution = tl.where(mask, _solve(triangle, level, _gathered(m, index, width), i, j, width), 0.0)
         # Stored by the threads that have it: to store it side by side, offsets and mask of the loads would be
         # kept till here, in 60 registers. Summed up in another order they are not the compiler's `offsets`.
