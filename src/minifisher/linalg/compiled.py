@@ -1,4 +1,4 @@
-"""The choice of a leaf: loops compiled by numba (extra `fast`) where it is there and the tensors suit it."""
+"""The choice of a leaf: loops compiled by numba (extra `fast`) or triton, where they are there and tensors suit."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ import torch
 from torch import Tensor, nn
 
 INSTALLED = find_spec("numba") is not None
+GPU_INSTALLED = find_spec("triton") is not None
 
 _PLAIN = (Tensor, nn.Parameter)  # a subclass, such as a sharded tensor, has its own idea of an operation
 
 
 def fits_compiled(*tensors: Tensor, halves: bool = False) -> bool:
-    """Whether compiled loops can take these tensors: plain, float32, dense in memory, on the CPU.
+    """Whether loops compiled by numba can take these tensors: plain, float32, dense in memory, on the CPU.
 
     With `halves` bfloat16 will do as well.
     """
+    return INSTALLED and _fit(tensors, "cpu", halves)
+
+
+def fits_gpu(*tensors: Tensor, halves: bool = False) -> bool:
+    """The same for kernels compiled by triton, on a CUDA device."""
+    return GPU_INSTALLED and _fit(tensors, "cuda", halves)
+
+
+def _fit(tensors: tuple[Tensor, ...], device: str, halves: bool) -> bool:
     dtypes = (torch.float32, torch.bfloat16) if halves else (torch.float32,)
-    return (
-        INSTALLED
-        and not torch.compiler.is_compiling()
-        and all(
-            type(tensor) in _PLAIN
-            and tensor.dtype in dtypes
-            and tensor.device.type == "cpu"
-            and tensor.is_contiguous()
-            and tensor.numel() > 0
-            for tensor in tensors
-        )
+    return not torch.compiler.is_compiling() and all(
+        type(tensor) in _PLAIN
+        and tensor.dtype in dtypes
+        and tensor.device.type == device
+        and tensor.is_contiguous()
+        and tensor.numel() > 0
+        for tensor in tensors
     )
 
 

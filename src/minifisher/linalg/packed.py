@@ -5,7 +5,8 @@ entry (i, j), j <= i, at i (i + 1) / 2 + j, of all blocks of a tile side by side
 holds it and sixteen blocks are factorised at once. Lanes behind the last block of a row stay zero.
 
 The functions here take any leading dimensions; weights are [..., rows, length], means [..., 1]. Each has a
-reference in torch, and a leaf that serves where its tensors suit: loops compiled by numba on the CPU.
+reference in torch, and leaves that serve where their tensors suit: loops compiled by numba on the CPU, a
+kernel compiled by triton on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from minifisher.linalg.compiled import fits_compiled
+from minifisher.linalg.compiled import fits_compiled, fits_gpu
 from minifisher.linalg.spd import NO_CURVATURE, pivot_share, working_dtype
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 LANES = 16
 WIDEST = 25
 """The widest block that is packed: docs/performance.md has the measurement."""
+WIDEST_ON_GPU = 16
+"""The widest one whose triangle fits into the registers of a thread there."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,17 @@ def advance(
 
 def _leaf(packed: Tensor, *weights: Tensor) -> ModuleType | None:
     """The leaf whose functions take these tensors; None: the reference does."""
-    if not fits_compiled(*weights) or not fits_compiled(packed, halves=True):
-        return None
-    from minifisher.linalg import _packed_cpu  # importing numba takes most of a second: only when it is used
+    # Imported only when used: numba takes most of a second, triton more.
+    if fits_compiled(*weights) and fits_compiled(packed, halves=True):
+        from minifisher.linalg import _packed_cpu
 
-    return _packed_cpu
+        return _packed_cpu
+    narrow = packed.shape[-2] <= WIDEST_ON_GPU * (WIDEST_ON_GPU + 1) // 2
+    if narrow and fits_gpu(*weights) and fits_gpu(packed, halves=True):
+        from minifisher.linalg import _packed_triton
+
+        return _packed_triton
+    return None
 
 
 def _flat(tensor: Tensor, trailing: int) -> Tensor:
