@@ -1,4 +1,4 @@
-"""The choice of a leaf: loops compiled by numba (extra `fast`) or triton, where they are there and tensors suit."""
+"""The choice of a leaf: loops compiled by numba (extra `fast`) or by triton, where the tensors suit them."""
 
 from __future__ import annotations
 
