@@ -19,9 +19,13 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def alternate(
-    rivals: Mapping[str, Callable[[], object]], turns: int, clock: str = "wall"
+    rivals: Mapping[str, Callable[[], object]], turns: int, clock: str = "wall", rest: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of every rival in every turn; each turn starts with another rival."""
+    """Seconds of every rival in every turn; each turn starts with another rival.
+
+    After `rest` seconds the threads that spin for a while behind a rival's last work no longer take
+    processors from the next one.
+    """
     now = CLOCKS[clock]
     for rival in rivals.values():
         rival()
@@ -30,6 +34,7 @@ def alternate(
     for _ in range(turns):
         order = [*order[1:], order[0]]
         for name in order:
+            time.sleep(rest)
             started = now()
             rivals[name]()
             seconds[name].append(now() - started)

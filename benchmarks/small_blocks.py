@@ -66,13 +66,15 @@ def cholesky(rows: int, width: int) -> Callable[[], object]:
     return lambda: torch.cholesky_solve(vectors, torch.linalg.cholesky(blocks))
 
 
-def measure(blocks: int, width: int, dtype: str, turns: int, clock: str, peers: bool) -> dict[str, Any]:
+def measure(
+    blocks: int, width: int, dtype: str, turns: int, clock: str, rest: float, peers: bool
+) -> dict[str, Any]:
     rows = max(1, blocks // BLOCKS_OF_A_ROW)
     step, size = fused(rows, width, DTYPES[dtype])
     rivals = {"copy": copy(size), "fused": step}
     if peers:
         rivals["cholesky"] = cholesky(rows, width)
-    seconds = alternate(rivals, turns, clock)
+    seconds = alternate(rivals, turns, clock, rest)
     table: dict[str, Any] = {"megabytes": round(size / 1e6, 1), **compare(seconds, "copy")}
     if peers:
         pairs = zip(seconds["fused"], seconds["cholesky"], strict=True)
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rest", type=float, default=0.02, help="seconds between rivals")
     parser.add_argument("--without-cholesky", action="store_true")
     parser.add_argument("--first-use", action="store_true")
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
@@ -121,6 +124,7 @@ def main() -> None:
                 dtype,
                 arguments.turns,
                 arguments.clock,
+                arguments.rest,
                 not arguments.without_cholesky,
             )
             for width in arguments.widths.split(",")
