@@ -56,7 +56,7 @@ def _adam(network: nn.Module, **options: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(network.parameters(), **options)
 
 
-# Each grid holds the published region, and what had to be added for the best to lie inside.
+# Each grid holds the published region and a few settings beside it; several of the best lie at its edge.
 RIVALS = {
     "adam": Rival(_adam, (3e-4, 1e-3, 3e-3), (1e-8,), "eps"),
     "kfac": Rival(partial(minifisher.KFAC, pi_correction=False, **PUBLISHED), (3e-2, 1e-1), (1.0, 3.0, 10.0)),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minifisher.distributed import local
 from minifisher.graft import GRAFTS, norms
+from minifisher.linalg.compiled import add_scaled
 from minifisher.seats import piece
 from minifisher.statistics.records import BatchGradient
 
@@ -276,7 +277,7 @@ class Cohort:
             direction, length = direction.mul_(length), length.new_ones(())
         # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
         for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
-            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
+            add_scaled(parameter, part, length, rate)
 
     def _for_each(self, numbers: Tensor) -> Tensor:
         """One number a part, [parts], as a factor of the stack: [] or [layers, 1, ...], with rows for a 1."""

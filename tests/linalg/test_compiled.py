@@ -60,3 +60,32 @@ def test_parts_cover_the_range_once(threads, monkeypatch):
 
     assert in_parts(loop, 1000, 150) == 1000
     assert (visits == 1).all()
+
+
+ENTRIES = [compiled.WORTH_COMPILED - 1, compiled.WORTH_COMPILED, 3 * compiled.WORTH_COMPILED + 5]
+
+
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_the_mean_square_is_that_of_every_layer(entries):
+    gradient = torch.randn(entries, generator=torch.Generator().manual_seed(0))
+    expected = gradient.double().square().mean()
+    torch.testing.assert_close(
+        compiled.mean_square(gradient, 1).double(), expected.view(1), rtol=1e-6, atol=0
+    )
+    two = torch.stack((gradient, 2 * gradient))
+    torch.testing.assert_close(
+        compiled.mean_square(two, 2).double(), expected * torch.tensor([1.0, 4.0]).double(), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("entries", ENTRIES)
+def test_a_weight_moves_by_the_scaled_direction_and_autograd_notices(entries):
+    weight = torch.randn(entries, requires_grad=True)
+    direction, length = torch.randn(entries), torch.tensor(0.7)
+    expected = weight.detach().double() - 0.1 * 0.7 * direction.double()
+    loss = weight.square().sum()
+    with torch.no_grad():
+        compiled.add_scaled(weight, direction, length, 0.1)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

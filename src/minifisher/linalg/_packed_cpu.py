@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minifisher.linalg._adam_cpu import first_order_pass
-from minifisher.linalg._jit import compiled
+from minifisher.linalg._jit import compiled, inlined
 from minifisher.linalg._lanes import LANES, fill, load, maximum, store
 from minifisher.linalg._threads import in_parts
 from minifisher.linalg.spd import NO_CURVATURE, pivot_share
@@ -29,7 +29,7 @@ _SHARE = np.float32(pivot_share(torch.float32))
 # ---- one tile: the same entry of sixteen blocks in one register ----
 
 
-@compiled
+@inlined
 def _average(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
     """F <- decay F + (1 - decay) x x^T: triangle [entries, LANES], vectors [width, LANES]."""
     kept, fresh = fill(decay), fill(np.float32(1) - decay)
@@ -41,7 +41,7 @@ def _average(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
             entry += 1
 
 
-@compiled
+@inlined
 def _levels(triangle: Any, shares: Any, width: int, damping: Any, mean: Any, relative: bool) -> Any:
     """lambda of every block: `damping`, or that times the mean of the block's and the layer's curvature."""
     if not relative:
@@ -54,7 +54,7 @@ def _levels(triangle: Any, shares: Any, width: int, damping: Any, mean: Any, rel
     return fill(damping) * maximum(scale, fill(_FLOOR))
 
 
-@compiled
+@inlined
 def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any, width: int) -> None:
     """x <- (F + lambda I)^-1 x by F + lambda I = L P L^T, row by row; P is diagonal and its pivots positive.
 
@@ -94,7 +94,7 @@ def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any,
 # ---- between a row of a weight and the lanes of a tile ----
 
 
-@compiled
+@inlined
 def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
     """Entry e of block l of the tile to [e, l]; zero behind the end of the row and in lanes without block."""
     stop = min(start + lanes * width, row.shape[0])
@@ -109,7 +109,7 @@ def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
             vectors[position % width, position // width] = tile[position]
 
 
-@compiled
+@inlined
 def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> float:
     """The inverse of `_gather`; the sum of squares of what it wrote."""
     stop = min(start + lanes * width, row.shape[0])
@@ -127,7 +127,7 @@ def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> floa
     return float(total)
 
 
-@compiled
+@inlined
 def _shares(first: int, width: int, length: int, shares: Any) -> None:
     """One over the true entries of every block of the tile; a lane without a block has one."""
     for lane in range(LANES):
@@ -135,7 +135,7 @@ def _shares(first: int, width: int, length: int, shares: Any) -> None:
         shares[0, lane] = np.float32(1) / np.float32(max(1, min(width, left)))
 
 
-@compiled
+@inlined
 def _copy(source: Any, lanes: int, target: Any) -> None:
     """The lanes of a tile that has fewer than sixteen."""
     for entry in range(source.shape[0]):

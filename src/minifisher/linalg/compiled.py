@@ -48,3 +48,31 @@ def advance_adam(
     from minifisher.linalg import _adam_cpu  # importing numba takes most of a second: only when it is used
 
     return _adam_cpu.advance(gradient, momentum, moment, mu, decay, epsilon)
+
+
+WORTH_COMPILED = 65_536
+"""Entries of a weight from which a call of a compiled loop costs no more than one of torch's."""
+
+
+def mean_square(gradient: Tensor, layers: int) -> Tensor:
+    """The mean of D^2 in every layer, [layers], of a contiguous gradient."""
+    if layers == 1 and gradient.numel() >= WORTH_COMPILED and fits_compiled(gradient):
+        from minifisher.linalg import _ends_cpu
+
+        return gradient.new_tensor([_ends_cpu.square(gradient) / gradient.numel()])
+    rows = gradient.reshape(layers, -1)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norm.square() / rows.shape[1]
+
+
+def add_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:
+    """W <- W - rate length direction, in place; `length` is []."""
+    if weight.numel() >= WORTH_COMPILED and fits_compiled(weight, direction, length):
+        from minifisher.linalg import _ends_cpu
+
+        _ends_cpu.add(weight, direction, -rate * float(length))
+        torch.autograd.graph.increment_version(
+            weight
+        )  # a graph that saved it must notice, as with torch's own
+    else:
+        weight.addcmul_(direction, length.to(direction.dtype), value=-rate)

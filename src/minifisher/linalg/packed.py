@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from minifisher.linalg.first_order import FirstOrderPass
 
 LANES = 16
-WIDEST = 25
-"""The widest block that is packed: docs/performance.md has the measurement."""
+WIDEST = 49
+"""The widest block that is packed, a 7x7 kernel: docs/performance.md has the measurement."""
 WIDEST_ON_GPU = 16
 """The widest one whose triangle fits into the registers of a thread there."""
 

@@ -191,7 +191,7 @@ class MBF(CurvatureOptimizer):
     multiplies the raw natural-gradient step. `damping` is lambda, or with `relative_damping` the fraction of
     the mean curvature of block and layer that lambda is. `curvature_decay` is beta of the bias-corrected
     average. `inverse` is how blocks are inverted: "cholesky", "newton-schulz" (which begins at the last
-    inverse, and leaves to Cholesky what it does not reach) or None, which chooses: blocks of at most 25
+    inverse, and leaves to Cholesky what it does not reach) or None, which chooses: blocks of at most 49
     entries that no rows share are solved anew in every step and keep no inverse, others take Cholesky
     (docs/performance.md). With `capturable` a step asks nothing of the host, so that a CUDA graph can record
     it and `torch.compile(opt.step)` makes one graph of it; it needs statistics_every = inverse_every = 1, and

@@ -11,6 +11,7 @@ import torch
 from minifisher.curvature import Curvature
 from minifisher.linalg import packed
 from minifisher.linalg.blocks import BlockReading, sum_of_outer_products
+from minifisher.linalg.compiled import mean_square
 from minifisher.linalg.spd import working_dtype
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
@@ -64,12 +65,13 @@ class PackedBlocks(Curvature):
         if isinstance(statistics, BatchGradient):
             rows = self._rows(statistics.gradient)
             packed.average(state["fisher"], rows, self._tiling, decay)
-            fresh = self._square(rows) if self.relative_damping else None
+            fresh = self._mean_square(rows) if self.relative_damping else None
         else:
             assert isinstance(statistics, LayerSamples)
             blocks = self._second_moment(statistics)
             state["fisher"].lerp_(self._tiling.pack(blocks).to(self.dtype), 1 - decay)
-            fresh = blocks.diagonal(dim1=-2, dim2=-1).sum() if self.relative_damping else None
+            trace = blocks.diagonal(dim1=-2, dim2=-1).sum()
+            fresh = trace.view(1) / self.shape.numel() if self.relative_damping else None
         if fresh is not None:
             state["mean"].copy_(self._mean(state, fresh, decay))
 
@@ -82,14 +84,14 @@ class PackedBlocks(Curvature):
         return reduce(torch.add, totals) / samples.count
 
     @staticmethod
-    def _square(rows: Tensor) -> Tensor:
-        """|D|^2 of every layer."""
-        norm: Tensor = torch.linalg.vector_norm(rows, dim=(-2, -1))
-        return norm.square()
+    def _mean_square(rows: Tensor) -> Tensor:
+        """Of D in every layer, [..., 1]."""
+        leading = rows.shape[:-2]
+        return mean_square(rows, leading.numel()).view(*leading, 1)
 
-    def _mean(self, state: State, square: Tensor, decay: float) -> Tensor:
-        """The layer's mean curvature, [..., 1], after an observation of which `square` is the trace."""
-        fresh = square.unsqueeze(-1) / (self.reading.rows * self.reading.length)
+    @staticmethod
+    def _mean(state: State, fresh: Tensor, decay: float) -> Tensor:
+        """The layer's mean curvature, [..., 1], after one more observation."""
         return state["mean"].lerp(fresh.to(state["mean"].dtype), 1 - decay)
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
@@ -107,7 +109,7 @@ class PackedBlocks(Curvature):
         rows = self._rows(gradient)
         means = gradient.new_zeros(1)
         if self.relative_damping:
-            means = self._mean(state, self._square(rows), decay)
+            means = self._mean(state, self._mean_square(rows), decay)
         advanced = packed.advance(
             state["fisher"],
             rows,
