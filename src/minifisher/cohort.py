@@ -208,7 +208,7 @@ class Cohort:
         direction, *lengths = advanced
         norm, first_order_norm = map(self._for_each, lengths)
         self.step, self.observations = self.step + 1, self.observations + 1
-        move = Move(self, gradient, self.state["momentum"], direction, first_order_norm)
+        move = Move(self, gradient, self.state["momentum"], direction, first_order_norm, fused=True)
         self.settle(move, norm, first_order_norm)
         return move
 
@@ -277,7 +277,10 @@ class Cohort:
             direction, length = direction.mul_(length), length.new_ones(())
         # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
         for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
-            add_scaled(parameter, part, length, rate)
+            if move.fused:  # what follows a compiled pass is best in its threads
+                add_scaled(parameter, part, length, rate)
+            else:
+                parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def _for_each(self, numbers: Tensor) -> Tensor:
         """One number a part, [parts], as a factor of the stack: [] or [layers, 1, ...], with rows for a 1."""
@@ -299,6 +302,7 @@ class Move:
     direction: Tensor  # likewise
     first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, 1, ...]
     length: Tensor = field(init=False)  # [] or [layers, 1, ...]
+    fused: bool = False  # made by one compiled pass
     fallen: int = 0  # layers that took the first-order step because their direction was not finite
     held: int = 0  # layers that took none because neither was
 

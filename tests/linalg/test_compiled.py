@@ -70,11 +70,11 @@ def test_the_mean_square_is_that_of_every_layer(entries):
     gradient = torch.randn(entries, generator=torch.Generator().manual_seed(0))
     expected = gradient.double().square().mean()
     torch.testing.assert_close(
-        compiled.mean_square(gradient, 1).double(), expected.view(1), rtol=1e-6, atol=0
+        compiled.mean_square(gradient, 1).double(), expected.view(1), rtol=3e-6, atol=0
     )
     two = torch.stack((gradient, 2 * gradient))
     torch.testing.assert_close(
-        compiled.mean_square(two, 2).double(), expected * torch.tensor([1.0, 4.0]).double(), rtol=1e-6, atol=0
+        compiled.mean_square(two, 2).double(), expected * torch.tensor([1.0, 4.0]).double(), rtol=3e-6, atol=0
     )
 
 
