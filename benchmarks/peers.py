@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--problem", choices=PROBLEMS, default="autoencoder-fashion")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rates", type=int, default=2, help="learning rates of each, the largest ones")
     parser.add_argument("--points", type=int, default=50, help="evaluations along a run")
     parser.add_argument("--only", help="names with commas; all of them by default")
     parser.add_argument(
@@ -139,7 +140,7 @@ def main() -> None:
     candidates = [
         Candidate(choice, rate)
         for name, choice in choices.items()
-        for rate in (choice.grid if name in PEERS else OUR_RATES)
+        for rate in (choice.grid if name in PEERS else OUR_RATES)[-arguments.rates :]
     ]
     problem, seeds = PROBLEMS[arguments.problem], tuple(range(arguments.seeds))
     plan = Plan(problem, tuple(candidates), seeds, Budget(seconds=arguments.seconds), arguments.points)
