@@ -24,6 +24,7 @@ from minifisher.methods.kbfgs import KroneckerBFGS
 from minifisher.methods.kbfgsl import LimitedMemoryKroneckerBFGS
 from minifisher.methods.kfac import KroneckerFactors
 from minifisher.methods.mbf import MiniBlocks
+from minifisher.methods.packed import PackedBlocks
 from minifisher.methods.shampoo import KroneckerRoots
 from minifisher.placement import assign_owners
 from minifisher.seats import cost as placement_cost
@@ -57,6 +58,8 @@ def cost(layer: Layer, plan: Plan, samples: int, rows: int) -> Cost:
     curvature = plan.curvature
     if isinstance(curvature, MiniBlocks):
         return _mini_blocks(curvature, samples, rows)
+    if isinstance(curvature, PackedBlocks):
+        return _packed_blocks(curvature, samples, rows)
     if isinstance(curvature, KroneckerBFGS):
         return _bfgs(curvature, rows)
     if isinstance(curvature, KroneckerFactors):
@@ -66,18 +69,41 @@ def cost(layer: Layer, plan: Plan, samples: int, rows: int) -> Cost:
     return Cost()  # a first-order step
 
 
+def _packed_blocks(curvature: PackedBlocks, samples: int, rows: int) -> Cost:
+    """No matrix products but those of samples: factorised and solved block by block in every step."""
+    reading, from_gradient = curvature.reading, curvature.needs is BatchGradient
+    blocks, width = reading.rows * reading.blocks, reading.width
+    return Cost(
+        statistics=0 if from_gradient else _of_formed_gradients(curvature, samples, rows),
+        factorised=blocks * (width**3 / 3 + 4 * width**2),
+        averaged=0.0 if from_gradient else blocks * width * (width + 1) / 2,
+    )
+
+
+def _of_formed_gradients(curvature: MiniBlocks | PackedBlocks, samples: int, rows: int) -> float:
+    """Every sample's gradient, and one product a block over all samples."""
+    reading = curvature.reading
+    entries = reading.rows * reading.blocks * reading.width
+    return 2 * rows * curvature.shape.numel() + samples * 2 * entries * reading.width
+
+
 def _mini_blocks(curvature: MiniBlocks, samples: int, rows: int) -> Cost:
     reading, from_gradient = curvature.reading, curvature.needs is BatchGradient
     entries, width = reading.rows * reading.blocks * reading.width, reading.width
     matrices = reading.blocks * (1 if curvature.shared else reading.rows)
     if width == 1:
         return Cost()  # elementwise
-    observed = 1 if from_gradient else samples
-    formed = 0 if from_gradient else 2 * rows * curvature.shape.numel()  # every sample's gradient
+    positions = rows // samples
+    if from_gradient:
+        statistics = 2 * entries * width if curvature.shared else 0  # of own rows d_b d_b^T is elementwise
+    elif curvature.shared and positions < curvature.shape[0]:  # no sample's gradient is formed
+        padded = reading.blocks * width
+        statistics = 2 * rows * (positions * (curvature.shape[0] + padded) + padded * width)
+    else:
+        statistics = _of_formed_gradients(curvature, samples, rows)
     return Cost(
         direction=2 * entries * width,
-        # Of own rows d_b d_b^T is elementwise.
-        statistics=formed + (observed * 2 * entries * width if curvature.shared else 0),
+        statistics=statistics,
         factorised=matrices * width**3,
         averaged=0.0 if from_gradient else matrices * width**2,
     )

@@ -22,7 +22,7 @@ from minifisher.statistics.layers import layers_of
 SAMPLES, SIDE, CLASSES = 7, 4, 4
 VERBS = ("observe", "refresh", "precondition")
 CASES = {method: (method, {}) for method in minifisher.METHODS} | {
-    "mbf own rows": ("mbf", {"share": "row", "block_size": 5}),
+    "mbf own rows": ("mbf", {"share": "row", "block_size": 5, "inverse": "cholesky"}),
     "mbf kernels": ("mbf", {"conv_blocks": "kernel"}),
     "mbf empirical": ("mbf", {"fisher": "empirical"}),
     "shampoo, cut": ("shampoo", {"max_dim": 4}),

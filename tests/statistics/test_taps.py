@@ -221,7 +221,10 @@ def test_every_method_trains_a_compiled_model(name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
-def test_inductor_uses_buffers_again_and_the_samples_stay(fisher):
+def test_inductor_uses_buffers_again_and_the_samples_stay(fisher, monkeypatch):
+    # Whatever imported distutils before: setuptools insists on its own copy otherwise.
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+
     def make(module):
         return minifisher.MBF(module, lr=1e-2, fisher=fisher, statistics_every=2)
 
