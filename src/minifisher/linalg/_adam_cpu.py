@@ -13,8 +13,8 @@ from minifisher.linalg._threads import in_parts
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST = 65_536  # entries that pay for waking a thread
-_VECTOR = 4096  # entries whose squares are summed in float32 before they join the float64 sum
+LEAST = 65_536  # entries that pay for waking a thread
+VECTOR = 4096  # entries whose squares are summed in float32 before they join the float64 sum
 
 
 @compiled
@@ -34,9 +34,9 @@ def first_order_pass(
     Without V (a `moment` of no entries) the sum of M^2.
     """
     total = 0.0
-    for first in range(start, stop, _VECTOR):
+    for first in range(start, stop, VECTOR):
         # Slices: numba vectorises no loop whose index might be negative.
-        last = min(first + _VECTOR, stop)
+        last = min(first + VECTOR, stop)
         d, m, v = gradient[first:last], momentum[first:last], moment[first:last]
         part = np.float32(0)
         if moment.shape[0] == 0:
@@ -87,9 +87,9 @@ def advance(
     if layers == 1:
         rows = [array[0] for array in arrays]
         squares[0] = in_parts(
-            lambda start, stop: first_order_pass(*rows, *numbers, start, stop), entries, _LEAST
+            lambda start, stop: first_order_pass(*rows, *numbers, start, stop), entries, LEAST
         )
     else:
-        least = max(1, _LEAST // max(1, entries))
+        least = max(1, LEAST // max(1, entries))
         in_parts(lambda start, stop: _layers(*arrays, *numbers, squares, start, stop), layers, least)
     return torch.from_numpy(np.sqrt(squares))

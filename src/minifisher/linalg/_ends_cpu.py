@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minifisher.linalg._adam_cpu import LEAST, VECTOR
 from minifisher.linalg._jit import compiled
 from minifisher.linalg._threads import in_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST = 65_536  # entries that pay for waking a thread
-_VECTOR = 4096  # entries whose squares are summed in float32 before they join the float64 sum
-
 
 @compiled
 def _square(vector: Any, start: int, stop: int) -> float:
     total = 0.0
-    for first in range(start, stop, _VECTOR):
-        values = vector[first : min(first + _VECTOR, stop)]
+    for first in range(start, stop, VECTOR):
+        values = vector[first : min(first + VECTOR, stop)]
         part = np.float32(0)
         for i in range(values.shape[0]):
             part += values[i] * values[i]
@@ -43,10 +41,10 @@ def _add(weight: Any, direction: Any, factor: Any, start: int, stop: int) -> flo
 def square(tensor: Tensor) -> float:
     """The sum of squares of all entries; contiguous float32."""
     vector = tensor.detach().view(-1).numpy()
-    return in_parts(lambda start, stop: _square(vector, start, stop), vector.shape[0], _LEAST)
+    return in_parts(lambda start, stop: _square(vector, start, stop), vector.shape[0], LEAST)
 
 
 def add(weight: Tensor, direction: Tensor, factor: float) -> None:
     """W <- W + factor direction; contiguous float32."""
     w, d, f = weight.detach().view(-1).numpy(), direction.view(-1).numpy(), np.float32(factor)
-    in_parts(lambda start, stop: _add(w, d, f, start, stop), w.shape[0], _LEAST)
+    in_parts(lambda start, stop: _add(w, d, f, start, stop), w.shape[0], LEAST)

@@ -71,8 +71,7 @@ def add_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -
         from minifisher.linalg import _ends_cpu
 
         _ends_cpu.add(weight, direction, -rate * float(length))
-        torch.autograd.graph.increment_version(
-            weight
-        )  # a graph that saved it must notice, as with torch's own
+        # A graph that saved the weight must notice, as it does of torch's own changes in place.
+        torch.autograd.graph.increment_version(weight)
     else:
         weight.addcmul_(direction, length.to(direction.dtype), value=-rate)

@@ -265,7 +265,7 @@ class MBF(CurvatureOptimizer):
         every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
         statistics_every = options["statistics_every"] or (1 if packs else every)
         inverse_every = statistics_every if packs else options["inverse_every"] or statistics_every
-        curvature = (_packed if packs else _inverted)(layer, reading, shared, options)
+        curvature = _packed(layer, reading, options) if packs else _inverted(layer, reading, shared, options)
         return Plan(curvature, structure, reason, blocks, reading.width, statistics_every, inverse_every)
 
 
@@ -276,7 +276,7 @@ def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
     return 1 < reading.width <= WIDEST and options["power"] == 1.0 and not kept
 
 
-def _packed(layer: Layer, reading: BlockReading, shared: bool, options: dict[str, Any]) -> Curvature:
+def _packed(layer: Layer, reading: BlockReading, options: dict[str, Any]) -> Curvature:
     return PackedBlocks(
         reading=reading,
         shape=layer.shape,
