@@ -29,7 +29,7 @@ _SHARE = np.float32(pivot_share(torch.float32))
 # ---- one tile: the same entry of sixteen blocks in one register ----
 
 
-@inlined
+@compiled
 def _average(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
     """F <- decay F + (1 - decay) x x^T: triangle [entries, LANES], vectors [width, LANES]."""
     kept, fresh = fill(decay), fill(np.float32(1) - decay)
@@ -54,7 +54,7 @@ def _levels(triangle: Any, shares: Any, width: int, damping: Any, mean: Any, rel
     return fill(damping) * maximum(scale, fill(_FLOOR))
 
 
-@inlined
+@compiled
 def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any, width: int) -> None:
     """x <- (F + lambda I)^-1 x by F + lambda I = L P L^T, row by row; P is diagonal and its pivots positive.
 
@@ -94,7 +94,7 @@ def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any,
 # ---- between a row of a weight and the lanes of a tile ----
 
 
-@inlined
+@compiled
 def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
     """Entry e of block l of the tile to [e, l]; zero behind the end of the row and in lanes without block."""
     stop = min(start + lanes * width, row.shape[0])
@@ -109,7 +109,7 @@ def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
             vectors[position % width, position // width] = tile[position]
 
 
-@inlined
+@compiled
 def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> float:
     """The inverse of `_gather`; the sum of squares of what it wrote."""
     stop = min(start + lanes * width, row.shape[0])
