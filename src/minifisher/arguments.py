@@ -14,6 +14,7 @@ Params = nn.Module | Iterable[Any]
 """What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "bias_input": ("one", "mean"),
     "fisher": ("gradient", "empirical", "sampled", "exact"),
     "graft": ("adam", "adam-rows", "sgd", None),
     "conv_blocks": (None, "kernel", "row"),

@@ -301,10 +301,11 @@ def per_sample(module, inputs, targets):
     return torch.cat((a, torch.ones(len(a), 1).double()), dim=1), h, g
 
 
+@pytest.mark.parametrize("bias_input", ["one", "mean"])
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
-def test_two_published_steps_are_the_formula(method):
+def test_two_published_steps_are_the_formula(method, bias_input):
     module, inputs, targets = problem("linear")
-    optimizer = method(module, lr=0.1, damping=0.09, statistics_every=1, **PUBLISHED)
+    optimizer = method(module, lr=0.1, damping=0.09, statistics_every=1, bias_input=bias_input, **PUBLISHED)
     last = module[-1]
     outputs_inverse, momentum = torch.eye(3).double(), torch.zeros(3, 5).double()
     s = y = torch.zeros(3).double()
@@ -318,7 +319,10 @@ def test_two_published_steps_are_the_formula(method):
         else:
             decay = 1 - 0.1 / (1 - 0.9**2)
             damped = decay * moment + (1 - decay) * (a.T @ a / len(a)) + 0.3 * torch.eye(5)
-            action = inputs_inverse @ a.mean(0)
+            mean = a.mean(0)
+            if bias_input == "mean":
+                mean = torch.cat((mean[:4], mean[:4].mean(0, keepdim=True)))
+            action = inputs_inverse @ mean
             inputs_inverse = published(inputs_inverse, action, damped @ action, 0.0, 0.0)
             outputs_inverse = published(outputs_inverse, s, y, 0.2, 0.3)
         momentum = 0.9 * momentum + g.T @ a / len(a)
@@ -399,6 +403,7 @@ def test_limited_memory_takes_wide_outputs_and_neither_takes_wide_inputs():
     [
         ({"mu1": 1.0}, "mu1 must be"),
         ({"pairs": 0}, "pairs must be"),
+        ({"bias_input": "zero"}, "bias_input must be"),
         ({"curvature_dtype": torch.bfloat16}, "float32, float64 or None"),
         ({"adaptive_damping": 2}, "adaptive_damping must be"),
     ],

@@ -43,7 +43,8 @@ class KroneckerBFGS(Curvature):
     """H = H_a (x) H_g for each group of a layer; direction H_g M H_a.
 
     H_a: the inverse of A + gamma_A I with A = E[(1/N) sum_ns a_ns a_ns^T], exact at first and then by BFGS on
-    the Hessian action s = H_a v, y = (A + gamma_A I) s, v = mean a (2020, Section 3).
+    the Hessian action s = H_a v, y = (A + gamma_A I) s, v = mean a (2020, Section 3); the input of a folded
+    bias counts in v as the 1 that it is, or `averages_bias` (published code) as the mean of the others.
     H_g: BFGS on averages of s = mean h' - mean h and y = mean g' - mean g, double damped (Section 4), with
     mu2 = sqrt(lambda). Relative: gamma_A is sqrt(lambda) times the mean of A's diagonal, and y is measured
     in units of the mean of g^2, whose inverse H_g starts from; absolute (published): 1 for both.
@@ -58,6 +59,7 @@ class KroneckerBFGS(Curvature):
     relative_damping: bool = True
     mu1: float = 0.2
     inverse_every: int = 20  # refreshes, between which H_a is updated
+    averages_bias: bool = False
 
     structure: ClassVar[str] = "Kronecker BFGS"
 
@@ -113,7 +115,10 @@ class KroneckerBFGS(Curvature):
             square = square + gradients.square().sum((0, 2, 3))
             positions += a.shape[1]
         state["input_moment"].lerp_((moment / samples.count).to(self.dtype), 1 - decay)
-        state["input_mean"].copy_(mean / positions)
+        mean = mean / positions
+        if self.averages_bias:
+            mean[..., -1] = mean[..., :-1].mean(-1)
+        state["input_mean"].copy_(mean)
         square = square / (positions * self.block_shape[0])
         state["gradient_moment"].lerp_(square.to(self.dtype), 1 - decay)
 
@@ -236,6 +241,7 @@ class KroneckerBFGSOptimizer(CurvatureOptimizer):
             "relative_damping": options["relative_damping"],
             "mu1": options["mu1"],
             "inverse_every": max(1, inverse_every // every),
+            "averages_bias": layer.bias is not None and options["bias_input"] == "mean",
         }
         curvature = self._curvature(common, options)
         outputs, inputs = curvature.block_shape
@@ -271,9 +277,11 @@ class KBFGS(KroneckerBFGSOptimizer):
     the updates every `statistics_every` steps; O(in^3) for the exact H_a every `inverse_every` steps (a
     number beyond the last step: once, as published); O(out in (in + out)) a step. Memory 2 in^2 + out^2
     numbers. `damping` is lambda: gamma_A = sqrt(lambda); with `relative_damping` gamma_A is that times the
-    mean diagonal of A, and H_g is measured in units of the mean of g^2. A layer wider than `max_dim` takes
-    the first-order step. The published algorithm as arguments: docs/methods.md. Raises TypeError where `step`
-    gets no closure, ValueError where `params` hold no module that it can look into.
+    mean diagonal of A, and H_g is measured in units of the mean of g^2. `bias_input` is what v has for the
+    bias's input: "one", which it is, or "mean", the mean of the other inputs, as the published code has it. A
+    layer wider than `max_dim` takes the first-order step. The published algorithm as arguments:
+    docs/methods.md. Raises TypeError where `step` gets no closure, ValueError where `params` hold no module
+    that it can look into.
     """
 
     def __init__(
@@ -286,6 +294,7 @@ class KBFGS(KroneckerBFGSOptimizer):
         damping: float = 1.0,
         relative_damping: bool = True,
         mu1: float = 0.2,
+        bias_input: str = "one",
         graft: str | None = "adam",
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -306,6 +315,7 @@ class KBFGS(KroneckerBFGSOptimizer):
             "damping": damping,
             "relative_damping": relative_damping,
             "mu1": mu1,
+            "bias_input": bias_input,
             "graft": graft,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
