@@ -101,7 +101,6 @@ def soap_step(shape: tuple[int, ...], stream: list[Tensor]) -> tuple[Tensor, Ten
     for mode, basis in enumerate(bases):
         state[f"basis_{mode}"].copy_(basis)
     state["rotated_square"].zero_()
-    state["momentum_weight"].zero_()
     curvature.observe(state, BatchGradient(stream[1]), beta)
     correction = (
         1 - beta

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minifisher.distributed import local
-from minifisher.graft import GRAFTS, norms
+from minifisher.graft import GRAFTS, norms, share_of_newest
 from minifisher.linalg.compiled import add_scaled
 from minifisher.seats import piece
 from minifisher.statistics.records import BatchGradient
@@ -233,7 +233,10 @@ class Cohort:
         momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
             return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
-        direction = self.plan.curvature.precondition(self.state, momentum, self.options["damping"])
+        curvature = self.plan.curvature
+        direction = curvature.precondition(self.state, momentum, self.options["damping"])
+        if curvature.steps_by_mean:
+            direction = direction * share_of_newest(mu, self.step)
         return Move(self, of_loss, momentum, direction, length)
 
     def _first_order(self, momentum: Tensor) -> Tensor:

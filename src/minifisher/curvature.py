@@ -48,6 +48,11 @@ class Curvature(ABC):
         """Whether no verb asks the device for a number; the decay of `observe` is then a tensor, []."""
         return False
 
+    @property
+    def steps_by_mean(self) -> bool:
+        """Whether the direction is that of the mean of past gradients, where others have their sum M."""
+        return False
+
     def shard(self, shape: torch.Size) -> Curvature | None:
         """The same curvature of a piece of the weight, of this shape; None where it needs the whole."""
         return None

@@ -92,13 +92,18 @@ class AdamGraft(Graft):
     def _corrected(self, count: Any, momentum: float) -> tuple[Any, Any]:
         """Both bias corrections moved out of the root: scale M / (sqrt(v) + epsilon)."""
         correction = (1 - ADAM_DECAY**count) ** 0.5
-        return (1 - momentum) / (1 - momentum**count) * correction, ADAM_EPSILON * correction
+        return share_of_newest(momentum, count) * correction, ADAM_EPSILON * correction
 
 
 class AdamRowsGraft(AdamGraft):
     """Adam's step length of every row by itself: nothing is exchanged where whole rows are cut apart."""
 
     by_rows = True
+
+
+def share_of_newest(momentum: float, count: Any) -> Any:
+    """What the newest of so many gradients weighs in their mean, (1 - mu) / (1 - mu^t): the mean over M."""
+    return (1 - momentum) / (1 - momentum**count)
 
 
 def _advance_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:

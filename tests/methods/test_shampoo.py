@@ -333,6 +333,19 @@ def test_soap_in_blocks_of_one_entry_is_adam(shape):
     torch.testing.assert_close(ours, steps(weights[1], torch.optim.Adam([weights[1]], lr=0.01), gradients))
 
 
+def test_the_length_of_soaps_steps_follows_a_scheduled_momentum():
+    """A gradient that stays the same moves every weight by lr under Adam, whatever the momentum."""
+    gradient = torch.randn(1, 1, dtype=torch.float64)
+    weight = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    optimizer = SOAP([weight], lr=0.01, momentum=0.95, damping=1e-8, statistics_every=2)
+    for momentum in (0.95, 0.5, 0.9):
+        optimizer.param_groups[0]["momentum"] = momentum
+        steps(weight, optimizer, [gradient] * 300)
+        before = weight.detach().clone()
+        after = steps(weight, optimizer, [gradient])
+        torch.testing.assert_close(after, before - 0.01 * gradient.sign(), rtol=1e-6, atol=0)
+
+
 def test_soap_is_shampoo_in_the_eigenbasis():
     gradients = random_gradients((4, 6))
     ends = []

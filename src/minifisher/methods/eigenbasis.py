@@ -37,23 +37,22 @@ class EigenbasisAdam(Curvature):
     reading: TensorReading
     shape: torch.Size
     dtype: torch.dtype
-    momentum: float
-    statistics_every: int
     power: float = 0.5
     relative_damping: bool = True
     needs: type[Statistics] = BatchGradient
 
+    @property
+    def steps_by_mean(self) -> bool:
+        """Yes: a step has Adam's length."""
+        return True
+
     def init(self, layer: Layer) -> State:
         """`factor_i` and `rotated_square`, V, are averaged; `basis_i` is what was last refreshed.
 
-        [blocks, w_i, w_i] each, V [blocks, w_1, ..., w_K]; `momentum_weight` [] is what the weights in M
-        sum to.
+        [blocks, w_i, w_i] each, V [blocks, w_1, ..., w_K].
         """
         device, blocks, widths = layer.weight.device, self.reading.blocks, self.reading.widths
-        state = {
-            "rotated_square": torch.zeros((blocks, *widths), dtype=self.dtype, device=device),
-            "momentum_weight": torch.zeros((), dtype=torch.float32, device=device),
-        }
+        state = {"rotated_square": torch.zeros((blocks, *widths), dtype=self.dtype, device=device)}
         for mode, width in enumerate(widths):
             state[f"factor_{mode}"] = torch.zeros((blocks, width, width), dtype=self.dtype, device=device)
             state[f"basis_{mode}"] = torch.zeros_like(state[f"factor_{mode}"])
@@ -74,8 +73,6 @@ class EigenbasisAdam(Curvature):
                 state[f"basis_{mode}"].copy_(eigenvectors(factor.to(blocks.dtype)))
         rotated = mode_products(blocks, [basis.mT for basis in self._bases(state)])
         state["rotated_square"].lerp_(rotated.square().to(self.dtype), 1 - decay)
-        kept = self.momentum**self.statistics_every  # of the weights that were there at the last observation
-        state["momentum_weight"].mul_(kept).add_((1 - kept) / (1 - self.momentum))
 
     def refresh(self, state: State, damping: float) -> None:
         """Turn every Q_i towards the eigenvectors of H_i, and sort V along mode i as its columns were."""
@@ -99,7 +96,7 @@ class EigenbasisAdam(Curvature):
         return self.reading.write(mode_products(rotated, bases), self.shape).to(direction.dtype)
 
     def _denominator(self, state: State, damping: float) -> Tensor:
-        """(sqrt(V) + lambda)^(2 power) times what the weights in M sum to, [..., blocks, w_1, ..., w_K].
+        """(sqrt(V) + lambda)^(2 power), [..., blocks, w_1, ..., w_K].
 
         lambda is `damping`, or relative that fraction of the root mean square of the layer's gradient.
         """
@@ -110,9 +107,7 @@ class EigenbasisAdam(Curvature):
             level = damping * mean.clamp_min(NO_CURVATURE).sqrt()
         else:
             level = square.new_tensor(damping)
-        weight = state["momentum_weight"].to(square.dtype)
-        weight = weight.reshape(weight.shape + (1,) * len(axes))
-        return square.sqrt().add_(level).pow_(2 * self.power).mul_(weight)
+        return square.sqrt().add_(level).pow_(2 * self.power)
 
     def _read(self, tensor: Tensor) -> Tensor:
         return self.reading.read(tensor.to(working_dtype(self.dtype)), len(self.shape))

@@ -232,17 +232,14 @@ def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -
             raise ValueError(
                 f"{name}={options[name]!r} has no meaning with eigenbasis=True: leave it at {only!r}"
             )
-    statistics_every = options["statistics_every"] or 1
     curvature = EigenbasisAdam(
         reading=reading,
         shape=layer.shape,
         dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
-        momentum=options["momentum"],
-        statistics_every=statistics_every,
         power=options["power"],
         relative_damping=options["relative_damping"],
     )
-    return curvature, (statistics_every, options["inverse_every"] or 10)
+    return curvature, (options["statistics_every"] or 1, options["inverse_every"] or 10)
 
 
 class SOAP(Shampoo):
