@@ -134,6 +134,6 @@ def _apply(cohort: Cohort, update: Tensor, usable: Tensor) -> None:
     """W <- (1 - lr weight_decay) W - lr update."""
     options = cohort.options
     decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
-    for parameter, part in zip(cohort.tensors, cohort.scatter(update), strict=True):
+    for parameter, part in cohort.moving(update):
         moved = parameter * (1 - options["lr"] * decay) if decay else parameter
         parameter.copy_(torch.where(usable, moved - options["lr"] * part, parameter))

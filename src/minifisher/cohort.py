@@ -100,6 +100,12 @@ class Cohort:
         gradient = gradient.to(kept(gradient.dtype))
         return -gradient if self.options["maximize"] else gradient
 
+    def moving(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process holds of every parameter, with its part of the stack; not of a frozen half."""
+        for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
+            if parameter.grad is not None:
+                yield local(parameter), part
+
     # ---- statistics and curvature ----
 
     @property
@@ -273,13 +279,14 @@ class Cohort:
     def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
         """W <- (1 - lr weight_decay) W - lr scale length direction."""
         decay, rate = self.options["weight_decay"], float(self.options["lr"])
-        if decay and self.options["decoupled_weight_decay"]:
-            torch._foreach_mul_(self.tensors, 1 - rate * decay)
         direction, length = move.direction, move.length * scale
         if length.ndim:
             direction, length = direction.mul_(length), length.new_ones(())
+        moving = list(self.moving(direction))
+        if decay and self.options["decoupled_weight_decay"]:
+            torch._foreach_mul_([parameter for parameter, _ in moving], 1 - rate * decay)
         # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
-        for parameter, part in zip(self.tensors, self.scatter(direction), strict=True):
+        for parameter, part in moving:
             if move.fused:  # what follows a compiled pass is best in its threads
                 add_scaled(parameter, part, length, rate)
             else:
