@@ -55,7 +55,14 @@ def all_finite(layers: Iterable[Layer], samples: Iterable[LayerSamples]) -> bool
             check_gradient(layer.name, parameter)
             if parameter.grad is not None:
                 gradients[parameter.grad.device].append(local(parameter.grad))
-    norms = [torch.stack([n.float() for n in torch._foreach_norm(tensors)]) for tensors in gradients.values()]
+    norms = [torch.stack([n.float() for n in _norms(tensors)]) for tensors in gradients.values()]
     return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
         record.is_finite() for record in samples
     )
+
+
+def _norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """In float32 where float16 holds the gradients: it ends at 65,504, where a norm of theirs does not."""
+    halves = any(tensor.dtype == torch.float16 for tensor in tensors)
+    norms: tuple[Tensor, ...] = torch._foreach_norm(tensors, dtype=torch.float32 if halves else None)
+    return norms
