@@ -13,11 +13,14 @@ _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "nsz"}, "nogil": True, "erro
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """`function` compiled at its first call and cached on disk; without the interpreter lock.
+    """`function` compiled at its first call and cached on disk where that can be; without interpreter lock.
 
     Sums may be reordered, which is what lets them be vectorised; NaN and infinity keep their meaning.
     """
-    return numba.njit(cache=True, **_OPTIONS)(function)
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # neither the package's folder nor a cache folder of the user can be written to
+        return numba.njit(**_OPTIONS)(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
