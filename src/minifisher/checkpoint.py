@@ -96,9 +96,10 @@ def read_entries(
         found = [saved.get(keys[parameter]) for parameter in layer.parameters]
         if not any(found):
             continue
-        for parameter, name, wanted, entry in zip(
-            layer.parameters, _names(layer), _wanted(layer, seat.plan, options[layer]), found, strict=True
-        ):
+        # A schedule that lowers the momentum to 0 leaves what there was.
+        momentum = options[layer]["momentum"] or any("momentum" in entry for entry in found if entry)
+        fresh = _wanted(layer, seat.plan, {**options[layer], "momentum": momentum})
+        for parameter, name, wanted, entry in zip(layer.parameters, _names(layer), fresh, found, strict=True):
             read[parameter] = _read(name, wanted, entry or {}, parameter.device)
     return read
 
@@ -143,9 +144,7 @@ def _value(parameter: str, name: str, wanted: Any, saved: Any, device: torch.dev
 
 
 def whole_entries(layer: Layer, plan: Plan, entries: Mapping[Tensor, Entry]) -> dict[Tensor, Entry]:
-    """The state of a layer's parameters as distributed checkpoints want it: a piece knows of which whole."""
-    if not is_distributed(layer.weight):
-        return {parameter: entries[parameter] for parameter in layer.parameters}
+    """The state of a layer cut in pieces, as distributed checkpoints want it: each knows of which whole."""
     return {
         parameter: {
             name: _whole(layer, plan, parameter, name, value) if isinstance(value, Tensor) else value

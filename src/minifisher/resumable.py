@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from minifisher.checkpoint import indices, merged_groups, read_entries, whole_entries, without_stacks
+from minifisher.distributed import is_distributed
 from minifisher.seats import Seat, take_seats
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Resumable(Optimizer, ABC):
         packed = super().state_dict()
         keys = indices(self.param_groups, packed)
         for layer, plan in self._plans.items():
-            if layer.weight in self.state:
+            if layer.weight in self.state and is_distributed(layer.weight):
                 whole = whole_entries(layer, plan, self.state)
                 packed["state"].update({keys[parameter]: entry for parameter, entry in whole.items()})
         return packed
