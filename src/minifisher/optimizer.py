@@ -285,24 +285,37 @@ class CurvatureOptimizer(Reports):
         """Average the statistics over a pass through `loader` at the present weights, all batches alike.
 
         `loss(model(inputs), targets)` is the mean loss of a batch. Afterwards every `.grad` is None. This is
-        the published start of TNT and K-BFGS (docs/methods.md).
+        the published start of TNT and K-BFGS (docs/methods.md). A batch with a gradient that is not finite is
+        left out and counts among `skipped_steps`. Raises ValueError where no batch is left.
         """
-        for count, (inputs, targets) in enumerate(loader, start=1):
+        count = 0
+        for inputs, targets in loader:
             self._arm(always=True)
             self.zero_grad()
             with torch.enable_grad():
                 outputs = model(inputs)
                 self.observe(outputs, likelihood)
                 loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
-            samples = self._collect()
-            cohorts = self._cohorts_of(self._with_gradients(), samples)
-            gradients = [cohort.gradient() for cohort in cohorts]
-            parallel.observe(cohorts, gradients, samples, [1 - 1 / count] * len(cohorts))
+            with full_precision(self.param_groups):
+                if self._warm_up(1 - 1 / (count + 1)):
+                    count += 1
+                else:
+                    self._skip()
         self.zero_grad()
+        if not count:
+            raise ValueError(
+                "warm_start got no batch to average: the loader is empty or used up, or no gradient of its "
+                "batches is finite; pass a loader that can be read from its beginning"
+            )
         for cohort in self._cohorts:
             cohort.observations = 0 * cohort.observations + SATURATED
             self._keep_counts(cohort)
         self._arm()
+
+    def _warm_up(self, decay: float) -> bool:
+        samples, active = self._collect(), self._with_gradients()
+        finite = all_finite(active, samples.values())
+        return parallel.warm_up(self._cohorts_of(active, samples), samples, decay, finite)
 
     # ---- statistics ----
 

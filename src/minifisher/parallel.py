@@ -95,7 +95,9 @@ def observe(
     sums = [(state[e.name], e.groups) for cohort, state in trials for e in cohort.seat.exchanged]
     sums += [(mean, ALL_RANKS) for _, mean, _ in means]
     ballot = ballot or Ballot()
-    if sums and (not ballot.sum_over(sums) or ballot.objects):
+    if sums and not ballot.sum_over(sums):
+        return False
+    if ballot.objects and not ballot.groups:  # nobody is left to vote
         return False
     for cohort, state in trials:
         _accept(cohort, state)
@@ -106,6 +108,14 @@ def observe(
     for cohort in (*(c for c, _ in trials), *(c for c, _, _ in (*means, *own))):
         cohort.observations += 1
     return True
+
+
+def warm_up(cohorts: Sequence[Cohort], samples: Samples, decay: float, finite: bool) -> bool:
+    """`observe` for all cohorts of all ranks or for none; `finite`: whether what this rank saw is."""
+    shares = any(cohort.seat.exchanged or cohort.seat.sums_gradients for cohort in cohorts)
+    ballot = Ballot(not finite, (ALL_RANKS,) if shares else ())
+    gradients = [cohort.gradient() for cohort in cohorts]
+    return observe(cohorts, gradients, samples, [decay] * len(cohorts), ballot)
 
 
 def _exchanges(cohorts: Sequence[Cohort], samples: Samples) -> bool:
