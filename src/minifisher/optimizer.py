@@ -107,7 +107,6 @@ class CurvatureOptimizer(Reports):
         if isinstance(source, nn.Module):
             layers = layers_of(source, self.folds if options["fold_bias"] else ())
             param_group = {**param_group, "params": list(source.parameters())}
-            self._modules.append(source)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):
@@ -117,6 +116,8 @@ class CurvatureOptimizer(Reports):
         except (TypeError, ValueError):
             self.param_groups.pop()  # a group that was refused leaves no trace
             raise
+        if isinstance(source, nn.Module):
+            self._modules.append(source)
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -129,17 +130,17 @@ class CurvatureOptimizer(Reports):
         for layer in layers:
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
+        enrolled = {**self._layers, **dict.fromkeys(layers, group)}
         if self._complete:
-            enrolled = {**self._layers, **dict.fromkeys(layers, group)}
             check_estimators(type(self).__name__, self.estimators, enrolled)
-        for layer in layers:
-            self._layers[layer] = group
-            self._plans[layer] = self.plan(layer, group)
-        self._seats = self._take_seats(self._plans, self._layers)
+        plans = {**self._plans, **{layer: self.plan(layer, group) for layer in layers}}
+        seats = self._take_seats(plans, enrolled)
         if group["capturable"]:
-            check_capturable(self._plans, group, self._alone)
-        self._active = []
+            check_capturable(plans, group, all(seat.alone for seat in seats.values()))
+        self._layers, self._plans, self._seats, self._active = enrolled, plans, seats, []
         self._captures = self._new_captures()
+        if self._complete:
+            self._arm()
 
     def _new_captures(self) -> dict[str, Capture]:
         sources: dict[str, list[Layer]] = defaultdict(list)
