@@ -21,7 +21,7 @@ from minifisher.curvature import Plan
 from minifisher.distributed import world_size
 from minifisher.guard import all_finite, check_estimators
 from minifisher.reports import Reports
-from minifisher.scaling import loss_scale, overflowed, unscale
+from minifisher.scaling import full_precision, loss_scale, overflowed, unscale
 from minifisher.seats import Seat
 from minifisher.second_pass import SecondPass
 from minifisher.stacking import add_momentum, form_cohorts, initial_state
@@ -169,7 +169,7 @@ class CurvatureOptimizer(Reports):
         passes = self._two_passes(closure, adapting)
         with torch.enable_grad():
             loss = passes.first() if passes is not None else closure() if closure is not None else None
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.param_groups):
             changes = self._advance(self._collect(), adapting)
         if passes is not None and changes is not None:
             self._look_again(passes, loss, changes)
@@ -179,7 +179,7 @@ class CurvatureOptimizer(Reports):
     def _step_on_device(self, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.param_groups):
             gradients = self._gather()
             if gradients:
                 scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
@@ -250,7 +250,7 @@ class CurvatureOptimizer(Reports):
         for capture in self._captures.values():
             capture.disarm()
         loss_after = passes.second()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.param_groups):
             secants = passes.secants()
             if not self._alone:
                 secants = parallel.mean_secants(secants)

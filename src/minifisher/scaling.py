@@ -1,12 +1,15 @@
-"""The scale of the loss in mixed precision: what torch.amp.GradScaler tells an optimizer, undone."""
+"""Mixed precision around an optimizer: the scale of the loss undone, autocast kept out of the step."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -40,3 +43,15 @@ def loss_scale(optimizer: Any, captured: bool) -> float:
             "scaler.unscale_(optimizer) torch does not tell it: set optimizer.loss_scale = scaler.get_scale"
         )
     return 1.0
+
+
+def full_precision(groups: Iterable[Mapping[str, Any]]) -> ExitStack:
+    """No autocast on the devices of the parameters, should `step` be called under it.
+
+    Inverses and roots of what it rounds to half precision are those of another matrix.
+    """
+    stack = ExitStack()
+    for kind in {parameter.device.type for group in groups for parameter in group["params"]}:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
