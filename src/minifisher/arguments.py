@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -57,6 +57,21 @@ def as_groups(params: Params) -> list[dict[str, Any]]:
             "pass list(model.parameters()), or the module itself"
         )
     return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], layers: Iterable[Any]) -> None:
+    """Raise for what was done to a group since the last step that the coming one cannot make sense of."""
+    for group in groups:
+        if isinstance(group["lr"], Real) and not math.isfinite(group["lr"]):
+            raise ValueError(f"lr must be finite, got {group['lr']!r}: look at what sets it, a scheduler?")
+    enrolled = {id(parameter) for layer in layers for parameter in layer.parameters}
+    present = {id(parameter) for group in groups for parameter in group["params"]}
+    if enrolled != present:
+        raise RuntimeError(
+            f"param_groups hold {len(present - enrolled)} parameters that no curvature was planned for, and "
+            f"miss {len(enrolled - present)} that it was: pass new ones to add_param_group, and make a new "
+            "optimizer after parameters were replaced or pruned"
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -13,7 +13,14 @@ from torch._compile import _disable_dynamo  # as torch.optim: the public one imp
 
 from minifisher import parallel
 from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.arguments import Params, as_groups, check_group, check_options, check_parameter
+from minifisher.arguments import (
+    Params,
+    as_groups,
+    check_group,
+    check_groups,
+    check_options,
+    check_parameter,
+)
 from minifisher.capturable import check_capturable, take_step
 from minifisher.checkpoint import FORMAT_VERSION
 from minifisher.cohort import SATURATED, Cohort, Move, clipped
@@ -348,11 +355,13 @@ class CurvatureOptimizer(Reports):
     # ---- cohorts ----
 
     def _with_gradients(self) -> list[Layer]:
+        check_groups(self.param_groups, self._layers)
         return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
 
     def _cohorts_of(self, active: list[Layer], samples: Samples) -> list[Cohort]:
         """The cohorts of the layers that have gradients; formed anew only when those change or part."""
-        if active != self._active or any(cohort.is_outdated(samples) for cohort in self._cohorts):
+        emptied = not all(map(self._entry, active))  # by a user who wants to start anew
+        if emptied or active != self._active or any(c.is_outdated(samples) for c in self._cohorts):
             self._initialise(active)
             self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)
             self._active = active
@@ -370,7 +379,7 @@ class CurvatureOptimizer(Reports):
 
     def _initialise(self, layers: Iterable[Layer]) -> None:
         for layer in layers:
-            if layer.weight not in self.state:
+            if not self._entry(layer):
                 self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
             elif self._layers[layer]["momentum"]:
                 add_momentum(layer, self.state)

@@ -1,0 +1,222 @@
+"""What is done to an optimizer, its groups and its state between two steps."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
+from minifisher.linalg import compiled
+
+INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(16) % 3
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def closure_of(module, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        outputs = module(INPUTS)
+        optimizer.observe(outputs)
+        loss = functional.cross_entropy(outputs, TARGETS)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(module, optimizer, steps):
+    for _ in range(steps):
+        optimizer.step(closure_of(module, optimizer))
+
+
+# ---- parameters ----
+
+
+@pytest.mark.parametrize("half", ["weight", "bias"])
+@pytest.mark.parametrize("method", ["mbf", "kfac", "kbfgs"])
+def test_half_of_a_folded_layer_stays_when_it_is_frozen(method, half):
+    module = network()
+    optimizer = METHODS[method](module, lr=0.01, fold_bias=True, weight_decay=0.1)
+    train(module, optimizer, 3)
+    frozen = getattr(module[0], half)
+    frozen.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    train(module, optimizer, 3)
+    for parameter, old in zip(module.parameters(), before, strict=True):
+        assert torch.equal(parameter, old) == (parameter is frozen)
+
+
+def test_parameters_put_into_a_group_by_hand_are_noticed():
+    module = network()
+    optimizer = MBF(module)
+    train(module, optimizer, 1)
+    module[0].weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(8, 6))
+    with pytest.raises(RuntimeError, match=r"hold 1 parameters .* miss 1 .*add_param_group"):
+        train(module, optimizer, 1)
+
+
+def test_a_refused_group_is_not_enrolled():
+    first, second = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    optimizer = MBF([first], capturable=True, statistics_every=1, inverse_every=1)
+    with pytest.raises(ValueError, match="capturable"):
+        optimizer.add_param_group({"params": [second], "statistics_every": 2})
+    first.grad = second.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert torch.equal(second, torch.ones(2, 3))
+    assert len(optimizer.describe().layers) == len(optimizer.state_dict()["state"]) == 1
+
+
+def test_a_group_added_before_training_is_observed_from_the_first_step():
+    module = network()
+    optimizer = MBF(module[:2], fisher="empirical")
+    optimizer.add_param_group({"params": module[2]})
+    train(module, optimizer, 1)
+    assert all(w["observations"] == 1 for n, w in optimizer.diagnostics()["weights"].items() if "weight" in n)
+
+
+def test_a_learning_rate_that_became_nan_reaches_no_weight():
+    module = network()
+    optimizer = MBF(module)
+    train(module, optimizer, 1)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be finite, got nan"):
+        train(module, optimizer, 1)
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_a_state_that_was_emptied_starts_anew(renewed):
+    module, fresh = network(), network()
+    optimizer, other = MBF(module), MBF(fresh)
+    train(module, optimizer, 3)
+    if renewed:
+        optimizer.state = defaultdict(dict)
+    else:
+        optimizer.state.clear()
+    fresh.load_state_dict(module.state_dict())
+    train(module, optimizer, 2)
+    train(fresh, other, 2)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), fresh.parameters(), strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("later", [0.0, 0.9])
+def test_momentum_that_a_schedule_lowered_to_zero_is_saved_and_loaded(later):
+    ends = []
+    for resumed in (False, True):
+        module = network()
+        optimizer = MBF(module)
+        train(module, optimizer, 2)
+        optimizer.param_groups[0]["momentum"] = 0.0
+        train(module, optimizer, 2)
+        if resumed:
+            saved, optimizer = optimizer.state_dict(), MBF(module)
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["momentum"] = later
+        train(module, optimizer, 2)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_a_hook_may_change_the_state_dict():
+    module = network()
+    optimizer = MBF(module)
+    train(module, optimizer, 1)
+
+    def widen(_, packed):
+        packed["state"] = {
+            key: {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in entry.items()}
+            for key, entry in packed["state"].items()
+        }
+
+    optimizer.register_state_dict_post_hook(widen)
+    assert optimizer.state_dict()["state"][0]["momentum"].dtype == torch.float64
+
+
+# ---- numbers ----
+
+
+def test_float16_gradients_whose_norm_is_out_of_its_range_are_finite_all_the_same():
+    weight = nn.Parameter(torch.zeros(256, 256, dtype=torch.float16))
+    optimizer = MBF([weight], lr=0.1)
+    weight.grad = torch.full_like(weight, 300.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert weight.abs().min() > 0
+
+
+@pytest.mark.parametrize("make", [SOAP, Shampoo, METHODS["kbfgsl"], KFAC])
+def test_a_step_under_autocast_computes_in_full_precision(make):
+    ends = []
+    for under_autocast in (False, True):
+        module = network()
+        optimizer = make(module, lr=0.01)
+        torch.manual_seed(0)
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+                optimizer.step(torch.autocast("cpu", enabled=False)(closure_of(module, optimizer)))
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.equal(*ends)
+
+
+# ---- a warm start ----
+
+
+@pytest.mark.parametrize("fisher", ["gradient", "empirical"])
+def test_a_batch_that_is_not_finite_is_left_out_of_a_warm_start(fisher):
+    bad = INPUTS.clone()
+    bad[3, 2] = math.inf
+    states = []
+    for batches in ([INPUTS, -INPUTS], [bad, INPUTS, bad, -INPUTS]):
+        module = network()
+        optimizer = MBF(module, fisher=fisher)
+        loader = [(inputs, TARGETS) for inputs in batches]
+        if len(batches) > 2:
+            with pytest.warns(RuntimeWarning, match="NaN or infinite"):
+                optimizer.warm_start(module, loader, functional.cross_entropy)
+        else:
+            optimizer.warm_start(module, loader, functional.cross_entropy)
+        states.append(optimizer.state[module[0].weight])
+        assert optimizer.skipped_steps == len(batches) - 2
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize("batches", [[], [(INPUTS * math.inf, TARGETS)]])
+@pytest.mark.filterwarnings("ignore:a gradient was NaN")
+def test_a_warm_start_without_a_batch_is_refused(batches):
+    module = network()
+    with pytest.raises(ValueError, match="no batch to average: the loader is empty or used up"):
+        MBF(module).warm_start(module, iter(batches), functional.cross_entropy)
+
+
+# ---- an installation that cannot be written to ----
+
+
+@pytest.mark.skipif(not compiled.INSTALLED, reason="needs numba")
+def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
+    from minifisher.linalg import _jit
+
+    compile_ = _jit.numba.njit
+
+    def without_folder(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_(**options)
+
+    monkeypatch.setattr(_jit.numba, "njit", without_folder)
+    assert _jit.compiled(lambda number: number + 1)(1) == 2
