@@ -162,9 +162,10 @@ class Cohort:
         curvature = self.plan.curvature
         for index, layer in enumerate(self.layers):
             if layer in secants:
-                curvature.observe(
-                    self._of_layer(index, self.state), secants[layer], self.options["curvature_decay"]
-                )
+                secant = secants[layer]
+                if self.options["maximize"]:
+                    secant = Secant(secant.output_change, -secant.gradient_change)
+                curvature.observe(self._of_layer(index, self.state), secant, self.options["curvature_decay"])
 
     def _of_layer(self, index: int, state: State) -> State:
         if len(self.layers) == 1:

@@ -336,6 +336,25 @@ def test_two_published_steps_are_the_formula(method, bias_input):
     assert optimizer.diagnostics()["weights"]["2.weight"]["pairs"] == 1
 
 
+@pytest.mark.parametrize("method", [KBFGS, KBFGSL])
+def test_maximizing_the_negative_loss_is_minimizing_the_loss(method):
+    ends = []
+    for sign in (1, -1):
+        module, inputs, targets = problem("linear")
+        optimizer = method(module, lr=1e-2, statistics_every=1, maximize=sign < 0)
+
+        def closure(module=module, optimizer=optimizer, sign=sign, inputs=inputs, targets=targets):
+            optimizer.zero_grad()
+            loss = sign * nn.functional.cross_entropy(module(inputs), targets)
+            loss.backward()
+            return loss
+
+        for _ in range(8):
+            optimizer.step(closure)
+        ends.append([parameter.detach() for parameter in module.parameters()])
+    torch.testing.assert_close(*ends)
+
+
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
 def test_the_loss_falls_and_a_checkpoint_goes_on_as_if_nothing_had_happened(method, kind):
