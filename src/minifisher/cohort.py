@@ -180,7 +180,8 @@ class Cohort:
         """
         plan = self.plan
         every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
-        return bool(self.observations) and (self.step % every == 0 or self.observations == 1)
+        is_first = self.observations == 1 and self.statistics_due
+        return bool(self.observations) and (self.step % every == 0 or is_first)
 
     def refresh(self) -> None:
         """Recompute what the direction needs, where it is due."""
