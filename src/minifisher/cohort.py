@@ -332,8 +332,9 @@ def clipped(moves: Sequence[Move], bound: float) -> Iterator[tuple[Move, Tensor 
     Ba, Grosse, Martens, "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
     ICLR 2017.
     """
-    divergence = torch.stack([move.divergence().float() for move in moves]).sum()
-    scale = (bound / divergence).sqrt().clamp(max=1)
+    # An inverse that rounding made indefinite can make one negative: it must not make room for others.
+    divergences = torch.stack([move.divergence().float() for move in moves]).clamp(min=0)
+    scale = (bound / divergences.sum().nan_to_num(nan=torch.inf)).sqrt().clamp(max=1)
     return ((move, scale if move.cohort.observations else 1.0) for move in moves)
 
 
