@@ -51,6 +51,12 @@ def curvature_of(shape: tuple[int, ...], **options: object):
 # ---- what is measured ----
 
 
+def test_the_exact_estimator_needs_samples():
+    with pytest.raises(ValueError, match="per_sample=True"):
+        TNT(nn.Linear(3, 2), fisher="exact")
+    TNT(nn.Linear(3, 2), fisher="exact", per_sample=True)
+
+
 @pytest.mark.parametrize("name", [name for name in NETS if name != "attention"])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("max_dim", [100, 2])

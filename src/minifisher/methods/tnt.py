@@ -140,6 +140,11 @@ class TNT(CurvatureOptimizer):
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """A covariance for each mode of a weight, in blocks that memory allows."""
+        if options["fisher"] == "exact" and not options["per_sample"]:
+            raise ValueError(
+                'fisher="exact" sums over all labels, and what belongs to one of them is no gradient of the '
+                'mean loss: pass per_sample=True with it, or fisher="sampled"'
+            )
         reading, structure, reason = choose_reading(layer.shape, options)
         from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
         curvature = TensorNormal(
