@@ -214,3 +214,45 @@ def test_it_works_on_every_method(method, factors):
         optimizer.step(closure)
     assert len(factors) == 2
     assert optimizer.param_groups[0]["damping"] != start
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("soap", {}),
+        ("shampoo", {"graft": None}),
+        ("kfac", {"graft": None, "fisher": "empirical"}),
+        ("tnt", {"graft": None, "fisher": "empirical"}),
+    ],
+)
+def test_the_prediction_is_that_of_the_dense_damped_model(monkeypatch, method, options):
+    """q(u) = D^T u + u^T P^-1 u / 2 of every method, the matrix P found column by column."""
+    pairs = []
+
+    def spy(move, scale):
+        cohort, shape = move.cohort, move.gradient.shape
+        columns = torch.eye(move.gradient.numel(), dtype=move.gradient.dtype)
+        curvature, damping = cohort.plan.curvature, cohort.options["damping"]
+        dense = torch.stack(
+            [curvature.precondition(cohort.state, c.view(shape), damping).flatten() for c in columns]
+        )
+        step = (-cohort.options["lr"] * scale * move.length * move.direction).flatten()
+        model = move.gradient.flatten() @ step + 0.5 * step @ torch.linalg.solve(dense, step)
+        pairs.append((adaptive.predicted_change(move, scale), model))
+        return pairs[-1][0]
+
+    monkeypatch.setattr("minifisher.optimizer.predicted_change", spy)
+    torch.manual_seed(0)
+    layer, inputs, targets = nn.Linear(4, 3, bias=False).double(), torch.randn(64, 4), torch.randn(64, 3)
+    optimizer = minifisher.METHODS[method](layer, lr=0.3, adaptive_damping=True, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 0.5 * (layer(inputs.double()) - targets).square().sum(1).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(16):
+        optimizer.step(closure)
+    assert len(pairs) == 4
+    torch.testing.assert_close(*map(torch.stack, zip(*pairs, strict=True)))

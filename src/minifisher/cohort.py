@@ -18,13 +18,13 @@ from minifisher.distributed import local
 from minifisher.graft import GRAFTS, norms, share_of_newest
 from minifisher.linalg.compiled import add_scaled
 from minifisher.seats import piece
-from minifisher.statistics.records import BatchGradient
+from minifisher.statistics.records import BatchGradient, Secant
 
 if TYPE_CHECKING:
     from minifisher.curvature import Curvature, Plan, State
     from minifisher.seats import Seat
     from minifisher.statistics.layers import Layer
-    from minifisher.statistics.records import LayerSamples, Secant
+    from minifisher.statistics.records import LayerSamples
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
@@ -98,7 +98,15 @@ class Cohort:
         """D; zero where only the weight or only the bias of a layer got one."""
         gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
         gradient = gradient.to(kept(gradient.dtype))
-        return -gradient if self.options["maximize"] else gradient
+        gradient = -gradient if self.options["maximize"] else gradient
+        return self._with_decay(gradient) if self.plan.curvature.steps_by_mean else gradient
+
+    def _with_decay(self, gradient: Tensor) -> Tensor:
+        """D + weight_decay W, unless the decay is decoupled."""
+        if not self.options["weight_decay"] or self.options["decoupled_weight_decay"]:
+            return gradient
+        decay: float = self.options["weight_decay"]
+        return gradient + decay * self.gather(self.tensors)
 
     def moving(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What this process holds of every parameter, with its part of the stack; not of a frozen half."""
@@ -233,18 +241,17 @@ class Cohort:
     def propose(self, gradient: Tensor) -> Move:
         """The direction and the first-order step, whose length it is to have."""
         self.step += 1
-        of_loss = gradient
-        if self.options["weight_decay"] and not self.options["decoupled_weight_decay"]:
-            gradient = gradient + self.options["weight_decay"] * self.gather(self.tensors)
+        of_loss, curvature = gradient, self.plan.curvature
+        if not curvature.steps_by_mean:
+            gradient = self._with_decay(gradient)
         graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
         length = self._for_each(graft.advance(self.state, gradient, self.parts, self.step, mu))
         momentum = self.state["momentum"] if mu else gradient
         if not self.observations:
             return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
-        curvature = self.plan.curvature
-        direction = curvature.precondition(self.state, momentum, self.options["damping"])
         if curvature.steps_by_mean:
-            direction = direction * share_of_newest(mu, self.step)
+            momentum = momentum * share_of_newest(mu, self.step)
+        direction = curvature.precondition(self.state, momentum, self.options["damping"])
         return Move(self, of_loss, momentum, direction, length)
 
     def _first_order(self, momentum: Tensor) -> Tensor:
@@ -267,7 +274,8 @@ class Cohort:
             move.fallen, move.held = (
                 int(where.view(len(self.layers), -1).any(1).sum()) for where in (fallen, held)
             )
-            fallback = self._first_order(move.momentum).masked_fill(held, 0)
+            past = self.state["momentum"] if self.options["momentum"] else move.momentum
+            fallback = self._first_order(past).masked_fill(held, 0)
             move.direction = torch.where(usable, move.direction, fallback)
             self._forget(held)
             length = length.masked_fill(~usable, 1)
@@ -310,7 +318,7 @@ class Move:
 
     cohort: Cohort
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
-    momentum: Tensor  # M, likewise
+    momentum: Tensor  # M, or the mean of what it sums: what the direction was made from, likewise
     direction: Tensor  # likewise
     first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, 1, ...]
     length: Tensor = field(init=False)  # [] or [layers, 1, ...]

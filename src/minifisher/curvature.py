@@ -50,7 +50,10 @@ class Curvature(ABC):
 
     @property
     def steps_by_mean(self) -> bool:
-        """Whether the direction is that of the mean of past gradients, where others have their sum M."""
+        """Whether it steps as Adam does: by the mean of past gradients, with a coupled decay in all of them.
+
+        Others step by the sum M, which the decay joins, but not their curvature.
+        """
         return False
 
     def shard(self, shape: torch.Size) -> Curvature | None:
@@ -80,7 +83,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
-        """The damped inverse curvature times `direction`, [..., *layer.shape]: linear, of the same shape."""
+        """The damped inverse curvature times `direction`, [..., *layer.shape]; linear, a new tensor."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class FirstOrder(Curvature):
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """The direction."""
-        return direction
+        return direction.clone()
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,8 @@ def test_soap_equals_an_independent_one(every):
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 2, 2)])
-def test_soap_in_blocks_of_one_entry_is_adam(shape):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_soap_in_blocks_of_one_entry_is_adam(shape, decay):
     gradients = random_gradients(shape, count=12)
     weights = [torch.ones(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     options = {
@@ -328,9 +329,12 @@ def test_soap_in_blocks_of_one_entry_is_adam(shape):
         "damping": 1e-8,
         "relative_damping": False,
         "max_dim": 1,
+        "weight_decay": decay,
+        "decoupled_weight_decay": False,
     }
     ours = steps(weights[0], SOAP([weights[0]], lr=0.01, **options), gradients)
-    torch.testing.assert_close(ours, steps(weights[1], torch.optim.Adam([weights[1]], lr=0.01), gradients))
+    adam = torch.optim.Adam([weights[1]], lr=0.01, weight_decay=decay)
+    torch.testing.assert_close(ours, steps(weights[1], adam, gradients))
 
 
 def test_the_length_of_soaps_steps_follows_a_scheduled_momentum():
