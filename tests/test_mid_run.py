@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
+from minifisher.cohort import Cohort, clipped
 from minifisher.linalg import compiled
 
 INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
@@ -196,6 +197,38 @@ def test_a_batch_that_is_not_finite_is_left_out_of_a_warm_start(fisher):
     torch.testing.assert_close(*states)
 
 
+@pytest.mark.parametrize("method", ["kfac", "kbfgs"])
+def test_norms_step_after_a_warm_start_as_without_one(method):
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    optimizer = METHODS[method](module, lr=0.01)
+    optimizer.warm_start(module, [(INPUTS, TARGETS)] * 2, functional.cross_entropy)
+    before = module[1].weight.detach().clone()
+    train(module, optimizer, 1)
+    torch.testing.assert_close((module[1].weight - before).norm(), torch.tensor(0.01 * 8**0.5))
+    momentum = optimizer.state[module[1].weight]["momentum"]
+    torch.testing.assert_close(momentum, module[1].weight.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["soap", "mbf", "tnt"])
+def test_a_warm_start_averages_for_each_layer_the_batches_that_reach_it(method):
+    heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+    optimizer, alone = METHODS[method](heads, lr=0.01), METHODS[method](heads[1], lr=0.01)
+    batches = [((index % 2, (1 + index) * INPUTS), TARGETS) for index in range(5)]
+    optimizer.warm_start(lambda pair: heads[pair[0]](pair[1]), batches, functional.cross_entropy)
+    weights = optimizer.diagnostics()["weights"]
+    assert weights["0.weight"]["observations"] == weights["1.weight"]["observations"] > 5
+    if method != "tnt":  # which draws labels
+        own = [(inputs, targets) for (index, inputs), targets in batches if index == 1]
+        alone.warm_start(heads[1], own, functional.cross_entropy)
+        torch.testing.assert_close(optimizer.state[heads[1].weight], alone.state[heads[1].weight])
+    before = heads[1].weight.detach().clone()
+    outputs = heads[1](INPUTS)
+    optimizer.observe(outputs)
+    functional.cross_entropy(outputs, TARGETS).backward()
+    optimizer.step()
+    assert (heads[1].weight - before).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("batches", [[], [(INPUTS * math.inf, TARGETS)]])
 @pytest.mark.filterwarnings("ignore:a gradient was NaN")
 def test_a_warm_start_without_a_batch_is_refused(batches):
@@ -220,3 +253,40 @@ def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
 
     monkeypatch.setattr(_jit.numba, "njit", without_folder)
     assert _jit.compiled(lambda number: number + 1)(1) == 2
+
+
+# ---- the schedule ----
+
+
+@pytest.mark.parametrize(("every", "inverse_every"), [(5, 10), (4, 20), (1000, 1000)])
+def test_inverses_are_made_when_they_are_due_and_never_between(monkeypatch, every, inverse_every):
+    module = network()
+    optimizer = KFAC(module, statistics_every=every, inverse_every=inverse_every)
+    refreshed, refresh = [], Cohort.refresh
+
+    def spy(cohort):
+        refreshed.extend([cohort.step] * (cohort.refresh_due and cohort.layers[0].name == "0.weight"))
+        refresh(cohort)
+
+    monkeypatch.setattr(Cohort, "refresh", spy)
+    train(module, optimizer, 41)
+    started = [step for step in range(41) if step % every == 0 and step < inverse_every]
+    assert refreshed == sorted({*started, *range(0, 41, inverse_every)})
+
+
+# ---- clipping ----
+
+
+def test_a_negative_divergence_makes_no_room_for_others_and_no_nan():
+    class Fake:
+        def __init__(self, divergence):
+            self.cohort, self.divergence = self, lambda: torch.tensor(divergence)
+            self.observations = 1
+
+    def scale(*divergences):
+        return float(next(clipped([Fake(d) for d in divergences], 0.25))[1])
+
+    assert scale(1.0) == scale(1.0, -0.9) == 0.5
+    assert scale(-1.0) == scale(0.0) == 1.0
+    assert scale(math.nan, 1.0) < 1e-15
+    assert scale(math.inf) < 1e-15

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from minifisher.statistics.records import LayerSamples
 
 
+NO_CLOSURE = (
+    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
+    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
+    "loss.backward() and returns the loss"
+)
+
+
 def check_estimators(
     method: str, estimators: Sequence[str], layers: Mapping[Layer, Mapping[str, Any]]
 ) -> None:
@@ -36,6 +43,15 @@ def check_estimators(
                 f"{method} was given none ({members[0].name}: {members[0].note}); pass the nn.Module that "
                 f"holds them, as the params of a group or of the optimizer{way_out}"
             )
+
+
+def check_warm_start(taken: Sequence[bool]) -> None:
+    """Raise ValueError where no batch of the pass was averaged."""
+    if not any(taken):
+        raise ValueError(
+            "warm_start got no batch to average: the loader is empty or used up, or no gradient of its "
+            "batches is finite; pass a loader that can be read from its beginning"
+        )
 
 
 def counts(entry: dict[str, Any]) -> dict[str, int]:

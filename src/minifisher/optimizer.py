@@ -26,7 +26,7 @@ from minifisher.checkpoint import FORMAT_VERSION
 from minifisher.cohort import SATURATED, Cohort, Move, clipped
 from minifisher.curvature import Plan
 from minifisher.distributed import world_size
-from minifisher.guard import all_finite, check_estimators
+from minifisher.guard import NO_CLOSURE, all_finite, check_estimators, check_warm_start
 from minifisher.reports import Reports
 from minifisher.scaling import full_precision, loss_scale, overflowed, unscale
 from minifisher.seats import Seat
@@ -39,12 +39,6 @@ from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 
 Samples = dict[Layer, LayerSamples]
 Changes = list[tuple[Tensor, tuple[Any, ...]]]  # each with the ranks whose pieces add to it
-
-_NO_CLOSURE = (
-    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
-    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
-    "loss.backward() and returns the loss"
-)
 
 
 class CurvatureOptimizer(Reports):
@@ -240,7 +234,7 @@ class CurvatureOptimizer(Reports):
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
             if (layers or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
-                raise TypeError(_NO_CLOSURE.format(type(self).__name__))
+                raise TypeError(NO_CLOSURE.format(type(self).__name__))
             return None
         due = [layer for layer in layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -296,34 +290,39 @@ class CurvatureOptimizer(Reports):
         the published start of TNT and K-BFGS (docs/methods.md). A batch with a gradient that is not finite is
         left out and counts among `skipped_steps`. Raises ValueError where no batch is left.
         """
-        count = 0
-        for inputs, targets in loader:
-            self._arm(always=True)
-            self.zero_grad()
-            with torch.enable_grad():
-                outputs = model(inputs)
-                self.observe(outputs, likelihood)
-                loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
-            with full_precision(self.param_groups):
-                if self._warm_up(1 - 1 / (count + 1)):
-                    count += 1
-                else:
-                    self._skip()
+        self._count_anew(0)
+        taken = [self._warm_up(model, batch, loss, likelihood) for batch in loader]
         self.zero_grad()
-        if not count:
-            raise ValueError(
-                "warm_start got no batch to average: the loader is empty or used up, or no gradient of its "
-                "batches is finite; pass a loader that can be read from its beginning"
-            )
-        for cohort in self._cohorts:
-            cohort.observations = 0 * cohort.observations + SATURATED
-            self._keep_counts(cohort)
+        check_warm_start(taken)
+        self._count_anew(SATURATED)
         self._arm()
 
-    def _warm_up(self, decay: float) -> bool:
-        samples, active = self._collect(), self._with_gradients()
-        finite = all_finite(active, samples.values())
-        return parallel.warm_up(self._cohorts_of(active, samples), samples, decay, finite)
+    def _count_anew(self, observations: int) -> None:
+        """So many from now on for every layer that was observed."""
+        for layer in self._layers:
+            entry = self._entry(layer)
+            if entry.get("observations"):
+                entry["observations"] = 0 * entry["observations"] + observations
+        self._active = []
+
+    def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str) -> bool:
+        """Whether the batch was averaged in."""
+        inputs, targets = batch
+        self._arm(always=True)
+        self.zero_grad()
+        with torch.enable_grad():
+            outputs = model(inputs)
+            self.observe(outputs, likelihood)
+            loss(outputs, targets).backward()
+        with full_precision(self.param_groups):
+            samples, active = self._collect(), self._with_gradients()
+            finite = all_finite(active, samples.values())
+            cohorts = self._cohorts_of(active, samples)
+            if not (taken := parallel.warm_up(cohorts, samples, finite)):
+                self._skip()
+        for cohort in cohorts:
+            self._keep_counts(cohort)
+        return taken
 
     # ---- statistics ----
 

@@ -110,12 +110,16 @@ def observe(
     return True
 
 
-def warm_up(cohorts: Sequence[Cohort], samples: Samples, decay: float, finite: bool) -> bool:
-    """`observe` for all cohorts of all ranks or for none; `finite`: whether what this rank saw is."""
+def warm_up(cohorts: Sequence[Cohort], samples: Samples, finite: bool) -> bool:
+    """`observe` for all cohorts of all ranks or for none; `finite`: whether what this rank saw is.
+
+    All observations of a cohort weigh alike.
+    """
     shares = any(cohort.seat.exchanged or cohort.seat.sums_gradients for cohort in cohorts)
     ballot = Ballot(not finite, (ALL_RANKS,) if shares else ())
     gradients = [cohort.gradient() for cohort in cohorts]
-    return observe(cohorts, gradients, samples, [decay] * len(cohorts), ballot)
+    decays = [1 - 1 / (int(cohort.observations) + 1) for cohort in cohorts]
+    return observe(cohorts, gradients, samples, decays, ballot)
 
 
 def _exchanges(cohorts: Sequence[Cohort], samples: Samples) -> bool:
