@@ -252,7 +252,7 @@ class CurvatureOptimizer(Reports):
             capture.disarm()
         loss_after = passes.second()
         with torch.no_grad(), full_precision(self.param_groups):
-            secants = passes.secants()
+            secants = passes.secants(loss_scale(self, captured=False))
             if not self._alone:
                 secants = parallel.mean_secants(secants)
             for cohort in self._cohorts:

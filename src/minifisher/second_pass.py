@@ -60,9 +60,9 @@ class SecondPass:
         ):
             return self.closure()
 
-    def secants(self) -> dict[Layer, Secant]:
-        """How far the means of the layers moved between the two."""
-        return secants(self._before.read(), self._after.read())
+    def secants(self, loss_scale: float) -> dict[Layer, Secant]:
+        """How far the means of the layers moved between the two; what the loss was multiplied by undone."""
+        return secants(self._before.read(), self._after.read(), loss_scale)
 
 
 @contextmanager

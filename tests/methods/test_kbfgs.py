@@ -336,6 +336,27 @@ def test_two_published_steps_are_the_formula(method, bias_input):
     assert optimizer.diagnostics()["weights"]["2.weight"]["pairs"] == 1
 
 
+def test_the_scale_of_the_loss_leaves_no_trace_in_the_pairs():
+    ends = []
+    for scale in (1, 1024):
+        module, inputs, targets = problem("linear")
+        optimizer = KBFGS(module, lr=1e-2, statistics_every=1)
+        optimizer.loss_scale = lambda scale=scale: scale
+
+        def closure(module=module, optimizer=optimizer, scale=scale, inputs=inputs, targets=targets):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(module(inputs), targets)
+            (scale * loss).backward()
+            for parameter in module.parameters():
+                parameter.grad /= scale
+            return loss
+
+        for _ in range(8):
+            optimizer.step(closure)
+        ends.append([parameter.detach() for parameter in module.parameters()])
+    torch.testing.assert_close(*ends)
+
+
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
 def test_maximizing_the_negative_loss_is_minimizing_the_loss(method):
     ends = []

@@ -83,13 +83,14 @@ class OutputMeans:
         passes[-1].append(call)
 
 
-def secants(before: Means, after: Means) -> dict[Layer, Secant]:
+def secants(before: Means, after: Means, loss_scale: float = 1.0) -> dict[Layer, Secant]:
     """How far the means moved, for every layer that both passes saw."""
-    return {
-        layer: Secant(*(new - old for new, old in zip(after[layer], before[layer], strict=True)))
+    changes = {
+        layer: [new - old for new, old in zip(after[layer], before[layer], strict=True)]
         for layer in before
         if layer in after
     }
+    return {layer: Secant(outputs, gradients / loss_scale) for layer, (outputs, gradients) in changes.items()}
 
 
 def _means(passes: list[list[_Call]]) -> tuple[Tensor, Tensor]:
