@@ -144,6 +144,13 @@ def test_an_unknown_option_is_refused():
         MBF([weight()], dampening=0.1)
 
 
+def test_outputs_that_are_no_tensor_are_refused():
+    layer = nn.Linear(2, 3)
+    opt = MBF(layer, fisher="sampled")
+    with pytest.raises(TypeError, match="one tensor, got tuple"):
+        opt.observe((layer(torch.ones(1, 2)),))
+
+
 def test_an_unknown_likelihood_is_refused():
     layer = nn.Linear(2, 2)
     opt = MBF(layer, fisher="sampled")

@@ -97,6 +97,13 @@ def test_a_learning_rate_that_became_nan_reaches_no_weight():
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
 
 
+def test_layers_of_one_name_are_told_apart():
+    optimizer = MBF([{"params": network()}, {"params": network()}])
+    names = optimizer.diagnostics()["weights"].keys()
+    assert len(names) == 8
+    assert {"0.weight of group 0", "0.weight of group 1"} < names
+
+
 # ---- state ----
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from minifisher.description import Description, describe_layer
@@ -11,6 +12,8 @@ from minifisher.guard import counts
 from minifisher.resumable import Resumable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from minifisher.statistics.layers import Layer
 
 
@@ -67,8 +70,16 @@ class Reports(Resumable):
         )
         return Description(type(self).__name__, tuple(rows))
 
+    def _by_name(self) -> Iterator[tuple[str, Layer]]:
+        """With its group, where two modules have layers of one name."""
+        times = Counter(layer.name for layer in self._layers)
+        indices = {id(group): index for index, group in enumerate(self.param_groups)}
+        for layer, group in self._layers.items():
+            place = f" of group {indices[id(group)]}" if times[layer.name] > 1 else ""
+            yield layer.name + place, layer
+
     def diagnostics(self) -> dict[str, Any]:
         """Counts of what went wrong; for every weight its steps, observations and its curvature's counts."""
-        weights = {layer.name: counts(self._entry(layer)) for layer in self._layers}
+        weights = {name: counts(self._entry(layer)) for name, layer in self._by_name()}
         went_wrong = {"fallbacks": int(self._fallbacks), "held_layers": self._held}
         return {"skipped_steps": self.skipped_steps, **went_wrong, "weights": weights}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Generator, Tensor
+    from torch import Generator
 
 
 def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None = None) -> Tensor:
@@ -40,8 +41,9 @@ def fisher_losses(outputs: Tensor, likelihood: str) -> tuple[Tensor, ...]:
 def _checked(outputs: Tensor, likelihood: str) -> Tensor:
     if likelihood not in _LOSSES:
         raise ValueError(f"likelihood must be one of {', '.join(map(repr, _LOSSES))}, got {likelihood!r}")
-    if not outputs.is_floating_point():
-        raise TypeError(f"outputs must be the model's floating-point prediction, got {outputs.dtype}")
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        got = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(f"outputs must be the model's floating-point prediction, one tensor, got {got}")
     # Half precision would lose small probabilities, and the sum.
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
