@@ -71,7 +71,9 @@ RIVALS = {
 class Run:
     """One network on its way, and its losses by epoch."""
 
-    def __init__(self, rival: Rival, splits: batches.Splits) -> None:
+    def __init__(self, rival: Rival, splits: batches.Splits, seed: int | None) -> None:
+        if seed is not None:
+            torch.manual_seed(seed)
         self.rival, self.splits = rival, splits
         self.network = PROBLEM.build(seed=0)
         self.optimizer = rival.build(self.network)
@@ -154,7 +156,7 @@ def _loss(outputs: Tensor, images: Tensor) -> Tensor:
 
 def search(rival: Rival, splits: batches.Splits, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every setting for a few epochs, then the best for the rest; all of it from one start."""
-    start = Run(rival, splits)
+    start = Run(rival, splits, arguments.seed)
     if not arguments.cold:
         start.warm_start()
     settings = list(product(arguments.lr or [rival.rate], arguments.damping or [rival.damping]))
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=3, help="epochs of every setting")
     parser.add_argument("--epochs", type=int, default=75, help="of the best setting")
     parser.add_argument("--cold", action="store_true", help="without the start-up pass")
+    parser.add_argument("--seed", type=int, help="of the labels that are drawn; torch's own otherwise")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
