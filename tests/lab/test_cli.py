@@ -133,6 +133,7 @@ def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
         ),
         (("train", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
         (("train", "cnn-digits", "--optimizer", "sgd", "--lr", "-1"), "Invalid learning rate"),
+        (("train", "cnn-digits", "--optimizer", "mbf:lr=0.5"), "--lr NAME=0.5"),
         (("data", "get", "minst"), "did you mean mnist"),
     ],
 )

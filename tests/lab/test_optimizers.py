@@ -80,3 +80,9 @@ def test_a_name_near_to_nothing_lists_all() -> None:
 def test_an_argument_without_a_value_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="is not ARGUMENT=VALUE"):
         choose("sgd:nesterov")
+
+
+@pytest.mark.parametrize("spec", ["mbf:lr=0.5", "mbf-sampled:damping=1:lr=0.5", "sgd:lr=0.5"])
+def test_a_learning_rate_after_the_name_is_refused_with_the_option_that_sets_it(spec: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{spec}' fixes lr.*--lr NAME=0\.5 .*--lr 0\.5 "):
+        choose(spec)
