@@ -127,8 +127,13 @@ def _with_options(spec: str, table: Mapping[str, Choice]) -> Choice:
             f"give --lr NAME={rate} to compare, --lr {rate} to train"
         )
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
-    build = partial(choice.build, **options)
-    return replace(choice, name=spec.strip(), description=f"{choice.description}; {shown}", build=build)
+    return replace(
+        choice,
+        name=spec.strip(),
+        description=f"{choice.description}; {shown}",
+        build=partial(choice.build, **options),
+        ranges={argument: ends for argument, ends in choice.ranges.items() if argument not in options},
+    )
 
 
 def _option(pair: str) -> tuple[str, object]:

@@ -59,6 +59,11 @@ def test_arguments_after_the_name_reach_the_optimizer() -> None:
     assert choice.name == "sgd:nesterov=True:weight_decay=0.1"
 
 
+def test_a_fixed_argument_is_no_longer_searched() -> None:
+    assert set(choose("mbf:power=0.5").ranges) == set(choose("mbf-sampled").ranges) == {"damping"}
+    assert not choose("mbf:power=0.5:damping=0.5").ranges
+
+
 def test_an_alias_is_one_row_and_takes_further_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ALIASES", {"heavy": "sgd:momentum=0.99", "later": "absent:argument=1"})
     assert "later" not in optimizers()
