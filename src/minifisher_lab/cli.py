@@ -52,9 +52,9 @@ Rates = Annotated[
 ]
 ProblemName = Annotated[str, typer.Argument(metavar="PROBLEM", help="One of `minifisher problems`.")]
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="One of `minifisher data list`.")]
-Seconds = Annotated[float | None, typer.Option(min=0.0, help="Training seconds a run.")]
+Seconds = Annotated[float | None, typer.Option(help="Training seconds a run, above 0.")]
 Epochs = Annotated[
-    float | None, typer.Option(min=0.0, help="Epochs a run; the problem's own number by default.")
+    float | None, typer.Option(help="Epochs a run, above 0; the problem's own number by default.")
 ]
 Folder = Annotated[Path, typer.Option(help="Where the run folder is made.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; a GPU where there is one.")]
@@ -97,7 +97,8 @@ def _needs_one_process(command: str) -> None:
 
 
 def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Budget:
-    return _valid(lambda: Budget(seconds, epochs if seconds or epochs else problem.epochs))
+    neither = seconds is None and epochs is None
+    return _valid(lambda: Budget(seconds, problem.epochs if neither else epochs))
 
 
 def _default_device() -> str:
@@ -177,11 +178,12 @@ def compare_command(
     """Compare optimizers in equal seconds or equal epochs: table, plots, JSON."""
     tasks = [_problem(name) for name in problems]
     entrants = _valid(lambda: candidates(optimizer_names, tune, lr or ()))
+    budgets = [_budget(task, seconds, epochs) for task in tasks]
     for task in tasks:
         _check(task, entrants)
     loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
-    for task, splits in zip(tasks, loaded, strict=True):
-        plan = Plan(task, entrants, tuple(range(seeds)), _budget(task, seconds, epochs), points)
+    for task, budget, splits in zip(tasks, budgets, loaded, strict=True):
+        plan = Plan(task, entrants, tuple(range(seeds)), budget, points)
         runs = run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
         if not plan.completed(runs):
             raise typer.Exit(INTERRUPTED)
@@ -261,4 +263,5 @@ def demo_command(
     _needs_one_process("demo")
     from minifisher_lab import demo
 
-    demo.run(seconds, folder, console)
+    comparison = _valid(lambda: demo.plan(seconds))
+    demo.run(comparison, RunFolder.create(folder, "demo"), console)
