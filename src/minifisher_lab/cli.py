@@ -192,12 +192,21 @@ def compare_command(
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
     """Every optimizer with its learning rates: those given, else its grid with `tune`, else its default."""
     choices = {choice.name: choice for choice in map(choose, names.split(","))}
-    given = dict(_rates(text, choices) for text in rates)
+    given = _given(rates, choices)
     return tuple(
         Candidate(choice, rate)
         for name, choice in choices.items()
         for rate in given.get(name, choice.grid if tune else (choice.rate,))
     )
+
+
+def _given(texts: Iterable[str], choices: dict[str, Choice]) -> dict[str, tuple[float, ...]]:
+    """Each named optimizer's rates; those that print alike are one, for so tables and files know a run."""
+    printed: dict[str, dict[str, float]] = {}
+    for name, rates in (_rates(text, choices) for text in texts):
+        for rate in rates:
+            printed.setdefault(name, {}).setdefault(f"{rate:g}", rate)
+    return {name: tuple(rates.values()) for name, rates in printed.items()}
 
 
 def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...]]:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import minifisher
 from minifisher_lab import __main__, cli, demo
+from minifisher_lab.compare import Candidate
 from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
 
@@ -96,6 +97,16 @@ def test_tune_flag_gives_every_optimizer_its_grid() -> None:
     candidates = cli.candidates("adamw,sgd", True, ("sgd=0.5",))
     assert [c.rate for c in candidates if c.choice.name == "adamw"] == list(choose("adamw").grid)
     assert [c.rate for c in candidates if c.choice.name == "sgd"] == [0.5]
+
+
+@pytest.mark.parametrize(
+    "rates", [("adamw=3e-3,1e-3,0.003,0.0030000000001",), ("adamw=3e-3", "adamw=1e-3", "adamw=3e-3")]
+)
+def test_a_rate_or_an_optimizer_given_twice_runs_once(rates: tuple[str, ...]) -> None:
+    assert cli.candidates("adamw, adamw", False, rates) == (
+        Candidate(choose("adamw"), 3e-3),
+        Candidate(choose("adamw"), 1e-3),
+    )
 
 
 def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
