@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import torch
@@ -74,11 +75,24 @@ def _problem(name: str) -> Problem:
 
 
 def _splits(problem: Problem, device: str | None) -> Splits:
+    place = _device(device or _default_device())
     try:
-        return batches.load(problem, torch.device(device or _default_device()))
+        return batches.load(problem, place)
     except data.DataMissing as error:
         console.print(f"[red]{error}[/]")
         raise typer.Exit(1) from error
+
+
+def _device(name: str) -> torch.device:
+    """The device, proven by one number: torch has its own exception for every way not to have one."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason, default = shorten(str(error), 100), _default_device()
+        message = f"torch cannot compute on {name!r} ({reason}): leave --device out for {default}"
+        raise typer.BadParameter(message) from error
+    return device
 
 
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:

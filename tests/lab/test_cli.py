@@ -158,6 +158,13 @@ def test_wrong_arguments_get_an_answer_that_helps(arguments: tuple[str, ...], ex
     assert expected in output
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_torch_cannot_compute_on_is_an_error_of_the_command_line(device: str) -> None:
+    code, output = _invoke("train", "cnn-digits", "--optimizer", "sgd", "--device", device)
+    assert code == 2
+    assert f"cannot compute on '{device}'" in output
+
+
 def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIFISHER_DATA", str(tmp_path))
     code, output = _invoke(
