@@ -59,6 +59,8 @@ Epochs = Annotated[
 ]
 Folder = Annotated[Path, typer.Option(help="Where the run folder is made.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; a GPU where there is one.")]
+# torch takes 64 bits of a seed; half of them leave room for what torchrun's processes add to it.
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the start and the batches.")]
 Points = Annotated[int, typer.Option(min=1, help="Logged steps a run.")]
 
 
@@ -153,7 +155,7 @@ def train_command(
     lr: Annotated[float | None, typer.Option(help="Learning rate, if not the default.")] = None,
     seconds: Seconds = None,
     epochs: Epochs = None,
-    seed: Annotated[int, typer.Option(help="Of the start and the batches.")] = 0,
+    seed: Seed = 0,
     points: Points = 50,
     folder: Folder = Path("runs"),
     device: Device = None,
