@@ -97,6 +97,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _run_folder(parent: Path, label: str) -> RunFolder:
+    try:
+        return RunFolder.create(parent, label)
+    except OSError as error:  # a file stands there, no right to write, no room
+        message = f"no run folder can be made in --folder {parent}: {error.strerror}"
+        raise typer.BadParameter(message) from error
+
+
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
     """Build every optimizer once, so that a wrong argument is answered before the first run."""
     _valid(lambda: processes.check_shares(problem.batch_size))
@@ -167,7 +175,7 @@ def train_command(
     _check(task, (candidate,))
     splits = _splits(task, device)
     _describe(task, splits, candidate)
-    run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-train"), console)
+    run_plan(plan, splits, _run_folder(folder, f"{task.name}-train"), console)
 
 
 def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
@@ -200,7 +208,7 @@ def compare_command(
     loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
     for task, budget, splits in zip(tasks, budgets, loaded, strict=True):
         plan = Plan(task, entrants, tuple(range(seeds)), budget, points)
-        runs = run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
+        runs = run_plan(plan, splits, _run_folder(folder, f"{task.name}-compare"), console)
         if not plan.completed(runs):
             raise typer.Exit(INTERRUPTED)
 
@@ -253,7 +261,7 @@ def tune_command(
 
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
     search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
-    tune.run(search, _splits(task, device), RunFolder.create(folder, f"{task.name}-tune"), console)
+    tune.run(search, _splits(task, device), _run_folder(folder, f"{task.name}-tune"), console)
 
 
 @data_app.command("list")
@@ -289,4 +297,4 @@ def demo_command(
     from minifisher_lab import demo
 
     comparison = _valid(lambda: demo.plan(seconds))
-    demo.run(comparison, RunFolder.create(folder, "demo"), console)
+    demo.run(comparison, _run_folder(folder, "demo"), console)

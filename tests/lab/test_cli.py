@@ -166,6 +166,20 @@ def test_a_device_that_torch_cannot_compute_on_is_an_error_of_the_command_line(d
     assert f"cannot compute on '{device}'" in output
 
 
+@pytest.mark.parametrize(
+    "command", [("train", "autoencoder-digits"), ("tune", "autoencoder-digits"), ("demo",)]
+)
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(
+    command: tuple[str, ...], inside: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    code, output = _invoke(*command, "--folder", tmp_path / "taken" / inside)
+    assert code == 2
+    assert "no run folder can be made in" in output
+    assert "Not a directory" in output
+
+
 def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIFISHER_DATA", str(tmp_path))
     code, output = _invoke(
