@@ -261,6 +261,7 @@ def tune_command(
 
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
     search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
+    _check(task, (Candidate(choice, choice.rate),))
     tune.run(search, _splits(task, device), _run_folder(folder, f"{task.name}-tune"), console)
 
 

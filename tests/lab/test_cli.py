@@ -147,6 +147,7 @@ def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
         (("tune", "cnn-digits", "--optimizer", "adamw", "--epochs", "-1"), "epochs must be above 0, got -1"),
         (("demo", "--seconds", "0"), "seconds must be above 0, got 0"),
         (("train", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
+        (("tune", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
         (("train", "cnn-digits", "--optimizer", "sgd", "--lr", "-1"), "Invalid learning rate"),
         (("train", "cnn-digits", "--optimizer", "mbf:lr=0.5"), "--lr NAME=0.5"),
         (("train", "cnn-digits", "--optimizer", "sgd", "--seed", str(2**64)), str(2**63 - 1)),
