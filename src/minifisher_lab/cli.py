@@ -125,6 +125,12 @@ def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Bu
     return _valid(lambda: Budget(seconds, problem.epochs if neither else epochs))
 
 
+def _end_unless(completed: bool) -> None:
+    """End the command with the status of Ctrl-C where that cut its work short, when all is saved."""
+    if not completed:
+        raise typer.Exit(INTERRUPTED)
+
+
 def _default_device() -> str:
     return "cuda" if processes.enough_gpus() else "cpu"
 
@@ -175,7 +181,7 @@ def train_command(
     _check(task, (candidate,))
     splits = _splits(task, device)
     _describe(task, splits, candidate)
-    run_plan(plan, splits, _run_folder(folder, f"{task.name}-train"), console)
+    _end_unless(plan.completed(run_plan(plan, splits, _run_folder(folder, f"{task.name}-train"), console)))
 
 
 def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
@@ -209,8 +215,7 @@ def compare_command(
     for task, budget, splits in zip(tasks, budgets, loaded, strict=True):
         plan = Plan(task, entrants, tuple(range(seeds)), budget, points)
         runs = run_plan(plan, splits, _run_folder(folder, f"{task.name}-compare"), console)
-        if not plan.completed(runs):
-            raise typer.Exit(INTERRUPTED)
+        _end_unless(plan.completed(runs))
 
 
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
@@ -262,7 +267,9 @@ def tune_command(
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
     search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
     _check(task, (Candidate(choice, choice.rate),))
-    tune.run(search, _splits(task, device), _run_folder(folder, f"{task.name}-tune"), console)
+    splits = _splits(task, device)
+    study = tune.run(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
+    _end_unless(search.completed(study))
 
 
 @data_app.command("list")
@@ -298,4 +305,4 @@ def demo_command(
     from minifisher_lab import demo
 
     comparison = _valid(lambda: demo.plan(seconds))
-    demo.run(comparison, _run_folder(folder, "demo"), console)
+    _end_unless(comparison.completed(demo.run(comparison, _run_folder(folder, "demo"), console)))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from minifisher_lab.runs import RunFolder
+    from minifisher_lab.runs import Run, RunFolder
 
 PROBLEM = "autoencoder-digits"
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
@@ -45,12 +45,13 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def run(comparison: Plan, folder: RunFolder, console: Console) -> None:
+def run(comparison: Plan, folder: RunFolder, console: Console) -> list[Run]:
     """Run the demonstration and say in one sentence what came out."""
     console.print(_introduction(comparison), highlight=False)
     splits = batches.load(comparison.problem, torch.device("cpu"))
     runs = run_plan(comparison, splits, folder, console)
     console.print(f"\n[bold]{report.verdict('mbf', runs)}[/]", highlight=False)
+    return runs
 
 
 def _introduction(comparison: Plan) -> str:

@@ -200,7 +200,7 @@ def train(
 
 
 def _conclude(run: Run, trainer: Trainer, splits: Splits) -> None:
-    run.status = "finished" if run.points[-1].finite else "diverged"
     run.state_bytes = state_bytes(dict(trainer.optimizer.state))
     run.skipped_steps = int(getattr(trainer.optimizer, "skipped_steps", 0))
     run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
+    run.status = "finished" if run.points[-1].finite else "diverged"  # last: Ctrl-C may come in between

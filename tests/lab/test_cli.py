@@ -17,6 +17,7 @@ from minifisher_lab import __main__, cli, demo
 from minifisher_lab.compare import Candidate
 from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.runs import Point, Run, RunFolder
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -91,6 +92,27 @@ def test_ctrl_c_ends_the_whole_command_with_the_table_so_far(tmp_path: Path) -> 
     assert process.returncode == 130
     assert "sgd: 1 of 1 interrupted" in output
     assert (_only_folder(tmp_path) / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        (("train", "autoencoder-digits", "--optimizer", "sgd"), "results.json"),
+        (("tune", "autoencoder-digits", "--optimizer", "sgd"), "trials.json"),
+        (("demo",), "results.json"),
+    ],
+)
+def test_ctrl_c_has_a_status_of_its_own_and_loses_nothing(
+    command: tuple[str, ...], kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(folder: RunFolder, run: Run, point: Point) -> None:
+        if point.step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "log", impatient)
+    code, output = _invoke(*command, "--folder", tmp_path)
+    assert code == 130, output
+    assert (_only_folder(tmp_path) / kept).exists()
 
 
 def test_tune_flag_gives_every_optimizer_its_grid() -> None:

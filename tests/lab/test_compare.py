@@ -15,12 +15,15 @@ from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
 from minifisher_lab.runs import Run, RunFolder
 from minifisher_lab.session import run_plan
-from minifisher_lab.train import Budget
+from minifisher_lab.train import Budget, evaluate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from minifisher_lab.batches import Splits
+    from torch import nn
+
+    from minifisher_lab.batches import Samples, Splits
+    from minifisher_lab.problems import Problem
 
 
 def _plan(
@@ -109,6 +112,21 @@ def test_ctrl_c_before_the_first_point_says_so(
     runs, text = _shown(_plan(("adamw", 1e-3)), digits, RunFolder(tmp_path))
     assert runs == []
     assert "before anything was measured" in text
+
+
+def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(problem: Problem, model: nn.Module, samples: Samples) -> tuple[float, float | None]:
+        if samples is digits.test:
+            raise KeyboardInterrupt
+        return evaluate(problem, model, samples)
+
+    monkeypatch.setattr("minifisher_lab.train.evaluate", impatient)
+    plan = _plan(("sgd", 1e-2), epochs=0.2, seeds=1)
+    runs, _ = _shown(plan, digits, RunFolder(tmp_path))
+    assert [run.status for run in runs] == ["interrupted"]
+    assert not plan.completed(runs)
 
 
 def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_path: Path) -> None:
