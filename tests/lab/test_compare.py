@@ -58,6 +58,20 @@ def test_a_comparison_leaves_lines_results_plots_and_a_table(digits: Splits, tmp
     assert "is the best of 0.001, 0.003" in text
 
 
+def test_results_and_table_come_before_the_plots(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no plots today")
+
+    monkeypatch.setattr(plots, "plot", failing)
+    console = Console(width=100, record=True, force_terminal=False)
+    with pytest.raises(RuntimeError, match="no plots today"):
+        run_plan(_plan(("sgd", 1e-2), epochs=0.2, seeds=1), digits, RunFolder(tmp_path), console)
+    assert "Best loss" in console.export_text()
+    assert (tmp_path / "results.json").exists()
+
+
 def test_a_classifier_has_an_accuracy(tmp_path: Path) -> None:
     plan = _plan(("adamw", 3e-3), problem="cnn-digits", epochs=3, seeds=1)
     splits = batches.load(plan.problem, torch.device("cpu"))
