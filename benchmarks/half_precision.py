@@ -50,7 +50,7 @@ def summary(runs: list[Run]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--optimizer", default="mbf", help="as on minifisher's command line: mbf:lr=1e-2")
+    parser.add_argument("--optimizer", default="mbf", help="as on minifisher's command line: mbf:power=0.5")
     parser.add_argument("--lr", type=float, help="the optimizer's default where it is not given")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--seeds", type=int, default=3)

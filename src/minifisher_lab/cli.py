@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import torch
@@ -52,12 +53,14 @@ Rates = Annotated[
 ]
 ProblemName = Annotated[str, typer.Argument(metavar="PROBLEM", help="One of `minifisher problems`.")]
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="One of `minifisher data list`.")]
-Seconds = Annotated[float | None, typer.Option(min=0.0, help="Training seconds a run.")]
+Seconds = Annotated[float | None, typer.Option(help="Training seconds a run, above 0.")]
 Epochs = Annotated[
-    float | None, typer.Option(min=0.0, help="Epochs a run; the problem's own number by default.")
+    float | None, typer.Option(help="Epochs a run, above 0; the problem's own number by default.")
 ]
 Folder = Annotated[Path, typer.Option(help="Where the run folder is made.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; a GPU where there is one.")]
+# torch takes 64 bits of a seed; half of them leave room for what torchrun's processes add to it.
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the start and the batches.")]
 Points = Annotated[int, typer.Option(min=1, help="Logged steps a run.")]
 
 
@@ -74,11 +77,32 @@ def _problem(name: str) -> Problem:
 
 
 def _splits(problem: Problem, device: str | None) -> Splits:
+    place = _device(device or _default_device())
     try:
-        return batches.load(problem, torch.device(device or _default_device()))
+        return batches.load(problem, place)
     except data.DataMissing as error:
         console.print(f"[red]{error}[/]")
         raise typer.Exit(1) from error
+
+
+def _device(name: str) -> torch.device:
+    """The device, proven by one number: torch has its own exception for every way not to have one."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason, default = shorten(str(error), 100), _default_device()
+        message = f"torch cannot compute on {name!r} ({reason}): leave --device out for {default}"
+        raise typer.BadParameter(message) from error
+    return device
+
+
+def _run_folder(parent: Path, label: str) -> RunFolder:
+    try:
+        return RunFolder.create(parent, label)
+    except OSError as error:  # a file stands there, no right to write, no room
+        message = f"no run folder can be made in --folder {parent}: {error.strerror}"
+        raise typer.BadParameter(message) from error
 
 
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
@@ -97,7 +121,14 @@ def _needs_one_process(command: str) -> None:
 
 
 def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Budget:
-    return _valid(lambda: Budget(seconds, epochs if seconds or epochs else problem.epochs))
+    neither = seconds is None and epochs is None
+    return _valid(lambda: Budget(seconds, problem.epochs if neither else epochs))
+
+
+def _end_unless(completed: bool) -> None:
+    """End the command with the status of Ctrl-C where that cut its work short, when all is saved."""
+    if not completed:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _default_device() -> str:
@@ -138,7 +169,7 @@ def train_command(
     lr: Annotated[float | None, typer.Option(help="Learning rate, if not the default.")] = None,
     seconds: Seconds = None,
     epochs: Epochs = None,
-    seed: Annotated[int, typer.Option(help="Of the start and the batches.")] = 0,
+    seed: Seed = 0,
     points: Points = 50,
     folder: Folder = Path("runs"),
     device: Device = None,
@@ -150,7 +181,7 @@ def train_command(
     _check(task, (candidate,))
     splits = _splits(task, device)
     _describe(task, splits, candidate)
-    run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-train"), console)
+    _end_unless(plan.completed(run_plan(plan, splits, _run_folder(folder, f"{task.name}-train"), console)))
 
 
 def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
@@ -177,25 +208,34 @@ def compare_command(
     """Compare optimizers in equal seconds or equal epochs: table, plots, JSON."""
     tasks = [_problem(name) for name in problems]
     entrants = _valid(lambda: candidates(optimizer_names, tune, lr or ()))
+    budgets = [_budget(task, seconds, epochs) for task in tasks]
     for task in tasks:
         _check(task, entrants)
     loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
-    for task, splits in zip(tasks, loaded, strict=True):
-        plan = Plan(task, entrants, tuple(range(seeds)), _budget(task, seconds, epochs), points)
-        runs = run_plan(plan, splits, RunFolder.create(folder, f"{task.name}-compare"), console)
-        if not plan.completed(runs):
-            raise typer.Exit(INTERRUPTED)
+    for task, budget, splits in zip(tasks, budgets, loaded, strict=True):
+        plan = Plan(task, entrants, tuple(range(seeds)), budget, points)
+        runs = run_plan(plan, splits, _run_folder(folder, f"{task.name}-compare"), console)
+        _end_unless(plan.completed(runs))
 
 
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
     """Every optimizer with its learning rates: those given, else its grid with `tune`, else its default."""
     choices = {choice.name: choice for choice in map(choose, names.split(","))}
-    given = dict(_rates(text, choices) for text in rates)
+    given = _given(rates, choices)
     return tuple(
         Candidate(choice, rate)
         for name, choice in choices.items()
         for rate in given.get(name, choice.grid if tune else (choice.rate,))
     )
+
+
+def _given(texts: Iterable[str], choices: dict[str, Choice]) -> dict[str, tuple[float, ...]]:
+    """Each named optimizer's rates; those that print alike are one, for so tables and files know a run."""
+    printed: dict[str, dict[str, float]] = {}
+    for name, rates in (_rates(text, choices) for text in texts):
+        for rate in rates:
+            printed.setdefault(name, {}).setdefault(f"{rate:g}", rate)
+    return {name: tuple(rates.values()) for name, rates in printed.items()}
 
 
 def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...]]:
@@ -226,7 +266,10 @@ def tune_command(
 
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
     search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
-    tune.run(search, _splits(task, device), RunFolder.create(folder, f"{task.name}-tune"), console)
+    _check(task, (Candidate(choice, choice.rate),))
+    splits = _splits(task, device)
+    study = tune.run(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
+    _end_unless(search.completed(study))
 
 
 @data_app.command("list")
@@ -261,4 +304,5 @@ def demo_command(
     _needs_one_process("demo")
     from minifisher_lab import demo
 
-    demo.run(seconds, folder, console)
+    comparison = _valid(lambda: demo.plan(seconds))
+    _end_unless(comparison.completed(demo.run(comparison, _run_folder(folder, "demo"), console)))

@@ -11,15 +11,15 @@ from minifisher_lab import batches, report
 from minifisher_lab.compare import Candidate, Plan
 from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import RunFolder
 from minifisher_lab.session import run_plan
 from minifisher_lab.train import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from rich.console import Console
+
+    from minifisher_lab.runs import Run, RunFolder
 
 PROBLEM = "autoencoder-digits"
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
@@ -45,13 +45,13 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def run(seconds: float, folder: Path, console: Console) -> None:
+def run(comparison: Plan, folder: RunFolder, console: Console) -> list[Run]:
     """Run the demonstration and say in one sentence what came out."""
-    comparison = plan(seconds)
     console.print(_introduction(comparison), highlight=False)
     splits = batches.load(comparison.problem, torch.device("cpu"))
-    runs = run_plan(comparison, splits, RunFolder.create(folder, "demo"), console)
+    runs = run_plan(comparison, splits, folder, console)
     console.print(f"\n[bold]{report.verdict('mbf', runs)}[/]", highlight=False)
+    return runs
 
 
 def _introduction(comparison: Plan) -> str:

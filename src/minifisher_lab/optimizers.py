@@ -120,9 +120,20 @@ def _with_options(spec: str, table: Mapping[str, Choice]) -> Choice:
     if not pairs:
         return choice
     options = dict(map(_option, pairs))
+    if "lr" in options:  # every build is given lr=, which would win over this one
+        rate = options["lr"]
+        raise ValueError(
+            f"{spec.strip()!r} fixes lr, which is no argument of a name: "
+            f"give --lr NAME={rate} to compare, --lr {rate} to train"
+        )
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
-    build = partial(choice.build, **options)
-    return replace(choice, name=spec.strip(), description=f"{choice.description}; {shown}", build=build)
+    return replace(
+        choice,
+        name=spec.strip(),
+        description=f"{choice.description}; {shown}",
+        build=partial(choice.build, **options),
+        ranges={argument: ends for argument, ends in choice.ranges.items() if argument not in options},
+    )
 
 
 def _option(pair: str) -> tuple[str, object]:

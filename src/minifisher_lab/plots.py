@@ -82,7 +82,8 @@ def _figure(plan: Plan, ranking: Sequence[Row], axis: Axis, label: str, path: Pa
         axes.fill_between(positions, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(positions, mean, color=colour, linewidth=2.2 if row is ranking[0] else 1.7)
         ends.append((float(positions[-1]), float(mean[-1]), _label(row), colour))
-    _frame(axes, [mean for _, mean, _, _ in bands.values()], max(end[0] for end in ends))
+    means = [mean for _, mean, _, _ in bands.values()]
+    _frame(axes, *limits(ranking, means), max(end[0] for end in ends))
     _labels(axes, ends)
     axes.set_xlabel(label)
     axes.set_title(f"{plan.problem.name}: training loss", loc="left", fontsize=13, fontweight="bold", pad=24)
@@ -103,12 +104,22 @@ def _colours(ranking: Sequence[Row]) -> dict[str, str]:
     return OWN_COLOURS | dict(zip(sorted(others), cycle, strict=False))
 
 
-def _frame(axes: Axes, means: Sequence[Floats], right: float) -> None:
-    """A logarithmic loss axis that leaves out the first fall, where all lines are one."""
-    bottom = min(float(mean.min()) for mean in means)
+def limits(ranking: Sequence[Row], means: Sequence[Floats]) -> tuple[float, float]:
+    """The lowest loss, and the median one after the first fall, where all lines are one.
+
+    A line that comes to 0, which no logarithmic axis has, leaves it below the lowest loss measured above 0.
+    """
+    points = (point for row in ranking for run in row.counted for point in run.points if point.finite)
+    floor = min((point.train_loss for point in points if point.train_loss > 0), default=1.0)
+    bottom = max(floor, min(float(mean.min()) for mean in means))
     top = float(np.median([mean[len(mean) // 12] for mean in means]))
+    return bottom, max(top, 1.001 * bottom)  # a loss that never changes has an axis, too
+
+
+def _frame(axes: Axes, bottom: float, top: float, right: float) -> None:
+    """A logarithmic loss axis and nothing around it."""
+    axes.set_ylim(bottom * (bottom / top) ** 0.06, top)  # before the scale, which looks for losses above 0
     axes.set_yscale("log")
-    axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
     axes.set_xlim(0, right)
     wide = top > 10 * bottom
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7, steps=[1, 2, 5, 10]))
@@ -122,12 +133,12 @@ def _frame(axes: Axes, means: Sequence[Floats], right: float) -> None:
 
 def _labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.052) -> None:
     """Name every line at its end, at least `gap` of the height apart, with a thin lead to the end."""
-    low, high = np.log(axes.get_ylim())
-    heights = [(np.log(end[1]) - low) / (high - low) for end in ends]
-    for (x, y, text, colour), height in zip(ends, spaced(heights, gap), strict=True):
+    bottom, top = axes.get_ylim()
+    heights = [np.log(max(loss, bottom) / bottom) / np.log(top / bottom) for _, loss, _, _ in ends]
+    for (x, loss, text, colour), height in zip(ends, spaced(heights, gap), strict=True):
         axes.annotate(
             text,
-            xy=(x, min(y, float(np.exp(high)))),
+            xy=(x, float(np.clip(loss, bottom, top))),
             xytext=(1.03, height),
             textcoords="axes fraction",
             color=colour,

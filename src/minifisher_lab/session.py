@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) -> list[Run]:
-    """Run the plan under progress bars; write results.json and the plots; print the table.
+    """Run the plan under progress bars; write results.json, print the table, draw the plots.
 
     Of processes that train together all run the plan, and the first alone prints and writes.
     """
@@ -28,9 +28,10 @@ def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) ->
     if not any(run.points for run in runs):
         console.print("Stopped before anything was measured.")
         return runs
-    written = [folder.write("results.json", report.as_json(plan, runs)), *plots.plot(plan, runs, folder.path)]
+    results = folder.write("results.json", report.as_json(plan, runs))
     console.print()
     console.print(report.table(plan, runs))
     console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
+    written = [results, *plots.plot(plan, runs, folder.path)]  # what can fail for looks alone comes last
     console.print(f"{folder.path}/ holds {', '.join(path.name for path in written)} and one .jsonl a run.")
     return runs

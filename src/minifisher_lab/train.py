@@ -37,9 +37,11 @@ class Budget:
     epochs: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.seconds, self.epochs) if value is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise ValueError(f"give either seconds > 0 or epochs > 0, got {self.seconds=} and {self.epochs=}")
+        if (self.seconds is None) == (self.epochs is None):
+            raise ValueError(f"give either seconds or epochs, got {self.seconds=} and {self.epochs=}")
+        for name, value in (("seconds", self.seconds), ("epochs", self.epochs)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value:g}")
 
     def spent(self, seconds: float, epochs: float) -> float:
         """The spent fraction, 1 at the end."""
@@ -198,7 +200,7 @@ def train(
 
 
 def _conclude(run: Run, trainer: Trainer, splits: Splits) -> None:
-    run.status = "finished" if run.points[-1].finite else "diverged"
     run.state_bytes = state_bytes(dict(trainer.optimizer.state))
     run.skipped_steps = int(getattr(trainer.optimizer, "skipped_steps", 0))
     run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
+    run.status = "finished" if run.points[-1].finite else "diverged"  # last: Ctrl-C may come in between

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from minifisher_lab.runs import Point, RunFolder
     from minifisher_lab.train import Budget
 
+ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -45,6 +47,10 @@ class Search:
             for name, (low, high) in self.choice.ranges.items()
         }
         return rate, options
+
+    def completed(self, study: optuna.Study) -> bool:
+        """Whether all trials ended or were cut short by the search itself: no Ctrl-C."""
+        return len(study.get_trials(deepcopy=False, states=ENDED)) == self.trials
 
 
 def search(
@@ -123,20 +129,21 @@ def as_json(plan: Search, study: optuna.Study) -> dict[str, Any]:
     }
 
 
-def run(plan: Search, splits: Splits, folder: RunFolder, console: Console) -> None:
+def run(plan: Search, splits: Splits, folder: RunFolder, console: Console) -> optuna.Study:
     """Search under progress bars; print the best settings and where all of them are."""
     with TrialBars(console, plan.trials) as bars:
         study = search(plan, splits, folder, bars.ended, bars.moved)
     best = finished(study)
     if not best:
         console.print("No trial ran to its end.")
-        return
+        return study
     console.print(_table(plan, best[:5]))
     arguments = ", ".join(f"{name}={value:.3g}" for name, value in best[0].params.items())
     console.print(
         f"Best: {plan.choice.name} with {arguments}. All trials: {folder.path / 'trials.json'}",
         highlight=False,
     )
+    return study
 
 
 def _table(plan: Search, best: list[optuna.trial.FrozenTrial]) -> Table:

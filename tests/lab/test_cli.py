@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 import minifisher
 from minifisher_lab import __main__, cli, demo
+from minifisher_lab.compare import Candidate
 from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.runs import Point, Run, RunFolder
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -92,10 +94,41 @@ def test_ctrl_c_ends_the_whole_command_with_the_table_so_far(tmp_path: Path) -> 
     assert (_only_folder(tmp_path) / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        (("train", "autoencoder-digits", "--optimizer", "sgd"), "results.json"),
+        (("tune", "autoencoder-digits", "--optimizer", "sgd"), "trials.json"),
+        (("demo",), "results.json"),
+    ],
+)
+def test_ctrl_c_has_a_status_of_its_own_and_loses_nothing(
+    command: tuple[str, ...], kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(folder: RunFolder, run: Run, point: Point) -> None:
+        if point.step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "log", impatient)
+    code, output = _invoke(*command, "--folder", tmp_path)
+    assert code == 130, output
+    assert (_only_folder(tmp_path) / kept).exists()
+
+
 def test_tune_flag_gives_every_optimizer_its_grid() -> None:
     candidates = cli.candidates("adamw,sgd", True, ("sgd=0.5",))
     assert [c.rate for c in candidates if c.choice.name == "adamw"] == list(choose("adamw").grid)
     assert [c.rate for c in candidates if c.choice.name == "sgd"] == [0.5]
+
+
+@pytest.mark.parametrize(
+    "rates", [("adamw=3e-3,1e-3,0.003,0.0030000000001",), ("adamw=3e-3", "adamw=1e-3", "adamw=3e-3")]
+)
+def test_a_rate_or_an_optimizer_given_twice_runs_once(rates: tuple[str, ...]) -> None:
+    assert cli.candidates("adamw, adamw", False, rates) == (
+        Candidate(choose("adamw"), 3e-3),
+        Candidate(choose("adamw"), 1e-3),
+    )
 
 
 def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
@@ -131,8 +164,15 @@ def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
             ("compare", "cnn-digits", "--optimizers", "adamw", "--seconds", "1", "--epochs", "1"),
             "either seconds",
         ),
+        (("train", "cnn-digits", "--epochs", "0"), "epochs must be above 0, got 0"),
+        (("compare", "cnn-digits", "--optimizers", "adamw", "--seconds", "0"), "seconds must be above 0"),
+        (("tune", "cnn-digits", "--optimizer", "adamw", "--epochs", "-1"), "epochs must be above 0, got -1"),
+        (("demo", "--seconds", "0"), "seconds must be above 0, got 0"),
         (("train", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
+        (("tune", "cnn-digits", "--optimizer", "sgd:momentun=0.5"), "momentun"),
         (("train", "cnn-digits", "--optimizer", "sgd", "--lr", "-1"), "Invalid learning rate"),
+        (("train", "cnn-digits", "--optimizer", "mbf:lr=0.5"), "--lr NAME=0.5"),
+        (("train", "cnn-digits", "--optimizer", "sgd", "--seed", str(2**64)), str(2**63 - 1)),
         (("data", "get", "minst"), "did you mean mnist"),
     ],
 )
@@ -140,6 +180,27 @@ def test_wrong_arguments_get_an_answer_that_helps(arguments: tuple[str, ...], ex
     code, output = _invoke(*arguments)
     assert code == 2
     assert expected in output
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_torch_cannot_compute_on_is_an_error_of_the_command_line(device: str) -> None:
+    code, output = _invoke("train", "cnn-digits", "--optimizer", "sgd", "--device", device)
+    assert code == 2
+    assert f"cannot compute on '{device}'" in output
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "autoencoder-digits"), ("tune", "autoencoder-digits"), ("demo",)]
+)
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(
+    command: tuple[str, ...], inside: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    code, output = _invoke(*command, "--folder", tmp_path / "taken" / inside)
+    assert code == 2
+    assert "no run folder can be made in" in output
+    assert "Not a directory" in output
 
 
 def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,18 @@ from minifisher_lab import batches, compare, plots
 from minifisher_lab.compare import Candidate, Plan
 from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Run, RunFolder
+from minifisher_lab.runs import Point, Run, RunFolder
 from minifisher_lab.session import run_plan
-from minifisher_lab.train import Budget
+from minifisher_lab.summary import rows
+from minifisher_lab.train import Budget, evaluate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from minifisher_lab.batches import Splits
+    from torch import nn
+
+    from minifisher_lab.batches import Samples, Splits
+    from minifisher_lab.problems import Problem
 
 
 def _plan(
@@ -53,6 +57,20 @@ def test_a_comparison_leaves_lines_results_plots_and_a_table(digits: Splits, tmp
             assert image.size == (1280, 768)
     assert "adamw's" in text
     assert "is the best of 0.001, 0.003" in text
+
+
+def test_results_and_table_come_before_the_plots(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no plots today")
+
+    monkeypatch.setattr(plots, "plot", failing)
+    console = Console(width=100, record=True, force_terminal=False)
+    with pytest.raises(RuntimeError, match="no plots today"):
+        run_plan(_plan(("sgd", 1e-2), epochs=0.2, seeds=1), digits, RunFolder(tmp_path), console)
+    assert "Best loss" in console.export_text()
+    assert (tmp_path / "results.json").exists()
 
 
 def test_a_classifier_has_an_accuracy(tmp_path: Path) -> None:
@@ -111,6 +129,21 @@ def test_ctrl_c_before_the_first_point_says_so(
     assert "before anything was measured" in text
 
 
+def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(problem: Problem, model: nn.Module, samples: Samples) -> tuple[float, float | None]:
+        if samples is digits.test:
+            raise KeyboardInterrupt
+        return evaluate(problem, model, samples)
+
+    monkeypatch.setattr("minifisher_lab.train.evaluate", impatient)
+    plan = _plan(("sgd", 1e-2), epochs=0.2, seeds=1)
+    runs, _ = _shown(plan, digits, RunFolder(tmp_path))
+    assert [run.status for run in runs] == ["interrupted"]
+    assert not plan.completed(runs)
+
+
 def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_path: Path) -> None:
     runs, text = _shown(_plan(("adamw", 1e-3), ("sgd", 1e6), seeds=1), digits, RunFolder(tmp_path))
     assert "sgd: 1 of 1 diverged" in text
@@ -125,6 +158,32 @@ def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_pat
 
 def test_run_folders_never_overwrite_each_other(tmp_path: Path) -> None:
     assert len({RunFolder.create(tmp_path, "demo").path for _ in range(3)}) == 3
+
+
+def _lines(*losses: list[float]) -> tuple[Plan, list[Run]]:
+    """A plan with one run an optimizer, and the runs with these losses."""
+    entrants = [(name, 1e-3) for name in ("adamw", "sgd")[: len(losses)]]
+    runs = [Run("p", name, rate, 0, "finished") for name, rate in entrants]
+    for run, line in zip(runs, losses, strict=True):
+        run.points += [Point(i, i, i, loss, loss, loss, None) for i, loss in enumerate(line)]
+    return _plan(*entrants, seeds=1), runs
+
+
+@pytest.mark.parametrize(
+    "losses", [([9, 1, 0, 0],), ([9, 1, 0, 0], [9, 5, 4, 3]), ([0, 0], [0, 0]), ([2, 2],)], ids=str
+)
+def test_a_loss_of_zero_and_one_that_never_changes_can_be_drawn(
+    losses: tuple[list[float], ...], tmp_path: Path
+) -> None:
+    assert all(path.exists() for path in plots.plot(*_lines(*losses), tmp_path))
+
+
+def test_a_line_that_comes_to_zero_leaves_the_axis_below_the_lowest_measured_loss() -> None:
+    ranking = rows(_lines([9, 1, 0, 0], [9, 5, 4, 3])[1])
+    means = [plots.band(row, "seconds")[1] for row in ranking]
+    bottom, top = plots.limits(ranking, means)
+    assert bottom == 1
+    assert 5 < top < 9
 
 
 def test_labels_are_kept_apart_in_order_and_moved_little() -> None:

@@ -59,6 +59,11 @@ def test_arguments_after_the_name_reach_the_optimizer() -> None:
     assert choice.name == "sgd:nesterov=True:weight_decay=0.1"
 
 
+def test_a_fixed_argument_is_no_longer_searched() -> None:
+    assert set(choose("mbf:power=0.5").ranges) == set(choose("mbf-sampled").ranges) == {"damping"}
+    assert not choose("mbf:power=0.5:damping=0.5").ranges
+
+
 def test_an_alias_is_one_row_and_takes_further_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ALIASES", {"heavy": "sgd:momentum=0.99", "later": "absent:argument=1"})
     assert "later" not in optimizers()
@@ -80,3 +85,9 @@ def test_a_name_near_to_nothing_lists_all() -> None:
 def test_an_argument_without_a_value_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="is not ARGUMENT=VALUE"):
         choose("sgd:nesterov")
+
+
+@pytest.mark.parametrize("spec", ["mbf:lr=0.5", "mbf-sampled:damping=1:lr=0.5", "sgd:lr=0.5"])
+def test_a_learning_rate_after_the_name_is_refused_with_the_option_that_sets_it(spec: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{spec}' fixes lr.*--lr NAME=0\.5 .*--lr 0\.5 "):
+        choose(spec)

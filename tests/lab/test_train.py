@@ -100,7 +100,16 @@ def test_the_schedule_reaches_the_optimizer(digits: Splits) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"seconds": 1, "epochs": 1}, {"seconds": 0}, {"epochs": -1}])
-def test_a_budget_is_one_positive_number(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="either seconds > 0 or epochs > 0"):
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({}, "either seconds or epochs"),
+        ({"seconds": 1, "epochs": 1}, "either seconds or epochs"),
+        ({"seconds": 0}, "seconds must be above 0, got 0"),
+        ({"epochs": -1}, "epochs must be above 0, got -1"),
+        ({"epochs": math.nan}, "epochs must be above 0, got nan"),
+    ],
+)
+def test_a_budget_is_one_positive_number(wrong: dict[str, float], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         Budget(**wrong)
