@@ -72,10 +72,10 @@ class Run:
     """One network on its way, and its losses by epoch."""
 
     def __init__(self, rival: Rival, splits: batches.Splits, seed: int | None) -> None:
-        if seed is not None:
-            torch.manual_seed(seed)
         self.rival, self.splits = rival, splits
         self.network = PROBLEM.build(seed=0)
+        if seed is not None:
+            torch.manual_seed(seed)
         self.optimizer = rival.build(self.network)
         self.steps_an_epoch = len(splits.train) // PROBLEM.batch_size
         self.epoch = 0
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=3, help="epochs of every setting")
     parser.add_argument("--epochs", type=int, default=75, help="of the best setting")
     parser.add_argument("--cold", action="store_true", help="without the start-up pass")
-    parser.add_argument("--seed", type=int, help="of the labels that are drawn; torch's own otherwise")
+    parser.add_argument("--seed", type=int, help="of the labels that are drawn; the network's otherwise")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
