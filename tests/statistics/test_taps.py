@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch import config as functorch_config
 from torch.nn import functional
 
 import minifisher
@@ -158,6 +159,20 @@ def test_compiled_code_outlives_its_capture():
     output.backward()
     assert torch.equal(module.weight.grad, torch.full((2, 2), 3.0))
     model(torch.ones(3, 2)).sum().backward()
+
+
+@pytest.mark.parametrize("let_go", [Capture.disarm, Capture.release, id], ids=["disarm", "release", "drop"])
+def test_a_setting_of_the_process_is_as_before_in_whatever_order_captures_let_go(let_go):
+    first, second = (Capture(layers_of(nn.Linear(2, 2)), LARGE, sampled=True) for _ in range(2))
+    with functorch_config.patch(donated_buffer=True):
+        first.arm()
+        second.arm()
+        let_go(first)
+        del first
+        gc.collect()
+        assert not functorch_config.donated_buffer
+        second.disarm()
+        assert functorch_config.donated_buffer
 
 
 # ---- whole training steps ----

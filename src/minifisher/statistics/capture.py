@@ -93,6 +93,7 @@ class Capture:
         self._calls: weakref.WeakValueDictionary[int, _Pending] = weakref.WeakValueDictionary()
         self._numbers = count()
         hooks = ExitStack()
+        hooks.callback(self._switch.off)
         for module in self._layers:
             hook = _ForwardHook(self, module, self._switch)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -125,7 +126,7 @@ class Capture:
         self._passes.clear()
         self._switch.on = True
         if self._sampled:
-            self._switch.held.enter_context(graphs_that_are_walked_twice())
+            self._switch.held.enter_context(graphs_that_are_walked_twice)
 
     @_disable_dynamo
     def disarm(self) -> None:
@@ -135,7 +136,6 @@ class Capture:
     @_disable_dynamo
     def release(self) -> None:
         """Take the hooks away for good."""
-        self.disarm()
         self._release()
 
     def sample(self, *loss_sums: Tensor) -> None:

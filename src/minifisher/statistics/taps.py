@@ -8,8 +8,8 @@ compiled graph can hold. What they hand out are copies, for a compiler uses its 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -107,8 +107,22 @@ def forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-@contextmanager
-def graphs_that_are_walked_twice() -> Iterator[None]:
-    """Compiled backward passes leave their inputs as they are: there is another one, for labels drawn."""
-    with functorch_config.patch(donated_buffer=False):
-        yield
+class _Shared:
+    """A setting of the whole process: made by the first who enters, undone by the last who leaves."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make, self._holders, self._held = make, 0, ExitStack()
+
+    def __enter__(self) -> None:
+        if not self._holders:
+            self._held.enter_context(self._make())
+        self._holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self._held.close()
+
+
+graphs_that_are_walked_twice = _Shared(lambda: functorch_config.patch(donated_buffer=False))
+"""Compiled backward passes leave their inputs as they are: there is another one, for labels drawn."""
