@@ -22,7 +22,7 @@ WALK = [
     ("arguments",),
     ("statistics.records",),
     ("statistics.layers", "statistics.positions", "statistics.likelihood"),
-    ("statistics.samples", "statistics.taps"),
+    ("statistics.samples", "statistics.taps", "statistics.passes"),
     ("statistics.capture",),
     ("statistics.means",),
     ("second_pass", "scaling"),

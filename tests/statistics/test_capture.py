@@ -6,10 +6,12 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +137,55 @@ def test_a_call_without_a_gradient_is_dropped_and_does_not_merge_what_follows():
     expected = oracle(case)
     for layer, samples in capture.collect().items():
         torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_graph_that_is_dropped_takes_its_calls_along(sampled):
+    case = problem("twice on tokens")
+    capture = Capture(layers_of(case.module), LARGE, sampled)
+    capture.arm()
+    gc.disable()
+    try:
+        outputs = case.module(case.inputs)
+        memory = StorageWeakRef(case.inputs.untyped_storage())
+        case = replace(case, inputs=None)
+        assert not memory.expired()
+        del outputs
+        assert memory.expired()
+    finally:
+        gc.enable()
+    assert capture.seen
+    assert capture.collect() == {}
+
+
+def test_a_graph_that_is_kept_after_collecting_holds_its_own_call_alone():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), LARGE)
+    capture.arm()
+    kept = case.module(case.inputs[:2].clone())
+    second_inputs = case.inputs[2:].clone()
+    second = StorageWeakRef(second_inputs.untyped_storage())
+    kept.sum().backward(retain_graph=True)
+    case.module(second_inputs).sum().backward()
+    del second_inputs
+    assert not second.expired()
+    assert capture.collect()
+    assert second.expired()
+
+
+def test_a_sampled_graph_that_is_kept_after_collecting_holds_no_call():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture.arm()
+    inputs = case.inputs.clone()
+    memory = StorageWeakRef(inputs.untyped_storage())
+    outputs = case.module(inputs)
+    capture.sample(outputs.sum())
+    outputs.sum().backward()
+    del inputs
+    assert not memory.expired()
+    assert capture.collect()
+    assert memory.expired()
 
 
 def test_a_layer_that_was_not_used_is_absent():
@@ -382,6 +433,25 @@ def test_sampled_through_activation_checkpoints():
     assert len(found) == 2
     for layer, samples in found.items():
         torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+
+
+def test_outputs_without_a_graph_are_refused():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture.arm()
+    outputs = case.module(case.inputs)
+    with pytest.raises(RuntimeError, match="hang on no graph"):
+        capture.sample(outputs.detach().sum())
+
+
+def test_an_output_of_another_network_tells_nothing():
+    case, other = problem("linear"), problem("linear", seed=1)
+    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture.arm()
+    outputs = case.module(case.inputs)
+    capture.sample(other.module(other.inputs).sum())
+    assert capture.collect() == {}
+    del outputs
 
 
 def test_sample_of_an_empirical_capture_is_refused():

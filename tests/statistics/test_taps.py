@@ -17,6 +17,7 @@ from torch.nn import functional
 import minifisher
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import EVERY_KIND, layers_of
+from minifisher.statistics.passes import Pending
 from tests.helpers import NETS, joined, per_sample_gradients, problem
 
 LARGE = 1 << 30
@@ -135,6 +136,22 @@ def test_a_compiled_model_is_read_over_micro_batches(sampled):
     capture.disarm()
     assert len(found) == 2
     assert_samples(found, case, case.targets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_compiled_graph_that_is_dropped_takes_its_calls_along(sampled, backend):
+    case = problem("linear")
+    model, _ = compiled(case.module, backend)
+    capture = Capture(layers_of(case.module), LARGE, sampled)
+    capture.arm()
+    alive = lambda: sum(type(thing) is Pending for thing in gc.get_objects())  # noqa: E731
+    outputs = model(case.inputs)
+    assert alive() == 2
+    del outputs
+    gc.collect()
+    assert alive() == 0
+    assert capture.collect() == {}
 
 
 def test_copies_and_pickles_of_an_armed_compiled_model_show_nothing():

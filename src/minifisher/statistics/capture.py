@@ -5,14 +5,14 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from minifisher.statistics.passes import Passes, Pending, edges_below, fasten
 from minifisher.statistics.positions import batched
 from minifisher.statistics.samples import Call, CapturedSamples
 from minifisher.statistics.taps import (
@@ -34,51 +34,13 @@ if TYPE_CHECKING:
 _drawing: list[Capture] = []
 
 
-@dataclass(eq=False)
-class _Pending:
-    """One call of a module, waiting for its output gradient."""
-
-    module: nn.Module
-    inputs: Tensor
-    edge: GradientEdge | Tensor | None
-    """Where the gradient of a sampled loss is asked for; of a compiled call, its weight."""
-    output_gradients: tuple[Tensor, ...] = ()
-    """One of the training loss, or one of each loss that was sampled."""
-    compiled: bool = False
-    drawn: Tensor | None = None
-    """What compiled code handed back of the loss that is being sampled."""
-
-    def receive(self, gradients: Tensor) -> None:
-        if _drawing:
-            return
-        # A graph that is walked twice, once for each of two losses, hands back two terms of one gradient.
-        arrived = batched(self.module, gradients.detach())
-        self.output_gradients = (sum(self.output_gradients, arrived),)
-
-    def take(self, gradients: Tensor | None) -> Tensor | None:
-        """The gradient of the loss that was just sampled, which autograd answered with `gradients`."""
-        if self.compiled:
-            gradients, self.drawn = self.drawn, None
-        return gradients
-
-    def receive_all(self, gradients: Iterable[Tensor | None]) -> None:
-        """The gradients of several losses; one that does not depend on the call counts as zero."""
-        batches = [None if g is None else batched(self.module, g.detach()) for g in gradients]
-        arrived = next((batch for batch in batches if batch is not None), None)
-        if arrived is not None:
-            zeros = torch.zeros_like(arrived)
-            self.output_gradients = tuple(zeros if batch is None else batch for batch in batches)
-            self.edge = None
-
-
 class Capture:
     """Keeps inputs and output gradients of layers between `arm` and `collect`.
 
     The empirical estimator reads the training loss's own backward pass; the sampled one (`sampled=True`) the
-    extra one that `sample` makes. Calls of one forward pass are the same samples at other positions: a call
-    that begins after an earlier one has received its gradient opens another pass, of other samples. Calls of
-    one pass with different numbers of samples cannot be the same samples and count as others. A call whose
-    gradient never arrives is dropped.
+    extra one that `sample` makes. `Passes` tells which calls are of the same samples; calls of one pass with
+    different numbers of samples cannot be, and count as others. A call whose gradient never arrives is
+    dropped: with its graph, so that a network in use without `no_grad` takes no memory here.
 
     The hooks stay as long as the capture and look at one switch. A compiled model therefore has two graphs,
     an armed one and a bare one, however often it is turned; what was compiled before is compiled anew.
@@ -88,9 +50,9 @@ class Capture:
         self._layers = {module: layer for layer in layers for module in layer.modules}
         self._memory = memory
         self._sampled = sampled
-        self._passes: dict[Layer, list[list[_Pending]]] = defaultdict(list)
+        self._passes: dict[Layer, Passes] = defaultdict(Passes)
         self._switch = _Switch()
-        self._calls: weakref.WeakValueDictionary[int, _Pending] = weakref.WeakValueDictionary()
+        self._calls: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
         self._numbers = count()
         hooks = ExitStack()
         hooks.callback(self._switch.off)
@@ -123,7 +85,7 @@ class Capture:
         """Keep what the hooks see from now on."""
         if self.armed:
             return
-        self._passes.clear()
+        self._forget()
         self._switch.on = True
         if self._sampled:
             self._switch.held.enter_context(graphs_that_are_walked_twice)
@@ -145,33 +107,41 @@ class Capture:
         """
         if not self._sampled:
             raise RuntimeError("this capture reads the training loss: make it with sampled=True")
-        calls = [call for passes in self._passes.values() for calls in passes for call in calls]
-        pending = [call for call in calls if not call.output_gradients]
-        if not pending:
+        pending = [call for passes in self._passes.values() for call in passes.pending()]
+        if pending and not all(loss_sum.requires_grad for loss_sum in loss_sums):
+            raise RuntimeError("the outputs hang on no graph: observe them as the model returned them")
+        edges: dict[Pending, Any] = edges_below(loss_sums, pending)
+        edges.update({call: self._layers[call.module].weight for call in pending if call.compiled})
+        if not edges:
             return
-        draws = [self._draw(loss_sum, pending) for loss_sum in loss_sums]
-        for call, received in zip(pending, zip(*draws, strict=True), strict=True):
-            call.receive_all(received)
+        draws = [self._draw(loss_sum, edges) for loss_sum in loss_sums]
+        for call, received in zip(edges, zip(*draws, strict=True), strict=True):
+            self._passes[self._layers[call.module]].receive_all(call, received)
 
-    def _draw(self, loss_sum: Tensor, pending: list[_Pending]) -> list[Tensor | None]:
-        edges: list[Any] = [call.edge for call in pending if call.edge is not None]
+    def _draw(self, loss_sum: Tensor, edges: dict[Pending, Any]) -> list[Tensor | None]:
         _drawing.append(self)
         try:
-            gradients = torch.autograd.grad(loss_sum, edges, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(
+                loss_sum, list(edges.values()), retain_graph=True, allow_unused=True
+            )
         finally:
             _drawing.remove(self)
-        return [call.take(gradient) for call, gradient in zip(pending, gradients, strict=True)]
+        return [call.take(gradient) for call, gradient in zip(edges, gradients, strict=True)]
 
     def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
         """What each layer saw, and forget it; a layer without a gradient is absent.
 
         The training loss was multiplied by `loss_scale` before its backward pass.
         """
-        collected = {layer: _complete(passes) for layer, passes in self._passes.items()}
-        self._passes.clear()
+        collected = {layer: _complete(passes.take()) for layer, passes in self._passes.items()}
+        self._forget()
         return {
             layer: self._samples(layer, passes, loss_scale) for layer, passes in collected.items() if passes
         }
+
+    def _forget(self) -> None:
+        self._passes.clear()
+        self._calls.clear()
 
     def _samples(
         self, layer: Layer, passes: tuple[tuple[Call, ...], ...], loss_scale: float
@@ -189,20 +159,22 @@ class Capture:
             return
         # Under autocast the module computes with a copy of its input, and the original may change afterwards.
         kept = batched(module, inputs.detach().to(output.dtype))
-        call = _Pending(module, kept, get_gradient_edge(output) if self._sampled else None)
-        if not self._sampled:
+        call, passes = Pending(module, kept, next(self._numbers)), self._passes[layer]
+        passes.add(call)
+        # What is put on the graph holds the call.
+        if self._sampled:
+            fasten(call, output)
+        else:
             # A hook on the tensor also sees the gradient before a following in-place activation; one on the
             # module does not.
-            output.register_hook(call.receive)  # type: ignore[no-untyped-call]
-        self._open_pass(layer).append(call)
+            output.register_hook(partial(self._receive, passes, call))  # type: ignore[no-untyped-call]
 
-    def show(self, module: nn.Module, inputs: Tensor) -> int:
-        """One call of a module in compiled code; returns its number."""
-        layer, number = self._layers[module], next(self._numbers)
-        call = _Pending(module, batched(module, inputs), layer.weight, compiled=True)
-        self._calls[number] = call
-        self._open_pass(layer).append(call)
-        return number
+    def show(self, module: nn.Module, inputs: Tensor) -> Pending:
+        """One call of a module in compiled code."""
+        call = Pending(module, batched(module, inputs), next(self._numbers), compiled=True)
+        self._passes[self._layers[module]].add(call)
+        self._calls[call.number] = call
+        return call
 
     def hand_back(self, number: int, gradients: Tensor) -> None:
         """The output gradient of that call."""
@@ -210,15 +182,14 @@ class Capture:
         if call is None or not gradients.numel():
             return
         if not self._sampled:
-            call.receive(gradients)
+            self._receive(self._passes[self._layers[call.module]], call, gradients)
         elif self in _drawing:
             call.drawn = gradients if call.drawn is None else call.drawn + gradients
 
-    def _open_pass(self, layer: Layer) -> list[_Pending]:
-        passes = self._passes[layer]
-        if not passes or any(call.output_gradients for call in passes[-1]):
-            passes.append([])
-        return passes[-1]
+    @staticmethod
+    def _receive(passes: Passes, call: Pending, gradients: Tensor) -> None:
+        if not _drawing:
+            passes.receive(call, gradients)
 
 
 class _Switch:
@@ -258,10 +229,11 @@ class _ForwardHook:
             capture.keep(module, inputs, output)
         return None
 
-    def show(self, inputs: Tensor) -> int:
+    def show(self, inputs: Tensor) -> tuple[int, object]:
         """An input in compiled code."""
         capture, module = self._capture and self._capture(), self._module and self._module()
-        return capture.show(module, inputs) if capture and module else -1
+        call = capture.show(module, inputs) if capture and module else None
+        return -1 if call is None else call.number, call
 
     def hand_back(self, call: int, gradients: Tensor) -> None:
         """The output gradient of that call."""
@@ -273,7 +245,7 @@ class _ForwardHook:
         return (_ForwardHook, ())
 
 
-def _complete(passes: list[list[_Pending]]) -> tuple[tuple[Call, ...], ...]:
+def _complete(passes: list[list[Pending]]) -> tuple[tuple[Call, ...], ...]:
     """The calls whose gradient arrived, those of the same samples and the same draw together."""
     complete: list[tuple[Call, ...]] = []
     for pending in passes:

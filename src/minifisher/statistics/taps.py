@@ -22,8 +22,8 @@ from torch._functorch import config as functorch_config
 class Receiver(Protocol):
     """Whoever wants to see a layer."""
 
-    def show(self, inputs: Tensor) -> int:
-        """An input arrived; returns the number under which its gradient will come."""
+    def show(self, inputs: Tensor) -> tuple[int, object]:
+        """An input arrived: the number under which its gradient will come, and what lives as long as it."""
 
     def hand_back(self, call: int, gradients: Tensor) -> None:
         """The output gradient of that call arrived."""
@@ -74,8 +74,21 @@ torch.library.define(
 
 def _show(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
     receiver = _PLACES.get(place)
-    call = -1 if receiver is None else receiver.show(inputs.detach().clone())
-    return output.clone(), torch.tensor(call)
+    number, call = (-1, None) if receiver is None else receiver.show(inputs.detach().clone())
+    return output.clone(), _number(number, call)
+
+
+class _Memory(bytearray):
+    """The bytes of a tensor, and what lives as long as they."""
+
+    companion: object
+
+
+def _number(number: int, companion: object) -> Tensor:  # [1]
+    # What a graph keeps for its backward pass is all that goes when it goes.
+    memory = _Memory(number.to_bytes(8, sys.byteorder, signed=True))
+    memory.companion = companion
+    return torch.frombuffer(memory, dtype=torch.int64)
 
 
 def _hand_back(gradients: Tensor, call: Tensor, place: int) -> Tensor:
@@ -86,7 +99,7 @@ def _hand_back(gradients: Tensor, call: Tensor, place: int) -> Tensor:
 
 
 def _show_shapes(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(output), torch.empty((), dtype=torch.int64)
+    return torch.empty_like(output), torch.empty(1, dtype=torch.int64)
 
 
 def _hand_back_shapes(gradients: Tensor, call: Tensor, place: int) -> Tensor:
