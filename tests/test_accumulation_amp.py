@@ -69,6 +69,27 @@ def test_micro_batches_equal_one_batch(fisher: str, fold_bias: bool, monkeypatch
         torch.testing.assert_close(result, results[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_backward_pass_that_is_thrown_away_leaves_no_trace(when: str, set_to_none: bool) -> None:
+    results = []
+    for thrown_away in (0, 3):
+        network, optimizer = make(torch.float64, fisher="empirical")
+        for step in range(4):
+            for other in range(thrown_away):
+                images, targets = batch(other, torch.float64)
+                functional.cross_entropy(network(images), targets).backward()
+                if when == "before":
+                    optimizer.zero_grad(set_to_none)
+            images, targets = batch(step, torch.float64)
+            loss = functional.cross_entropy(network(images), targets)
+            optimizer.zero_grad(set_to_none)
+            loss.backward()
+            optimizer.step()
+        results.append([*network.parameters(), *optimizer.state_dict()["state"].values()])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def scaled_step(network: nn.Module, optimizer: Any, scaler: Any, step: int, clip: bool = False) -> None:
     images, targets = batch(step)
     outputs = network(images)

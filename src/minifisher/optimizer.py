@@ -326,6 +326,13 @@ class CurvatureOptimizer(Reports):
 
     # ---- statistics ----
 
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what the backward passes so far told of samples is forgotten with their gradients."""
+        super().zero_grad(set_to_none)
+        for capture in self._captures.values():
+            capture.forget_backward()
+
     def _arm(self, always: bool = False) -> None:
         """Put hooks on when the coming step reads statistics, off when it does not."""
         for capture in self._captures.values():

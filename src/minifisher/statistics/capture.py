@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from minifisher.statistics.layers import Layer
 
 
-# While labels are drawn the backward pass is not that of the training loss: the captures that it speaks to.
-_drawing: list[Capture] = []
-
-
 class Capture:
     """Keeps inputs and output gradients of layers between `arm` and `collect`.
 
@@ -50,7 +46,8 @@ class Capture:
         self._layers = {module: layer for layer in layers for module in layer.modules}
         self._memory = memory
         self._sampled = sampled
-        self._passes: dict[Layer, Passes] = defaultdict(Passes)
+        self._draws = False
+        self._passes: dict[Layer, Passes] = {}
         self._switch = _Switch()
         self._calls: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
         self._numbers = count()
@@ -119,14 +116,20 @@ class Capture:
             self._passes[self._layers[call.module]].receive_all(call, received)
 
     def _draw(self, loss_sum: Tensor, edges: dict[Pending, Any]) -> list[Tensor | None]:
-        _drawing.append(self)
+        self._draws = True
         try:
             gradients = torch.autograd.grad(
                 loss_sum, list(edges.values()), retain_graph=True, allow_unused=True
             )
         finally:
-            _drawing.remove(self)
+            self._draws = False
         return [call.take(gradient) for call, gradient in zip(edges, gradients, strict=True)]
+
+    def forget_backward(self) -> None:
+        """Every `.grad` was cleared: the backward passes so far do not count, the forward passes still do."""
+        if not self._sampled:
+            for passes in self._passes.values():
+                passes.forget()
 
     def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
         """What each layer saw, and forget it; a layer without a gradient is absent.
@@ -159,7 +162,7 @@ class Capture:
             return
         # Under autocast the module computes with a copy of its input, and the original may change afterwards.
         kept = batched(module, inputs.detach().to(output.dtype))
-        call, passes = Pending(module, kept, next(self._numbers)), self._passes[layer]
+        call, passes = Pending(module, kept, next(self._numbers)), self._passes_of(layer)
         passes.add(call)
         # What is put on the graph holds the call.
         if self._sampled:
@@ -167,12 +170,12 @@ class Capture:
         else:
             # A hook on the tensor also sees the gradient before a following in-place activation; one on the
             # module does not.
-            output.register_hook(partial(self._receive, passes, call))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(passes.receive, call))  # type: ignore[no-untyped-call]
 
     def show(self, module: nn.Module, inputs: Tensor) -> Pending:
         """One call of a module in compiled code."""
         call = Pending(module, batched(module, inputs), next(self._numbers), compiled=True)
-        self._passes[self._layers[module]].add(call)
+        self._passes_of(self._layers[module]).add(call)
         self._calls[call.number] = call
         return call
 
@@ -182,14 +185,12 @@ class Capture:
         if call is None or not gradients.numel():
             return
         if not self._sampled:
-            self._receive(self._passes[self._layers[call.module]], call, gradients)
-        elif self in _drawing:
+            self._passes[self._layers[call.module]].receive(call, gradients)
+        elif self._draws:
             call.drawn = gradients if call.drawn is None else call.drawn + gradients
 
-    @staticmethod
-    def _receive(passes: Passes, call: Pending, gradients: Tensor) -> None:
-        if not _drawing:
-            passes.receive(call, gradients)
+    def _passes_of(self, layer: Layer) -> Passes:
+        return self._passes.setdefault(layer, Passes(layer.weight))
 
 
 class _Switch:

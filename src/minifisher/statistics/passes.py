@@ -32,6 +32,10 @@ class Pending:
     compiled: bool = False
     turn: int = 0
     """The forward pass that it belongs to."""
+    recomputed: bool = False
+    """Made inside a backward pass, as activation checkpoints do."""
+    task: int = -1
+    """The backward pass that answered it."""
     output_gradients: tuple[Tensor, ...] = ()
     """One of the training loss, or one of each loss that was sampled."""
     drawn: Tensor | None = None
@@ -50,10 +54,17 @@ class Passes:
     Calls of one forward pass are the same samples at other positions: a call that begins after an earlier one
     has received its gradient opens another pass, of other samples.
 
+    Of the training loss they keep what `.grad` of the weight keeps: a backward pass that adds nothing to it
+    (`torch.autograd.grad`, for the inputs of an attack) tells nothing, and what was in it before it became
+    None, or zero, is forgotten.
+
     A call without a gradient lives with the graph that it belongs to: here is no more than a weak reference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        # Of the weight, and of the backward pass, when a call was answered last.
+        self._version, self._task = 0, -1
         self._calls: WeakValueDictionary[int, Pending] = WeakValueDictionary()
         self._answered: list[Pending] = []
         self._turn = 0
@@ -62,7 +73,7 @@ class Passes:
     def add(self, call: Pending) -> None:
         """Another call."""
         self._turn = max(self._turn, self._last_answered + 1)
-        call.turn = self._turn
+        call.turn, call.recomputed = self._turn, torch._C._current_graph_task_id() != -1
         self._calls[call.number] = call
 
     def pending(self) -> list[Pending]:
@@ -71,8 +82,27 @@ class Passes:
 
     def receive(self, call: Pending, gradients: Tensor) -> None:
         """The gradient of the training loss; of a graph that is walked twice the second of two terms."""
+        if not adds_to_gradient(self._weight):
+            return
+        task = torch._C._current_graph_task_id()
+        # One that is recomputed has another backward pass around it, which may have added nothing yet.
+        if task != self._task and not call.recomputed and self._answered and self._is_cleared():
+            self.forget(but=task)
+        self._version, self._task, call.task = self._weight._version, task, task
         arrived = batched(call.module, gradients.detach())
         self._answer(call, (sum(call.output_gradients, arrived),))
+
+    def _is_cleared(self) -> bool:
+        """Whether nothing of earlier backward passes is in `.grad`."""
+        gradient = self._weight.grad  # whether it is zero is only asked where somebody took a step
+        return gradient is None or (self._weight._version != self._version and not gradient.any())
+
+    def forget(self, but: int | None = None) -> None:
+        """What backward passes told, except the one named; a call whose graph is kept waits once more."""
+        for call in self._answered:
+            if call.task != but:
+                call.output_gradients = ()
+        self._answered = [call for call in self._answered if call.output_gradients]
 
     def receive_all(self, call: Pending, gradients: Iterable[Tensor | None]) -> None:
         """The gradients of several losses; one that does not depend on the call counts as zero."""
@@ -99,6 +129,16 @@ class Passes:
         self._calls.clear()
         self._answered.clear()
         return list(passes.values())
+
+
+def adds_to_gradient(weight: Tensor) -> bool:
+    """Whether the backward pass that goes on adds to `.grad` of the weight."""
+    if torch._C._current_graph_task_id() == -1:  # torch._dynamo.compiled_autograd walks the graph itself
+        return True
+    try:
+        return weight.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # torch.autograd.grad for the weight itself, which the engine does not tell apart
+        return False
 
 
 def fasten(call: Pending, output: Tensor) -> None:

@@ -1,0 +1,179 @@
+"""Whatever backward passes there were: the samples are those whose gradients are in `.grad`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minifisher.statistics.capture import Capture
+from minifisher.statistics.layers import layers_of
+from tests.helpers import problem
+
+
+def gradient_for_the_inputs(model, loss, inputs):
+    for _ in range(3):
+        attacked = inputs.clone().requires_grad_()
+        torch.autograd.grad(loss(model(attacked)), attacked)
+    loss(model(inputs)).backward()
+
+
+def gradient_for_the_inputs_on_the_same_graph(model, loss, inputs):
+    attacked = inputs.clone().requires_grad_()
+    found = loss(model(attacked))
+    torch.autograd.grad(found, attacked, retain_graph=True)
+    found.backward()
+
+
+def backward_for_the_inputs(model, loss, inputs):
+    attacked = inputs.clone().requires_grad_()
+    loss(model(attacked)).backward(inputs=[attacked])
+    loss(model(inputs)).backward()
+
+
+def gradient_for_the_weights(model, loss, inputs):
+    torch.autograd.grad(loss(model(inputs[:3])), list(model.parameters()))
+    loss(model(inputs)).backward()
+
+
+def cleared_before_the_forward_pass(model, loss, inputs):
+    loss(model(inputs[:3])).backward()
+    model.zero_grad()
+    loss(model(inputs)).backward()
+
+
+def cleared_after_the_forward_pass(model, loss, inputs):
+    for _ in range(3):
+        found = loss(model(inputs))
+        model.zero_grad()
+        found.backward()
+
+
+def cleared_between_two_walks_of_one_graph(model, loss, inputs):
+    found = loss(model(inputs))
+    found.backward(retain_graph=True)
+    model.zero_grad()
+    found.backward()
+
+
+def cleared_between_two_graphs_of_one_pass(model, loss, inputs):
+    first, second = loss(model(inputs)), loss(model(2 * inputs))
+    first.backward()
+    model.zero_grad()
+    second.backward()
+
+
+def zero_after_the_step_of_somebody_else(model, loss, inputs):
+    for _ in range(3):
+        found = loss(model(inputs))
+        model.zero_grad(set_to_none=False)
+        found.backward()
+        move(model)
+    found = loss(model(inputs))
+    model.zero_grad(set_to_none=False)
+    found.backward()
+
+
+def accumulated_over_weights_that_move(model, loss, inputs):
+    for part in (inputs[:2], inputs[2:4]):
+        (loss(model(part)) / 2).backward()
+        move(model)
+
+
+def accumulated_behind_an_attack(model, loss, inputs):
+    for part in (inputs[:2], inputs[2:4]):
+        attacked = part.clone().requires_grad_()
+        torch.autograd.grad(loss(model(attacked)), attacked)
+        (loss(model(part)) / 2).backward()
+
+
+SCENES = [
+    gradient_for_the_inputs,
+    gradient_for_the_inputs_on_the_same_graph,
+    backward_for_the_inputs,
+    gradient_for_the_weights,
+    cleared_before_the_forward_pass,
+    cleared_after_the_forward_pass,
+    cleared_between_two_walks_of_one_graph,
+    cleared_between_two_graphs_of_one_pass,
+    zero_after_the_step_of_somebody_else,
+    accumulated_over_weights_that_move,
+    accumulated_behind_an_attack,
+]
+
+
+def move(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+
+
+def assert_samples_of_the_gradients(capture):
+    found = capture.collect()
+    assert set(found) == set(capture.layers)
+    for layer, samples in found.items():
+        mean = torch.cat(list(samples.gradients())).sum(0) / samples.count
+        torch.testing.assert_close(mean, layer.weight.grad, rtol=1e-10, atol=1e-12)
+    return [samples.count for samples in found.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("linear", None), ("twice", None), ("in-place activation", None), ("linear", "aot_eager")],
+)
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_the_samples_are_those_of_the_gradient(scene, name, backend):
+    case = problem(name)
+    model = torch.compile(case.module, backend=backend) if backend else case.module
+    capture = Capture(layers_of(case.module), 1 << 30)
+    capture.arm()
+    scene(model, lambda outputs: outputs.sin().sum(1).mean(), case.inputs)
+    expected = {accumulated_over_weights_that_move: 4, accumulated_behind_an_attack: 4}.get(scene, 5)
+    assert set(assert_samples_of_the_gradients(capture)) == {expected}
+    capture.release()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_inside_and_outside_of_a_checkpoint(reentrant):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(3, 3).double(), torch.randn(5, 3).double()
+    capture = Capture(layers_of(layer), 1 << 30)
+    capture.arm()
+    for _ in range(2):
+        layer.zero_grad()
+        hidden = checkpoint(layer, layer(inputs).sin(), use_reentrant=reentrant)
+        layer(hidden.sin()).sin().sum(1).mean().backward()
+    assert_samples_of_the_gradients(capture)
+
+
+def test_backward_passes_are_forgotten_and_forward_passes_are_not():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), 1 << 30)
+    capture.arm()
+    case.mean_loss().backward()
+    loss = case.mean_loss()
+    case.module.zero_grad(set_to_none=False)
+    capture.forget_backward()
+    loss.backward()
+    assert set(assert_samples_of_the_gradients(capture)) == {5}
+
+
+def test_what_labels_that_were_drawn_told_stays_where_gradients_are_cleared():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), 1 << 30, sampled=True)
+    capture.arm()
+    outputs = case.module(case.inputs)
+    capture.sample(outputs.sum())
+    capture.forget_backward()
+    assert len(capture.collect()) == 2
+
+
+def test_a_weight_that_is_frozen_before_the_backward_pass_tells_nothing():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), 1 << 30)
+    capture.arm()
+    loss = case.mean_loss()
+    case.module[0].weight.requires_grad_(False)
+    loss.backward()
+    assert [layer.name for layer in capture.collect()] == ["2.weight"]
