@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minifisher.statistics.passes import adds_to_gradient
 from minifisher.statistics.positions import batched, output_positions
 from minifisher.statistics.records import Secant
 
@@ -28,12 +29,15 @@ class _Call:
     """One call of a module: sums [groups, out / groups] over its samples and their positions."""
 
     module: nn.Module
+    weight: Tensor
     samples: int
     positions: int  # of one sample
     outputs: Tensor
     gradients: Tensor | None = None
 
     def receive(self, gradients: Tensor) -> None:
+        if not adds_to_gradient(self.weight):
+            return
         # A graph that is walked twice, once for each of two losses, hands back two terms of one gradient.
         arrived = _sum(_positions(self.module, gradients))
         self.gradients = arrived if self.gradients is None else self.gradients + arrived
@@ -42,7 +46,8 @@ class _Call:
 class OutputMeans:
     """Mean output and mean output gradient of layers, over the samples and positions of one closure.
 
-    Calls, passes and samples as in `Capture`; a call whose gradient never arrives does not count.
+    Calls, passes and samples as in `Capture`; a call does not count where no gradient arrives, or where that
+    adds to no `.grad`.
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
@@ -73,7 +78,8 @@ class OutputMeans:
         if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
             return
         positions = _positions(module, output)
-        call = _Call(module, positions.shape[0], positions[0, 0, ..., 0].numel(), _sum(positions))
+        places = positions[0, 0, ..., 0].numel()
+        call = _Call(module, layer.weight, positions.shape[0], places, _sum(positions))
         # A hook on the tensor also sees the gradient before a following in-place activation; one on the
         # module does not.
         output.register_hook(call.receive)  # type: ignore[no-untyped-call]
