@@ -134,6 +134,44 @@ def test_the_samples_are_those_of_the_gradient(scene, name, backend):
     capture.release()
 
 
+def per_sample(module):
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def loss(weights, one):
+        return torch.func.functional_call(module, weights, (one[None],)).square().sum()
+
+    return lambda inputs: torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, inputs)
+
+
+TRANSFORMS = {
+    "vmap": torch.func.vmap,
+    "grad": lambda module: torch.func.grad(lambda inputs: module(inputs).square().sum()),
+    "jacrev": torch.func.jacrev,
+    "hessian": lambda module: torch.func.hessian(lambda inputs: module(inputs).square().sum()),
+    "per sample": per_sample,
+}
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, None) for name in TRANSFORMS), ("grad", "aot_eager"), ("vmap", "aot_eager")],
+)
+def test_function_transforms_are_not_seen(name, backend, sampled):
+    case = problem("linear")
+    transform = TRANSFORMS[name](case.module)
+    capture = Capture(layers_of(case.module), 1 << 30, sampled)
+    capture.arm()
+    (case.mean_loss() / 2).backward()
+    (torch.compile(transform, backend=backend) if backend else transform)(case.inputs)
+    (case.mean_loss() / 2).backward()
+    if sampled:
+        assert capture.collect() == {}
+    else:
+        assert set(assert_samples_of_the_gradients(capture)) == {10}
+    capture.release()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_layer_inside_and_outside_of_a_checkpoint(reentrant):
     torch.manual_seed(0)

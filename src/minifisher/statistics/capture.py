@@ -157,6 +157,8 @@ class Capture:
 
     def keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """One call of a module in eager mode."""
+        if torch._C._are_functorch_transforms_active():  # its tensors are those of the transform
+            return
         layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
         if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
             return

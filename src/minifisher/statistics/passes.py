@@ -133,10 +133,14 @@ class Passes:
 
 def adds_to_gradient(weight: Tensor) -> bool:
     """Whether the backward pass that goes on adds to `.grad` of the weight."""
-    if torch._C._current_graph_task_id() == -1:  # torch._dynamo.compiled_autograd walks the graph itself
+    if torch._C._current_graph_task_id() == -1 or not weight.requires_grad:  # -1: of torch.func, compiled
+        return False
+    with torch.enable_grad():
+        use: Any = weight.view_as(weight).grad_fn
+    if use is None:  # below autograd: torch._dynamo.compiled_autograd walks compiled code by itself
         return True
     try:
-        return weight.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+        return bool(torch._C._will_engine_execute_node(use.next_functions[0][0]))
     except RuntimeError:  # torch.autograd.grad for the weight itself, which the engine does not tell apart
         return False
 
