@@ -493,6 +493,46 @@ def test_a_sampled_estimator_that_is_never_shown_the_outputs_says_so():
         opt.step()
 
 
+class Functional(nn.Module):
+    """Computes with a layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.called, self.idle = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 4)
+
+    def forward(self, inputs):
+        return self.called(nn.functional.linear(inputs, self.used.weight).tanh())
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_a_gradient_without_samples_is_reported_once_and_an_idle_layer_is_not(fisher):
+    module = Functional()
+    opt = MBF(module, fisher=fisher, statistics_every=2)
+    module.idle.weight.grad = torch.zeros(4, 3)
+    heard = []
+    for _ in range(5):
+        opt.zero_grad(set_to_none=False)
+        outputs = module(torch.ones(2, 3))
+        opt.observe(outputs)
+        outputs.square().mean().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt.step()
+        heard += caught
+    (warning,) = heard
+    assert str(warning.message).startswith("used.weight got a gradient, but no call of its module")
+    assert warning.filename == __file__
+    assert opt.diagnostics()["weights"]["called.weight"]["observations"] == 3
+
+
+def test_a_gradient_that_autograd_did_not_add_is_reported():
+    module = nn.Linear(3, 2, bias=False)
+    opt = MBF(module, fisher="empirical")
+    (module.weight.grad,) = torch.autograd.grad(module(torch.ones(2, 3)).square().mean(), module.weight)
+    with pytest.warns(RuntimeWarning, match=r"weight got a gradient.* let loss\.backward\(\) fill \.grad"):
+        opt.step()
+
+
 def test_observing_is_free_where_none_is_due():
     module = network()
     opt = MBF(module, fisher="sampled", statistics_every=3)

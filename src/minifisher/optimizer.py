@@ -350,11 +350,7 @@ class CurvatureOptimizer(Reports):
         for source, capture in self._captures.items():
             seen = capture.seen
             samples = capture.collect(loss_scale(self, captured=seen and source == "empirical"))
-            if source in LABELLED and seen and not samples:
-                raise RuntimeError(
-                    f'fisher="{source}" has seen a forward pass but no labels: call optimizer.observe('
-                    "outputs) between the forward pass and loss.backward()"
-                )
+            capture.check_heard(samples, source, seen)
             collected.update(samples)
         return collected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
 from contextlib import ExitStack
@@ -23,11 +24,26 @@ from minifisher.statistics.taps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor, nn
 
     from minifisher.statistics.layers import Layer
+
+
+_UNLABELLED = (
+    'fisher="{}" has seen a forward pass but no labels: call optimizer.observe(outputs) between the forward '
+    "pass and loss.backward()"
+)
+_SILENT = (
+    "{} got a gradient, but no call of its module {}: it has no samples and steps without their curvature. "
+    'Call the module itself, not torch.nn.functional with its weight, {}, or use fisher="gradient" where the '
+    "method has it; of these weights this warning is not repeated"
+)
+_SILENT_BECAUSE = {
+    False: ("took part in loss.backward()", "and let loss.backward() fill .grad"),
+    True: ("led to the outputs that optimizer.observe was given", "and observe outputs that depend on it"),
+}  # by whether labels are drawn
 
 
 class Capture:
@@ -47,6 +63,7 @@ class Capture:
         self._memory = memory
         self._sampled = sampled
         self._draws = False
+        self._reported: set[Layer] = set()
         self._passes: dict[Layer, Passes] = {}
         self._switch = _Switch()
         self._calls: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
@@ -141,6 +158,20 @@ class Capture:
         return {
             layer: self._samples(layer, passes, loss_scale) for layer, passes in collected.items() if passes
         }
+
+    def check_heard(self, collected: Collection[Layer], source: str, seen: bool) -> None:
+        """Raises where no labels were drawn; warns once of each weight with a gradient and no samples."""
+        if self._sampled and seen and not collected:
+            raise RuntimeError(_UNLABELLED.format(source))
+        if not self.armed:
+            return
+        missing = (layer for layer in self.layers if layer not in collected and layer not in self._reported)
+        silent = [layer for layer in missing if _has_gradient(layer.weight)]
+        if silent:
+            self._reported.update(silent)
+            names = ", ".join(layer.name for layer in silent)
+            message = _SILENT.format(names, *_SILENT_BECAUSE[self._sampled])
+            warnings.warn(message, RuntimeWarning, stacklevel=8)  # whoever called optimizer.step
 
     def _forget(self) -> None:
         self._passes.clear()
@@ -246,6 +277,11 @@ class _ForwardHook:
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
         return (_ForwardHook, ())
+
+
+def _has_gradient(weight: Tensor) -> bool:
+    """Zeros are what a layer has that was idle: `zero_grad` or DistributedDataParallel left them."""
+    return weight.grad is not None and bool(weight.grad.any())
 
 
 def _complete(passes: list[list[Pending]]) -> tuple[tuple[Call, ...], ...]:
