@@ -192,6 +192,38 @@ def test_a_setting_of_the_process_is_as_before_in_whatever_order_captures_let_go
         assert functorch_config.donated_buffer
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_has_no_taps(strict):
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), LARGE)
+    capture.arm()
+    program = torch.export.export(case.module, (case.inputs,), strict=strict)
+    assert not [node for node in program.graph.nodes if "minifisher" in str(node.target)]
+    assert not capture.seen
+    case.mean_loss().backward()
+    assert len(capture.collect()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "error::torch.jit.TracerWarning")
+def test_a_traced_program_is_that_of_the_model_alone():
+    case = problem("linear")
+    capture = Capture(layers_of(case.module), LARGE)
+    capture.arm()
+    traced = torch.jit.trace(case.module, case.inputs)
+    assert not capture.seen
+    torch.testing.assert_close(traced(case.inputs), case.module(case.inputs))
+
+
+def test_scripting_an_armed_model_says_what_to_do_instead():
+    module = nn.Linear(2, 2)
+    optimizer = minifisher.MBF(module, fisher="empirical")
+    with pytest.raises(AttributeError, match=r"script a fresh model|torch\.export"):
+        torch.jit.script(module)
+    del optimizer
+    gc.collect()
+    torch.jit.script(module)
+
+
 # ---- whole training steps ----
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from minifisher.statistics.layers import Layer
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
+
 _UNLABELLED = (
     'fisher="{}" has seen a forward pass but no labels: call optimizer.observe(outputs) between the forward '
     "pass and loss.backward()"
@@ -188,8 +190,8 @@ class Capture:
 
     def keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """One call of a module in eager mode."""
-        if torch._C._are_functorch_transforms_active():  # its tensors are those of the transform
-            return
+        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+            return  # no training: the tensors are those of a transform, or what is done with them is recorded
         layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
         if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
             return
@@ -256,7 +258,7 @@ class _ForwardHook:
             return None
         inputs = args[0] if args else kwargs["input"]
         if torch.compiler.is_compiling():
-            needed = output.requires_grad and module.weight.requires_grad
+            needed = output.requires_grad and module.weight.requires_grad and not _is_exporting()
             return tap(output, inputs.detach().to(output.dtype), self._place) if needed else None
         capture = self._capture() if self._capture is not None else None
         if capture is not None:
@@ -274,6 +276,13 @@ class _ForwardHook:
         capture = self._capture and self._capture()
         if capture:
             capture.hand_back(call, gradients)
+
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "torch.jit.script compiles forward hooks, and an optimizer's it cannot: script a fresh model "
+            "with the same state_dict, or use torch.export"
+        )
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
         return (_ForwardHook, ())
