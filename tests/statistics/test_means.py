@@ -52,17 +52,26 @@ def test_means_are_over_samples_and_positions_and_per_sample(name):
     torch.testing.assert_close(mean_gradient, by_group(gradients, groups, channels))
 
 
-def test_an_attack_inside_the_closure_leaves_no_trace():
+def attack(module, inputs):
+    attacked = inputs.clone().requires_grad_()
+    torch.autograd.grad(module(attacked).square().sum(), attacked)
+
+
+def transform(module, inputs):
+    torch.func.grad(lambda inputs: module(inputs).square().sum())(inputs)
+
+
+@pytest.mark.parametrize("before", [attack, transform])
+def test_gradients_for_the_inputs_inside_the_closure_leave_no_trace(before):
     module = nn.Linear(3, 4)
     inputs, weights = torch.randn(5, 3), torch.randn(5, 4)
     (layer, _) = layers_of(module)
-    usual, behind_an_attack = OutputMeans([layer]), OutputMeans([layer])
+    usual, behind = OutputMeans([layer]), OutputMeans([layer])
     evaluate(module, inputs, weights, usual)
-    with behind_an_attack.recording():
-        attacked = inputs.clone().requires_grad_()
-        torch.autograd.grad(module(attacked).square().sum(), attacked)
-    evaluate(module, inputs, weights, behind_an_attack)
-    torch.testing.assert_close(behind_an_attack.read(), usual.read(), rtol=0, atol=0)
+    with behind.recording():
+        before(module, inputs)
+    evaluate(module, inputs, weights, behind)
+    torch.testing.assert_close(behind.read(), usual.read(), rtol=0, atol=0)
 
 
 def test_an_activation_in_place_does_not_change_what_was_recorded():

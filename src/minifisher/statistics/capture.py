@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 
-from minifisher.statistics.passes import Passes, Pending, edges_below, fasten
+from minifisher.statistics.passes import Passes, Pending, edges_below, fasten, may_be_answered
 from minifisher.statistics.positions import batched
 from minifisher.statistics.samples import Call, CapturedSamples
 from minifisher.statistics.taps import (
@@ -190,10 +190,8 @@ class Capture:
 
     def keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """One call of a module in eager mode."""
-        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
-            return  # no training: the tensors are those of a transform, or what is done with them is recorded
-        layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
-        if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
+        layer = self._layers.get(module)
+        if not may_be_answered(layer, output):
             return
         # Under autocast the module computes with a copy of its input, and the original may change afterwards.
         kept = batched(module, inputs.detach().to(output.dtype))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.statistics.passes import adds_to_gradient
+from minifisher.statistics.passes import adds_to_gradient, may_be_answered
 from minifisher.statistics.positions import batched, output_positions
 from minifisher.statistics.records import Secant
 
@@ -74,8 +74,8 @@ class OutputMeans:
         return {layer: _means(passes) for layer, passes in complete.items() if any(passes)}
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        layer = self._layers.get(module)  # None for a replica, which no parameter of ours belongs to
-        if layer is None or not (output.requires_grad and layer.weight.requires_grad and output.numel()):
+        layer = self._layers.get(module)
+        if not may_be_answered(layer, output):
             return
         positions = _positions(module, output)
         places = positions[0, 0, ..., 0].numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.autograd.graph import Node
+
+    from minifisher.statistics.layers import Layer
 
 
 @dataclass(eq=False)
@@ -129,6 +131,14 @@ class Passes:
         self._calls.clear()
         self._answered.clear()
         return list(passes.values())
+
+
+def may_be_answered(layer: Layer | None, output: Tensor) -> TypeGuard[Layer]:
+    """Whether a call may get a gradient of the training loss; a replica's has no layer of ours."""
+    # Tensors of a transform are not those of training, and what is done to traced ones is recorded.
+    if layer is None or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return False
+    return output.requires_grad and layer.weight.requires_grad and output.numel() > 0
 
 
 def adds_to_gradient(weight: Tensor) -> bool:
