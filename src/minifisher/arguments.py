@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,8 +65,8 @@ def check_groups(groups: Sequence[Mapping[str, Any]], layers: Iterable[Any]) -> 
     for group in groups:
         if isinstance(group["lr"], Real) and not math.isfinite(group["lr"]):
             raise ValueError(f"lr must be finite, got {group['lr']!r}: look at what sets it, a scheduler?")
-    enrolled = {id(parameter) for layer in layers for parameter in layer.parameters}
-    present = {id(parameter) for group in groups for parameter in group["params"]}
+    enrolled = set(map(id, chain.from_iterable(layer.parameters for layer in layers)))
+    present = set(map(id, chain.from_iterable(group["params"] for group in groups)))
     if enrolled != present:
         raise RuntimeError(
             f"param_groups hold {len(present - enrolled)} parameters that no curvature was planned for, and "
