@@ -159,10 +159,9 @@ def search(rival: Rival, splits: batches.Splits, arguments: argparse.Namespace) 
     start = Run(rival, splits, arguments.seed)
     if not arguments.cold:
         start.warm_start()
-    settings = list(product(arguments.lr or [rival.rate], arguments.damping or [rival.damping]))
     tried = []
     best: Run | None = None
-    for options in settings:
+    for options in product(arguments.lr or [rival.rate], arguments.damping or [rival.damping]):
         run = copy.deepcopy(start).set_options(*options)
         run.advance(arguments.search)
         tried.append(run.summary())

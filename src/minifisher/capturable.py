@@ -99,10 +99,9 @@ def _directions(
         share = (1 - options["curvature_decay"]) / (1 - options["curvature_decay"] ** observations)
         curvature.observe(cohort.state, BatchGradient(gradient), 1 - share)
         curvature.refresh(cohort.state, options["damping"])
-    if options["weight_decay"] and not options["decoupled_weight_decay"]:
-        gradient = gradient + options["weight_decay"] * cohort.gather(cohort.tensors)
+    gradient = cohort.with_decay(gradient)
     graft.advance(cohort.state, gradient, len(cohort.layers), taken, options["momentum"])
-    momentum = cohort.state["momentum"] if options["momentum"] else gradient
+    momentum = cohort.past(gradient)
     first_order = graft.step(cohort.state, momentum, taken, options["momentum"])
     if curvature.needs is None:
         return first_order, first_order

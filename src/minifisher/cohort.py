@@ -99,14 +99,22 @@ class Cohort:
         gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
         gradient = gradient.to(kept(gradient.dtype))
         gradient = -gradient if self.options["maximize"] else gradient
-        return self._with_decay(gradient) if self.plan.curvature.steps_by_mean else gradient
+        return self.with_decay(gradient) if self.plan.curvature.steps_by_mean else gradient
 
-    def _with_decay(self, gradient: Tensor) -> Tensor:
-        """D + weight_decay W, unless the decay is decoupled."""
-        if not self.options["weight_decay"] or self.options["decoupled_weight_decay"]:
-            return gradient
+    @property
+    def coupled_decay(self) -> float:
+        """The weight decay that joins the gradient; 0 where it is decoupled."""
         decay: float = self.options["weight_decay"]
-        return gradient + decay * self.gather(self.tensors)
+        return 0.0 if self.options["decoupled_weight_decay"] else decay
+
+    def with_decay(self, gradient: Tensor) -> Tensor:
+        """D + weight_decay W, unless the decay is decoupled."""
+        decay = self.coupled_decay
+        return gradient + decay * self.gather(self.tensors) if decay else gradient
+
+    def past(self, gradient: Tensor) -> Tensor:
+        """M; without momentum the gradient that it would be."""
+        return self.state["momentum"] if self.options["momentum"] else gradient
 
     def moving(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What this process holds of every parameter, with its part of the stack; not of a frozen half."""
@@ -211,8 +219,8 @@ class Cohort:
     def _fused(self, gradient: Tensor) -> Move | None:
         """The same in one pass, where graft and curvature have one; None where they do not."""
         options, curvature = self.options, self.plan.curvature
-        coupled = options["weight_decay"] and not options["decoupled_weight_decay"]
-        if curvature.needs is not BatchGradient or not self.statistics_due or coupled or self._rows:
+        separate = not self.statistics_due or self.coupled_decay or self._rows
+        if curvature.needs is not BatchGradient or separate:
             return None
         first_order = GRAFTS[options["graft"]].as_pass(self.state, self.step + 1, options["momentum"])
         if first_order is None:
@@ -243,10 +251,10 @@ class Cohort:
         self.step += 1
         of_loss, curvature = gradient, self.plan.curvature
         if not curvature.steps_by_mean:
-            gradient = self._with_decay(gradient)
+            gradient = self.with_decay(gradient)
         graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
         length = self._for_each(graft.advance(self.state, gradient, self.parts, self.step, mu))
-        momentum = self.state["momentum"] if mu else gradient
+        momentum = self.past(gradient)
         if not self.observations:
             return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
         if curvature.steps_by_mean:
@@ -274,8 +282,7 @@ class Cohort:
             move.fallen, move.held = (
                 int(where.view(len(self.layers), -1).any(1).sum()) for where in (fallen, held)
             )
-            past = self.state["momentum"] if self.options["momentum"] else move.momentum
-            fallback = self._first_order(past).masked_fill(held, 0)
+            fallback = self._first_order(self.past(move.momentum)).masked_fill(held, 0)
             move.direction = torch.where(usable, move.direction, fallback)
             self._forget(held)
             length = length.masked_fill(~usable, 1)
