@@ -15,7 +15,7 @@ import torch
 from alternate import CLOCKS, alternate, compare, report
 from torch import Tensor
 
-from minifisher.linalg.spd import add_to_diagonal, inverse_power
+from minifisher.linalg.dense import add_to_diagonal, inverse_power
 from minifisher.linalg.warm import newton_schulz_inverse
 
 WIDTHS = (32, 64, 128, 256, 512)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import minifisher
-from minifisher.seats import cost
+from minifisher.distributed.placement import cost
 from minifisher.statistics.layers import layers_of
 
 SHAPES = ((16, 16), (64, 64), (256, 256), (500, 784), (1024, 1024), (32, 16, 3), (64, 64, 3), (128, 128, 3))

@@ -66,7 +66,7 @@ def milliseconds(call: Callable[[], object], turns: int) -> float:
 
 
 def measure(rows: int, blocks: int, width: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
-    from minifisher.linalg import _packed_triton as leaf
+    from minifisher.kernels import packed_triton as leaf
 
     torch.manual_seed(0)
     state = tensors(rows, blocks, width, dtype)

@@ -18,16 +18,16 @@ from torch import nn
 
 import minifisher
 from minifisher.curvature import Plan
-from minifisher.methods.eigenbasis import EigenbasisAdam
-from minifisher.methods.factors import ModeFactors
+from minifisher.distributed.ownership import assign_owners
+from minifisher.distributed.placement import cost as placement_cost
 from minifisher.methods.kbfgs import KroneckerBFGS
 from minifisher.methods.kbfgsl import LimitedMemoryKroneckerBFGS
 from minifisher.methods.kfac import KroneckerFactors
 from minifisher.methods.mbf import MiniBlocks
-from minifisher.methods.packed import PackedBlocks
+from minifisher.methods.mbf_packed import PackedBlocks
+from minifisher.methods.mode_factors import ModeFactors
 from minifisher.methods.shampoo import KroneckerRoots
-from minifisher.placement import assign_owners
-from minifisher.seats import cost as placement_cost
+from minifisher.methods.soap import EigenbasisAdam
 from minifisher.statistics.layers import Layer, layers_of
 from minifisher.statistics.records import BatchGradient
 

@@ -23,7 +23,7 @@ import torch
 from alternate import CLOCKS, alternate, compare, machine, report
 from torch import Tensor
 
-from minifisher.linalg import packed
+from minifisher.kernels import packed
 from minifisher.linalg.blocks import BlockReading
 from minifisher.linalg.first_order import FirstOrderPass
 

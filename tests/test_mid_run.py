@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
-from minifisher.cohort import Cohort, clipped
-from minifisher.linalg import compiled
+from minifisher.kernels import choose as compiled
+from minifisher.step.layer_stack import Cohort, clipped
 
 INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(16) % 3
@@ -249,7 +249,7 @@ def test_a_warm_start_without_a_batch_is_refused(batches):
 
 @pytest.mark.skipif(not compiled.INSTALLED, reason="needs numba")
 def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
-    from minifisher.linalg import _jit
+    from minifisher.kernels import jit as _jit
 
     compile_ = _jit.numba.njit
 

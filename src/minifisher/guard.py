@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.arguments import check_gradient
-from minifisher.distributed import local
+from minifisher.distributed.collectives import local
+from minifisher.options import check_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

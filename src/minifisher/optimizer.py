@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 
-from minifisher import parallel
-from minifisher.adaptive import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.arguments import (
+from minifisher.curvature import Plan
+from minifisher.distributed import ranks as parallel
+from minifisher.distributed.collectives import world_size
+from minifisher.distributed.placement import Seat
+from minifisher.guard import NO_CLOSURE, all_finite, check_estimators, check_warm_start
+from minifisher.options import (
     Params,
     as_groups,
     check_group,
@@ -21,21 +24,18 @@ from minifisher.arguments import (
     check_options,
     check_parameter,
 )
-from minifisher.capturable import check_capturable, take_step
-from minifisher.checkpoint import FORMAT_VERSION
-from minifisher.cohort import SATURATED, Cohort, Move, clipped
-from minifisher.curvature import Plan
-from minifisher.distributed import world_size
-from minifisher.guard import NO_CLOSURE, all_finite, check_estimators, check_warm_start
 from minifisher.reports import Reports
-from minifisher.scaling import full_precision, loss_scale, overflowed, unscale
-from minifisher.seats import Seat
-from minifisher.second_pass import SecondPass
 from minifisher.stacking import add_momentum, form_cohorts, initial_state
+from minifisher.state.checkpoint import FORMAT_VERSION
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import Layer, layer_of, layers_of
 from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
+from minifisher.statistics.second_pass import SecondPass
+from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
+from minifisher.step.captured import check_capturable, take_step
+from minifisher.step.layer_stack import SATURATED, Cohort, Move, clipped
+from minifisher.step.precision import full_precision, loss_scale, overflowed, unscale
 
 Samples = dict[Layer, LayerSamples]
 Changes = list[tuple[Tensor, tuple[Any, ...]]]  # each with the ranks whose pieces add to it
@@ -51,7 +51,7 @@ class CurvatureOptimizer(Reports):
     With `adaptive_damping=True` `step` needs a closure, and evaluates it once more every fifth step: the
     group's `damping` is multiplied by 0.95^5 where the loss fell by more than 3/4 of what the damped
     quadratic model predicted for that step, and divided by it where by less than 1/4 (Martens and Grosse,
-    2015, Section 6.5; `minifisher.adaptive` derives the prediction).
+    2015, Section 6.5; `minifisher.step.adaptive_damping` derives the prediction).
     """
 
     # GradScaler then says by how much it scaled the loss, and leaves the rest to `step`.

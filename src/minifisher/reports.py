@@ -7,9 +7,9 @@ from abc import abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from minifisher.description import Description, describe_layer
 from minifisher.guard import counts
 from minifisher.resumable import Resumable
+from minifisher.state.report import Description, describe_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

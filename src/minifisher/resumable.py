@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from minifisher.checkpoint import indices, merged_groups, read_entries, whole_entries, without_stacks
-from minifisher.distributed import is_distributed
-from minifisher.seats import Seat, take_seats
+from minifisher.distributed.collectives import is_distributed
+from minifisher.distributed.placement import Seat, take_seats
+from minifisher.state.checkpoint import indices, merged_groups, read_entries, whole_entries, without_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from minifisher.cohort import Cohort
     from minifisher.curvature import Plan
     from minifisher.statistics.capture import Capture
     from minifisher.statistics.layers import Layer
+    from minifisher.step.layer_stack import Cohort
 
 
 class Resumable(Optimizer, ABC):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.cohort import OF_PARAMETER_SHAPE, Cohort, kept
-from minifisher.distributed import local
-from minifisher.graft import GRAFTS
-from minifisher.seats import piece
+from minifisher.distributed.collectives import local
+from minifisher.distributed.placement import piece
+from minifisher.step.first_order import GRAFTS
+from minifisher.step.layer_stack import OF_PARAMETER_SHAPE, Cohort, kept
 
 if TYPE_CHECKING:
     from minifisher.curvature import Plan
-    from minifisher.seats import Seat
+    from minifisher.distributed.placement import Seat
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
 

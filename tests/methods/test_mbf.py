@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifisher import MBF
-from minifisher.linalg.packed import Tiling
-from minifisher.methods.packed import PackedBlocks
+from minifisher.kernels.packed import Tiling
+from minifisher.methods.mbf_packed import PackedBlocks
 from minifisher.statistics.layers import layers_of
 from tests.helpers import (
     NETS,

@@ -8,7 +8,7 @@ from torch import nn
 
 from minifisher import TNT
 from minifisher.linalg.modes import TensorReading
-from minifisher.methods.factors import outer_product_moments
+from minifisher.methods.mode_factors import outer_product_moments
 from minifisher.statistics.layers import layer_of
 from minifisher.statistics.likelihood import sampled_loss
 from minifisher.statistics.records import BatchGradient, LayerSamples

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minifisher.linalg.spd import add_to_diagonal, cholesky_inverse, inverse_power
+from minifisher.linalg.dense import add_to_diagonal, cholesky_inverse, inverse_power
 from minifisher.linalg.warm import newton_schulz_inverse
 
 

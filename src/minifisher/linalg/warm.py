@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minifisher.linalg.spd import inverse_power
+from minifisher.linalg.dense import inverse_power
 
 _ITERATIONS = 12  # a warm start takes 2 or 3; a cold one squares the distance from the identity every time
 _NEAR = 0.9  # a last inverse that is farther off than this is no start

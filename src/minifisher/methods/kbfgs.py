@@ -20,15 +20,15 @@ from minifisher.linalg.bfgs import (
     times,
     unit,
 )
-from minifisher.linalg.spd import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
+from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import LayerSamples, Secant, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.arguments import Params
     from minifisher.curvature import State
+    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.

@@ -17,8 +17,8 @@ from minifisher.methods.kbfgs import KroneckerBFGS, KroneckerBFGSOptimizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.arguments import Params
     from minifisher.curvature import State
+    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import Curvature, Plan, first_order
-from minifisher.linalg.spd import NO_CURVATURE, add_to_diagonal, eigenbasis, inverse_power, working_dtype
+from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, eigenbasis, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import LayerSamples, Statistics
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from minifisher.arguments import Params
     from minifisher.curvature import State
+    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 # Numbers of per-sample gradients that are formed at once where positions share a weight: 16 MiB in float32.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import Curvature, Plan
+from minifisher.kernels.packed import WIDEST
 from minifisher.linalg.blocks import (
     BlockReading,
     average_outer_products,
@@ -23,17 +24,16 @@ from minifisher.linalg.blocks import (
     sum_of_outer_products,
     sum_over_positions,
 )
-from minifisher.linalg.packed import WIDEST
-from minifisher.linalg.spd import NO_CURVATURE, working_dtype
-from minifisher.methods.packed import PackedBlocks
+from minifisher.linalg.dense import NO_CURVATURE, working_dtype
+from minifisher.methods.mbf_packed import PackedBlocks
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.arguments import Params
     from minifisher.curvature import State
+    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import Curvature, Plan
+from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
 from minifisher.linalg.modes import TensorReading
 from minifisher.linalg.newton import newton_inverse_root
-from minifisher.linalg.spd import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
-from minifisher.methods.eigenbasis import EigenbasisAdam
-from minifisher.methods.factors import (
+from minifisher.methods.mode_factors import (
     ModeFactors,
     choose_reading,
     choose_schedule,
     damped_power,
 )
+from minifisher.methods.soap import EigenbasisAdam
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.arguments import Params
     from minifisher.curvature import State
+    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 _RESIDUAL = 0.1  # of a Newton root that is still used; in float32 a condition number of about 1e6

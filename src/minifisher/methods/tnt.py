@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minifisher.curvature import Plan
-from minifisher.linalg.spd import NO_CURVATURE, working_dtype
-from minifisher.methods.factors import (
+from minifisher.linalg.dense import NO_CURVATURE, working_dtype
+from minifisher.methods.mode_factors import (
     ModeFactors,
     choose_reading,
     choose_schedule,
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from minifisher.arguments import Params
     from minifisher.curvature import State
+    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 

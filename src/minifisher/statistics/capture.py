@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 
-from minifisher.statistics.passes import Passes, Pending, edges_below, fasten, may_be_answered
-from minifisher.statistics.positions import batched
-from minifisher.statistics.samples import Call, CapturedSamples
-from minifisher.statistics.taps import (
+from minifisher.statistics.calls import Passes, Pending, edges_below, fasten, may_be_answered
+from minifisher.statistics.compiled_hooks import (
     forget_compiled_code,
     graphs_that_are_walked_twice,
     place_of,
     tap,
 )
+from minifisher.statistics.positions import batched
+from minifisher.statistics.samples import Call, CapturedSamples
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

@@ -1,0 +1,1 @@
+"""Compiled loops, each beside the reference in torch that it agrees with."""

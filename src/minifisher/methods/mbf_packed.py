@@ -1,0 +1,133 @@
+"""Mini-blocks of rows of their own, small enough to be solved anew in every step: no inverse is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING
+
+import torch
+
+from minifisher.curvature import Curvature
+from minifisher.kernels import packed
+from minifisher.kernels.choose import mean_square
+from minifisher.linalg.blocks import BlockReading, sum_of_outer_products
+from minifisher.linalg.dense import working_dtype
+from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minifisher.curvature import State
+    from minifisher.linalg.first_order import FirstOrderPass
+    from minifisher.statistics.layers import Layer
+
+
+@dataclass(frozen=True)
+class PackedBlocks(Curvature):
+    """Mini-blocks F_b = E[d_b d_b^T] held as lower triangles, direction (F_b + lambda_b I)^-1 m_b.
+
+    The same numbers as `MiniBlocks` with `power=1`, inverted after every observation: b (b + 1) / 2 numbers a
+    block of b entries, and one for the layer. lambda_b is `damping`, or relative: that times the mean of the
+    block's and the layer's mean curvature.
+    """
+
+    reading: BlockReading
+    shape: torch.Size
+    needs: type[Statistics]
+    dtype: torch.dtype
+    relative_damping: bool = True
+
+    averages = ("fisher", "mean")
+
+    @cached_property
+    def _tiling(self) -> packed.Tiling:
+        return packed.Tiling(self.reading)
+
+    def shard(self, shape: torch.Size) -> PackedBlocks | None:
+        """Rows are cut anywhere; along a row tiles are whole, or blocks where all of them lie in one tile."""
+        whole, length = self._tiling, shape[1:].numel()
+        piece = replace(self, reading=replace(self.reading, rows=shape[0], length=length), shape=shape)
+        unit = self.reading.width * (1 if whole.tiles == 1 else whole.lanes)
+        fits = whole.tiles == 1 or piece._tiling.lanes in (0, whole.lanes)
+        return piece if length == self.reading.length or (length % unit == 0 and fits) else None
+
+    def init(self, layer: Layer) -> State:
+        """`fisher` [rows, tiles, entries, lanes], as `minifisher.kernels.packed` says; `mean`, [1]."""
+        device = layer.weight.device
+        state = {"fisher": torch.zeros(self._tiling.shape, dtype=self.dtype, device=device)}
+        if self.relative_damping:
+            state["mean"] = torch.zeros(1, dtype=working_dtype(self.dtype), device=device)
+        return state
+
+    def observe(self, state: State, statistics: Statistics, decay: float) -> None:
+        """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
+        if isinstance(statistics, BatchGradient):
+            rows = self._rows(statistics.gradient)
+            packed.average(state["fisher"], rows, self._tiling, decay)
+            fresh = self._mean_square(rows) if self.relative_damping else None
+        else:
+            assert isinstance(statistics, LayerSamples)
+            blocks = self._second_moment(statistics)
+            state["fisher"].lerp_(self._tiling.pack(blocks).to(self.dtype), 1 - decay)
+            trace = blocks.diagonal(dim1=-2, dim2=-1).sum()
+            fresh = trace.view(1) / self.shape.numel() if self.relative_damping else None
+        if fresh is not None:
+            state["mean"].copy_(self._mean(state, fresh, decay))
+
+    def _second_moment(self, samples: LayerSamples) -> Tensor:
+        """(1/N) sum_n d_nb d_nb^T, [rows, blocks, b, b]."""
+        totals = (
+            sum_of_outer_products(self.reading.read(gradients, len(self.shape)), shared=False)
+            for gradients in samples.gradients()
+        )
+        return reduce(torch.add, totals) / samples.count
+
+    @staticmethod
+    def _mean_square(rows: Tensor) -> Tensor:
+        """Of D in every layer, [..., 1]."""
+        leading = rows.shape[:-2]
+        return mean_square(rows, leading.numel()).view(*leading, 1)
+
+    @staticmethod
+    def _mean(state: State, fresh: Tensor, decay: float) -> Tensor:
+        """The layer's mean curvature, [..., 1], after one more observation."""
+        return state["mean"].lerp(fresh.to(state["mean"].dtype), 1 - decay)
+
+    def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
+        """(F_b + lambda_b I)^-1 m_b for every block of every row."""
+        means = state["mean"] if self.relative_damping else direction.new_zeros(1)
+        solved = packed.solve(
+            state["fisher"], self._rows(direction), means, self._tiling, damping, self.relative_damping
+        )
+        return solved.reshape(direction.shape)
+
+    def advance(
+        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderPass
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """All of a step in one pass over the weight, where a leaf can."""
+        rows = self._rows(gradient)
+        means = gradient.new_zeros(1)
+        if self.relative_damping:
+            means = self._mean(state, self._mean_square(rows), decay)
+        advanced = packed.advance(
+            state["fisher"],
+            rows,
+            means,
+            first_order,
+            self._tiling,
+            decay=decay,
+            damping=damping,
+            relative=self.relative_damping,
+        )
+        if advanced is None:
+            return None
+        if self.relative_damping:
+            state["mean"].copy_(means)
+        direction, length, first_order_length = advanced
+        return direction.view(gradient.shape), length, first_order_length
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """[..., *shape] as [..., rows, length]."""
+        leading = weight.shape[: weight.ndim - len(self.shape)]
+        return weight.reshape(*leading, self.reading.rows, self.reading.length)

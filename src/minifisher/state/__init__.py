@@ -1,0 +1,1 @@
+"""What outlives a step: checkpoints, and what an optimizer reports of itself."""

@@ -1,0 +1,1 @@
+"""The step, once: from gradients and statistics to the new weights."""

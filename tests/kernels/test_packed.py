@@ -1,0 +1,242 @@
+"""Packed triangles against dense blocks in float64, and the compiled leaf against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minifisher.kernels import choose as compiled
+from minifisher.kernels import packed
+from minifisher.linalg.blocks import BlockReading
+from minifisher.linalg.first_order import FirstOrderPass
+
+BETA, DAMPING, MU, MOMENT_DECAY, EPSILON = 0.9, 0.1, 0.8, 0.99, 1e-8
+
+# rows, length of a row, width of a block: whole tiles, several, one short, a ragged last block, few lanes
+CUTS = [
+    (3, 16 * 9, 9),
+    (2, 40 * 9, 9),
+    (2, 17 * 9, 9),
+    (3, 33 * 4 - 1, 4),
+    (4, 3 * 9, 9),
+    (1, 7, 2),
+    (2, 75, 25),
+]
+WAYS = ["reference", "compiled"] if compiled.INSTALLED else ["reference"]
+cuts = pytest.mark.parametrize("cut", CUTS, ids=str)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(packed, "fits_compiled", lambda *tensors, **options: False)
+    return request.param
+
+
+class Dense:
+    """The same weight, block by block, in plain float64 loops."""
+
+    def __init__(self, rows, length, width):
+        self.starts = [(r, s, min(s + width, length)) for r in range(rows) for s in range(0, length, width)]
+        self.blocks = [torch.zeros(e - s, e - s, dtype=torch.float64) for _, s, e in self.starts]
+        self.size = rows * length
+
+    def average(self, gradient, decay):
+        for block, (r, s, e) in zip(self.blocks, self.starts, strict=True):
+            d = gradient[r, s:e].double()
+            block.mul_(decay).add_(torch.outer(d, d), alpha=1 - decay)
+
+    def mean(self):
+        return sum(block.trace() for block in self.blocks) / self.size
+
+    def solve(self, momentum, damping, relative):
+        direction = torch.zeros_like(momentum, dtype=torch.float64)
+        for block, (r, s, e) in zip(self.blocks, self.starts, strict=True):
+            level = damping * (block.trace() / len(block) + self.mean()) / 2 if relative else damping
+            damped = block + level * torch.eye(len(block), dtype=torch.float64)
+            direction[r, s:e] = torch.linalg.solve(damped, momentum[r, s:e].double())
+        return direction
+
+
+def gradients(rows, length, count, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(rows * length)
+    return [torch.randn(rows, length, generator=generator, dtype=dtype) for _ in range(count)]
+
+
+def zeros(cut, dtype=torch.float32):
+    tiling = packed.Tiling(BlockReading(*cut))
+    return tiling, torch.zeros(tiling.shape, dtype=dtype)
+
+
+def assert_near(found, expected, tolerance):
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+@cuts
+def test_an_entry_of_the_triangle_lies_where_the_module_says(cut, way):
+    rows, length, width = cut
+    tiling, state = zeros(cut)
+    (gradient,) = gradients(rows, length, 1)
+    packed.average(state, gradient, tiling, 0.0)
+    blocks = math.ceil(length / width)
+    assert state.shape[0] == rows
+    assert state.shape[2] == width * (width + 1) // 2
+    assert blocks <= state.shape[1] * state.shape[3] < blocks + state.shape[1]
+    for row in range(rows):
+        for block in range(state.shape[1] * state.shape[3]):
+            tile, lane = divmod(block, state.shape[3])
+            d = torch.zeros(width)
+            part = gradient[row, block * width : (block + 1) * width]
+            d[: len(part)] = part
+            for i in range(width):
+                for j in range(i + 1):
+                    entry = state[row, tile, i * (i + 1) // 2 + j, lane]
+                    assert entry.item() == pytest.approx((d[i] * d[j]).item(), rel=1e-6)
+
+
+@cuts
+def test_packing_is_undone_by_unpacking(cut):
+    tiling, state = zeros(cut, torch.float64)
+    dense = Dense(*cut)
+    for gradient in gradients(cut[0], cut[1], 3, torch.float64):
+        packed.average(state, gradient, tiling, BETA)
+        dense.average(gradient, BETA)
+    blocks = tiling.unpack(state)
+    torch.testing.assert_close(tiling.pack(blocks), state, rtol=0, atol=0)
+    for found, expected in zip(blocks.flatten(0, 1), dense.blocks, strict=True):
+        torch.testing.assert_close(found[: len(expected), : len(expected)], expected)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str)
+@cuts
+def test_average_and_solve_are_those_of_dense_blocks(cut, dtype, tolerance, relative, way):
+    tiling, state = zeros(cut, dtype)
+    dense = Dense(*cut)
+    for gradient in gradients(cut[0], cut[1], 4, dtype):
+        packed.average(state, gradient, tiling, BETA)
+        dense.average(gradient, BETA)
+    momentum = gradients(cut[0] + 1, cut[1], 1, dtype)[0][:-1]
+    means = dense.mean().to(dtype).view(1)
+    direction = packed.solve(state, momentum, means, tiling, DAMPING, relative)
+    assert direction.shape == momentum.shape
+    assert_near(direction, dense.solve(momentum, DAMPING, relative), tolerance)
+
+
+@pytest.mark.skipif(not compiled.INSTALLED, reason="the extra `fast` is not installed")
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adam", [True, False])
+@cuts
+def test_the_fused_pass_is_the_three_passes_to_the_last_bit(cut, adam, dtype, relative):
+    tiling, state = zeros(cut, dtype)
+    apart = state.clone()
+    momentum, moment = torch.zeros(cut[:2]), torch.zeros(cut[:2])
+    expected_momentum, expected_moment = momentum.clone(), moment.clone()
+    means = torch.full((1,), 0.7)
+    for gradient in gradients(cut[0], cut[1], 3):
+        first_order = FirstOrderPass(MU, momentum, moment if adam else None, MOMENT_DECAY, EPSILON, 2.0)
+        numbers = {"decay": BETA, "damping": DAMPING, "relative": relative}
+        direction, norm, length = packed.advance(state, gradient, means, first_order, tiling, **numbers)
+        expected_momentum.mul_(MU).add_(gradient)
+        packed.average(apart, gradient, tiling, BETA)
+        expected = packed.solve(apart, expected_momentum, means, tiling, DAMPING, relative)
+        step = expected_momentum.double()
+        if adam:
+            expected_moment.mul_(MOMENT_DECAY).addcmul_(gradient, gradient, value=1 - MOMENT_DECAY)
+            step = step / (expected_moment.double().sqrt() + EPSILON)
+        assert torch.equal(state, apart)
+        assert torch.equal(momentum, expected_momentum)
+        assert torch.equal(direction, expected)
+        assert norm.item() == pytest.approx(expected.double().norm().item(), rel=1e-6)
+        assert length.item() == pytest.approx(2 * step.norm().item(), rel=1e-5)
+    if adam:
+        torch.testing.assert_close(moment, expected_moment)
+
+
+@pytest.mark.skipif(not compiled.INSTALLED, reason="the extra `fast` is not installed")
+@cuts
+def test_half_precision_is_rounded_as_torch_rounds(cut, monkeypatch):
+    tiling, state = zeros(cut, torch.bfloat16)
+    reference = state.clone()
+    for gradient in gradients(cut[0], cut[1], 4):
+        packed.average(state, gradient, tiling, BETA)
+        with monkeypatch.context() as patched:
+            patched.setattr(packed, "fits_compiled", lambda *tensors, **options: False)
+            packed.average(reference, gradient, tiling, BETA)
+    different = (state != reference).double().mean().item()
+    assert different < 1e-3  # where a last bit in float32 tips the rounding
+    torch.testing.assert_close(state, reference, rtol=2**-7, atol=0)
+
+
+def test_layers_that_are_stacked_are_solved_each_with_its_own_mean(way):
+    cut = (2, 36, 9)
+    tiling, _ = zeros(cut)
+    state = torch.zeros(3, *tiling.shape)
+    gradient = torch.randn(3, 2, 36, generator=torch.Generator().manual_seed(0))
+    means = torch.tensor([[1.0], [10.0], [100.0]])
+    packed.average(state, gradient, tiling, 0.0)
+    together = packed.solve(state, gradient, means, tiling, DAMPING, True)
+    for layer in range(3):
+        alone = packed.solve(state[layer], gradient[layer], means[layer], tiling, DAMPING, True)
+        assert torch.equal(together[layer], alone)
+    assert not torch.allclose(together[0] / gradient[0], together[1] / gradient[1])
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-12])
+@cuts
+def test_singular_blocks_give_finite_directions(cut, damping, way):
+    tiling, state = zeros(cut)
+    (gradient,) = gradients(cut[0], cut[1], 1)
+    gradient[0] = 0  # blocks without any curvature beside those of rank one
+    packed.average(state, gradient, tiling, 0.0)
+    direction = packed.solve(state, gradient, torch.zeros(1), tiling, damping, True)
+    assert torch.isfinite(direction).all()
+    assert not direction[0].any()
+    assert (direction[1:] * gradient[1:]).sum() >= 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(2, packed.WIDEST),
+    st.integers(1, 60),
+    st.floats(1e-3, 10),
+    st.integers(0, 1000),
+)
+def test_the_damped_block_times_the_direction_is_the_momentum(rows, width, blocks, damping, seed):
+    cut = (rows, max(width, blocks * width - seed % width), width)
+    tiling, state = zeros(cut)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        packed.average(state, torch.randn(cut[:2], generator=generator), tiling, BETA)
+    momentum = torch.randn(cut[:2], generator=generator)
+    direction = packed.solve(state, momentum, torch.zeros(1), tiling, damping, False)
+    dense = tiling.unpack(state.double())
+    padded = torch.nn.functional.pad(direction.double(), (0, dense.shape[1] * width - cut[1]))
+    vectors = padded.view(rows, -1, width)
+    back = torch.einsum("rkij,rkj->rki", dense, vectors) + damping * vectors
+    assert_near(back.flatten(1)[:, : cut[1]], momentum.double(), 1e-4 * (1 + 1 / damping))
+
+
+@pytest.mark.skipif(not compiled.INSTALLED, reason="the extra `fast` is not installed")
+def test_any_number_of_threads_gives_the_same_bits():
+    cut = (64, 64 * 9, 9)
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        tiling, state = zeros(cut)
+        momentum, moment = torch.zeros(cut[:2]), torch.zeros(cut[:2])
+        for gradient in gradients(*cut[:2], 2):
+            first_order = FirstOrderPass(MU, momentum, moment, MOMENT_DECAY, EPSILON)
+            numbers = {"decay": BETA, "damping": DAMPING, "relative": True}
+            out = packed.advance(state, gradient, torch.ones(1), first_order, tiling, **numbers)
+        results.append((state, *out))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))

@@ -1,0 +1,56 @@
+"""The Triton kernel: its cases in a process that interprets it, on a GPU if there is one; it compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton (extra `test`) is not installed")
+
+CASES = Path(__file__).parent / "packed_triton_cases.py"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=needs_gpu)], ids=["interpreter", "GPU"])
+def test_the_kernel_agrees_with_dense_matrices(interpret):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    environment = os.environ | {"TRITON_INTERPRET": interpret}
+    result = subprocess.run(
+        command, cwd=CASES.parents[2], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def compiled(width, dtype):
+    """The kernel of `advance` for compute capability 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from minifisher.kernels import packed_triton as leaf
+
+    kernel = leaf._kernel
+    numbers = dict.fromkeys(("count", "tiles", "length"), "i32") | dict.fromkeys(
+        ("decay", "damping", "mu", "moment_decay", "epsilon"), "fp32"
+    )
+    constants = {"relative": True, **leaf.shapes(width, 16)}
+    kinds = {"packed": dtype, **numbers, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=leaf.options(width))
+
+
+@pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
+@pytest.mark.parametrize("width", [2, 9])
+def test_it_compiles_for_a_gpu(width, dtype, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = compiled(width, dtype)
+    assert code.asm["cubin"]
+    assert ("cvt.rn.bf16" in code.asm["ptx"]) == (dtype == "*bf16")
+    # Sums over entries are a thread's own business: what threads exchange is the few entries of weights.
+    assert code.asm["ptx"].count("shfl.sync") < 100

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import torch
+
+from minifisher.linalg.eigenvectors import eigenvectors, power_iteration
+
+
+def random_moment(size: int, rank: int, seed: int = 0) -> torch.Tensor:
+    factor = torch.randn(size, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T
+
+
+def assert_orthogonal(basis: torch.Tensor) -> None:
+    torch.testing.assert_close(
+        basis.mT @ basis, torch.eye(basis.shape[-1], dtype=basis.dtype).expand_as(basis)
+    )
+
+
+def test_eigenvectors_diagonalise_with_the_largest_first():
+    matrices = torch.stack((random_moment(6, 9), random_moment(6, 2)))
+    basis = eigenvectors(matrices)
+    rotated = basis.mT @ matrices @ basis
+    values = rotated.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(rotated, torch.diag_embed(values), rtol=1e-9, atol=1e-9)
+    assert (values.diff(dim=-1) <= 1e-9).all()
+    assert torch.equal(eigenvectors(matrices[..., :1, :1]), torch.ones(2, 1, 1, dtype=torch.float64))
+
+
+def test_power_iteration_keeps_eigenvectors():
+    matrix = random_moment(6, 9)
+    basis = eigenvectors(matrix)
+    turned, order = power_iteration(matrix, basis)
+    assert order.tolist() == list(range(6))
+    torch.testing.assert_close((turned.T @ basis).abs(), torch.eye(6, dtype=torch.float64))
+
+
+def test_power_iteration_sorts_the_columns_it_takes():
+    matrix = random_moment(6, 9)
+    shuffled = torch.tensor([3, 0, 5, 1, 2, 4])
+    basis = eigenvectors(matrix)
+    turned, order = power_iteration(matrix, basis[:, shuffled])
+    assert torch.equal(shuffled[order], torch.arange(6))
+    torch.testing.assert_close((turned.T @ basis).abs(), torch.eye(6, dtype=torch.float64))
+
+
+def test_power_iteration_converges_and_stays_orthogonal():
+    matrix = torch.stack((random_moment(5, 8, seed=1), random_moment(5, 1, seed=2)))
+    basis = torch.eye(5, dtype=torch.float64).expand(2, 5, 5)
+    for _ in range(300):
+        basis, _ = power_iteration(matrix, basis)
+    assert_orthogonal(basis)
+    rotated = basis.mT @ matrix @ basis
+    off_diagonal = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 1e-8
+
+
+def test_power_iteration_of_nothing_is_still_orthogonal():
+    turned, _ = power_iteration(torch.zeros(4, 4), torch.eye(4))
+    assert_orthogonal(turned)
+
+
+def after_one_more(seed: int, rounding: float) -> torch.Tensor:
+    """A basis made of a matrix of rank 3, and turned by one of rank 5: as the first two steps of SOAP do."""
+    matrices = [random_moment(9, 3, seed=1), random_moment(9, 3, seed=1) + random_moment(9, 2, seed=2)]
+    generator = torch.Generator().manual_seed(seed)
+    for matrix in matrices:
+        noise = rounding * matrix.abs().max() * torch.randn(9, 9, generator=generator, dtype=torch.float64)
+        matrix += noise + noise.T
+    basis, _ = power_iteration(matrices[1], eigenvectors(matrices[0]))
+    return power_iteration(matrices[1], basis)[0]
+
+
+def test_rounding_errors_choose_no_basis_where_the_rank_is_low():
+    basis = after_one_more(0, rounding=0.0)
+    assert_orthogonal(basis)
+    for seed in range(3):
+        overlap = (basis.T @ after_one_more(seed, rounding=1e-16)).abs()
+        torch.testing.assert_close(overlap.amax(0), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(overlap.sum(0), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_of_full_rank_it_is_the_published_iteration():
+    matrix = random_moment(6, 9)
+    basis = torch.linalg.qr(random_moment(6, 6, seed=3)).Q
+    turned, order = power_iteration(matrix, basis)
+    assert torch.equal(turned, torch.linalg.qr((matrix @ basis)[:, order]).Q)
+
+
+def test_an_eigendecomposition_that_fails_leaves_a_basis_to_go_on_from(monkeypatch):
+    def fail(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    matrices = torch.stack((random_moment(5, 8, seed=1), random_moment(5, 8, seed=2)))
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    basis = eigenvectors(matrices)
+    assert_orthogonal(basis)
+    for _ in range(500):
+        basis, _ = power_iteration(matrices, basis)
+    rotated = basis.mT @ matrices @ basis
+    assert (rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
+
+
+def test_a_silent_nan_in_single_precision_is_tried_again_in_double(monkeypatch):
+    """Seen with MKL: one block of a batch of 28, of rank one, came back as NaN without an error."""
+    eigh = torch.linalg.eigh
+
+    def silent(matrix: torch.Tensor) -> object:
+        values, vectors = eigh(matrix)
+        return values, torch.full_like(vectors, torch.nan) if matrix.dtype == torch.float32 else vectors
+
+    matrix = random_moment(5, 8)
+    monkeypatch.setattr(torch.linalg, "eigh", silent)
+    basis = eigenvectors(matrix.float())
+    assert basis.dtype == torch.float32
+    rotated = basis.T.double() @ matrix @ basis.double()
+    assert (rotated - rotated.diagonal().diag()).abs().max() < 1e-4
