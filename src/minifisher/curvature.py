@@ -1,4 +1,4 @@
-"""The contract between the engine and a method: four verbs that carry the schedule."""
+"""The contract between the engine and a method: four verbs, each called on a schedule of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from minifisher.linalg.first_order import FirstOrderPass
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import Statistics
 
@@ -21,77 +20,107 @@ class Curvature(ABC):
     """A structured approximation of the curvature of one layer.
 
     A subclass is a frozen dataclass: its fields are configuration and hold no tensors. What changes is the
-    dictionary that `init` makes; it *is* `optimizer.state[weight]`, so checkpoints and sharding see it.
-    Tensors may carry leading dimensions `...`: the engine stacks equal layers and calls each verb once.
+    dictionary that `init` returns. It *is* `optimizer.state[weight]`, so checkpoints and sharding see every
+    tensor. Tensors may have leading dimensions `...`: the engine stacks equal layers and calls each verb once.
     """
 
     needs: type[Statistics] | None
-    """The record that `observe` reads: BatchGradient, LayerSamples or Secant; None where it reads none."""
+    """The record that `observe` reads: BatchGradient, LayerSamples or Secant; None if it reads none."""
 
-    @property
-    def averages(self) -> tuple[str, ...] | None:
-        """What `observe` writes, averages of what samples told: ranks exchange it; None for all."""
-        return None
-
-    @property
-    def reads_mean_gradient(self) -> bool:
-        """Whether `observe` takes of LayerSamples their mean gradient alone, and a BatchGradient instead."""
-        return False
-
-    @property
-    def reads_caches(self) -> bool:
-        """Whether `observe` reads what `refresh` wrote: then no rank observes what another one refreshes."""
-        return False
-
-    @property
-    def capturable(self) -> bool:
-        """Whether no verb asks the device for a number; the decay of `observe` is then a tensor, []."""
-        return False
-
-    @property
-    def steps_by_mean(self) -> bool:
-        """Whether it steps as Adam does: by the mean of past gradients, with a coupled decay in all of them.
-
-        Others step by the sum M, which the decay joins, but not their curvature.
-        """
-        return False
-
-    def shard(self, shape: torch.Size) -> Curvature | None:
-        """The same curvature of a piece of the weight, of this shape; None where it needs the whole."""
-        return None
-
-    def advance(
-        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderPass
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """In one pass what the graft does to M, `observe` of the batch gradient, and `precondition` of M.
-
-        Returns the direction and two lengths [..., 1], its own and the first-order step's; None, and nothing
-        changed, where there is no such pass. It agrees with the verbs one after another.
-        """
-        return None
+    # ---- the four verbs ----
 
     @abstractmethod
     def init(self, layer: Layer) -> State:
-        """The state before the first observation, in the dtype that the curvature is kept in."""
+        """The state before the first observation, in the dtype in which the curvature is kept."""
 
     @abstractmethod
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
-        """Average what one backward pass told into the state, in place: X <- decay X + (1 - decay) X_new."""
+        """Average the statistics of one backward pass in, in place: X <- decay X + (1 - decay) X_new."""
 
-    def refresh(self, state: State, damping: float) -> None:  # noqa: B027 - nothing to cache is the common case
+    def refresh(self, state: State, damping: float) -> None:  # noqa: B027 - many methods cache nothing
         """Recompute what `precondition` reads and `observe` does not write: inverses, roots."""
 
     @abstractmethod
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
-        """The damped inverse curvature times `direction`, [..., *layer.shape]; linear, a new tensor."""
+        """The damped inverse curvature times `direction`, [..., *layer.shape]: linear in it, a new tensor."""
+
+    # ---- what the engine asks ----
+
+    @property
+    def averages_momentum(self) -> bool:
+        """Whether it steps by the mean of past gradients, as Adam does, instead of by their sum M.
+
+        A weight decay that is not decoupled then joins the gradient that the curvature observes, too.
+        """
+        return False
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record it: no verb reads a number from the device.
+
+        The decay of `observe` is then a tensor, [].
+        """
+        return False
+
+    # ---- what several processes ask ----
+
+    @property
+    def averages(self) -> tuple[str, ...] | None:
+        """The tensors that `observe` writes, which are averages over samples; None means all of them."""
+        return None
+
+    @property
+    def reads_mean_gradient(self) -> bool:
+        """Whether `observe` reads only the mean gradient of LayerSamples; it then takes a BatchGradient, too."""
+        return False
+
+    @property
+    def reads_caches(self) -> bool:
+        """Whether `observe` reads what `refresh` wrote; the rank that refreshes must then observe."""
+        return False
+
+    def shard(self, shape: torch.Size) -> Curvature | None:
+        """The same curvature for a piece of the weight, of this shape; None if it needs the whole weight."""
+        return None
+
+    def state_axes(self, dimension: int) -> dict[str, int | None]:
+        """For a weight cut along `dimension`: the axis along which each tensor of the state is cut, or None."""
+        return {}
+
+
+class FusedCurvature(Curvature):
+    """A curvature that can take a whole step of a layer in one pass over its memory."""
+
+    @abstractmethod
+    def fused_step(
+        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Update M and V, observe the gradient, and precondition M; None, and no change, if no kernel fits.
+
+        Returns the direction and two norms [..., 1]: its own, and that of the first-order step. The results
+        are those of the separate verbs, to the last bit.
+        """
 
 
 @dataclass(frozen=True)
-class FirstOrder(Curvature):
-    """No curvature: the layer takes the graft's first-order step, or the momentum M where there is no graft.
+class FirstOrderStep:
+    """The first-order step, as numbers for a fused kernel.
 
-    That is what the engine does with a layer of which it has observed nothing.
+    M <- mu M + D, V <- beta V + (1 - beta) D^2; the step is M / (sqrt(V) + epsilon), or M without V.
     """
+
+    momentum_decay: float  # mu
+    momentum: Tensor  # M, [..., *layer.shape]
+    second_moment: Tensor | None = None  # V, likewise
+    second_moment_decay: float = 0.0  # beta
+    epsilon: float = 0.0
+    scale: float = 1.0
+    """The factor of the step's length: its bias corrections."""
+
+
+@dataclass(frozen=True)
+class NoCurvature(Curvature):
+    """No curvature: the layer takes the first-order step of its graft."""
 
     needs = None
 
@@ -100,14 +129,14 @@ class FirstOrder(Curvature):
         return self
 
     def init(self, layer: Layer) -> State:
-        """Nothing."""
+        """Empty."""
         return {}
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
-        """Nothing."""
+        """Nothing to average."""
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
-        """The direction."""
+        """The direction itself, copied."""
         return direction.clone()
 
 
@@ -124,6 +153,6 @@ class Plan:
     inverse_every: int  # T2, in steps
 
 
-def first_order(reason: str) -> Plan:
-    """The plan of a layer that has no curvature, and why."""
-    return Plan(FirstOrder(), "first-order step", reason, 0, 0, 1, 1)
+def no_curvature(reason: str) -> Plan:
+    """The plan of a layer that takes the first-order step, and why."""
+    return Plan(NoCurvature(), "first-order step", reason, 0, 0, 1, 1)

@@ -1,44 +1,297 @@
-"""What a user may pass: every check names the value and the cure."""
+"""Options of a method: each is declared once, as a typed field of its class.
+
+    class MBF(CurvatureOptimizer):
+        damping: float = option(default=0.1, at_least=0)
+
+From the declarations come the signature, the checks, the defaults of a parameter group, the list of options that
+a checkpoint must not change, and the table in the documentation.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
-Params = nn.Module | Iterable[Any]
-"""What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is one."""
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:  # a type checker reads it; at run time it would do nothing
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "bias_input": ("one", "mean"),
-    "fisher": ("gradient", "empirical", "sampled", "exact"),
-    "graft": ("adam", "adam-rows", "sgd", None),
-    "conv_blocks": (None, "kernel", "row"),
-    "inverse": (None, "cholesky", "newton-schulz"),
-    "root": ("eigen", "newton"),
-    "share": (None, "row", "layer"),
-    "weight_sharing": ("expand", "reduce"),
-    "adaptive_damping": (False, True),
-    "capturable": (False, True),
-    "curvature_dtype": (None, torch.float32, torch.float64, torch.bfloat16),
+    def dataclass_transform(**_: Any) -> Any:
+        return lambda decorated: decorated
+
+
+Params = nn.Module | Iterable[Any]
+"""What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is a module."""
+
+_UNSET: Any = object()  # an override keeps what it does not set
+
+# Arguments of torch.optim.AdamW that have another name here, or none.
+_OF_ADAMW = {
+    "betas": "pass momentum for beta_1; beta_2 is 0.999, and curvature_decay averages the curvature",
+    "eps": "epsilon is 1e-8 in the length of Adam's step; damping does its work in the direction",
+    "amsgrad": "there is no such variant",
+    "foreach": "equal layers always step together",
+    "fused": "compiled kernels are used where they fit, see the extra minifisher[fast]",
+    "differentiable": "a step cannot be differentiated",
+    "capturable": "only MBF can be recorded in a CUDA graph",
 }
-_AT_LEAST_ZERO = ("lr", "damping", "weight_decay")
-_BELOW_ONE = ("momentum", "curvature_decay", "mu1")
-_COUNTS = (
-    "block_size",
-    "inverse_every",
-    "max_dim",
-    "merge_dims",
-    "pairs",
-    "statistics_every",
-    "statistics_memory",
-)
-_SHARED = ("statistics_memory", "kl_clip", "capturable")
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of one option; read it as `MBF.damping`, and its value as `optimizer.damping`."""
+
+    name: str = ""
+    default: Any = _UNSET
+    annotation: Any = _UNSET
+    at_least: float | None = _UNSET
+    above: float | None = _UNSET
+    below: float | None = _UNSET
+    choices: tuple[Any, ...] = _UNSET
+    """Derived from the annotation where it is a Literal or bool."""
+    note: str = _UNSET
+    """What an error message adds to the range."""
+    per_group: bool = _UNSET
+    """Whether parameter groups may differ in it."""
+    fixed: bool = _UNSET
+    """Whether it cannot change once there is a state."""
+    kw_only: bool = _UNSET
+    init: bool = _UNSET
+    """Whether it is an argument; otherwise the method sets it, to the default."""
+    meaning: str = _UNSET
+    """One sentence for the documentation."""
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        values = [group[self.name] for group in optimizer.param_groups]
+        if any(value is not values[0] and value != values[0] for value in values):
+            raise AttributeError(f"{self.name} differs between the parameter groups: read it from a group")
+        return values[0]
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise AttributeError(
+            f'set {self.name} where torch.optim has it: for group in optimizer.param_groups: '
+            f'group["{self.name}"] = {value!r}'
+        )
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError, with the range and the value, where the value is out of the range."""
+        if not self._holds(value):
+            raise ValueError(f"{self.name} must be {self.range}, got {value!r}")
+
+    def _holds(self, value: Any) -> bool:
+        if self.choices:
+            return any(value is choice or (value == choice) is True for choice in self.choices)
+        if value is None:
+            return self.optional
+        if self.is_count:
+            return isinstance(value, Integral) and int(value) >= (self.at_least or 0)
+        return (
+            _is_number(value)
+            and value < (math.inf if self.below is None else self.below)
+            and (value > self.above if self.above is not None else value >= (self.at_least or 0))
+        )
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a value."""
+        return NoneType in _members(self.annotation)
+
+    @property
+    def is_count(self) -> bool:
+        """Whether it is a whole number."""
+        return int in _members(self.annotation)
+
+    @property
+    def range(self) -> str:
+        """Its values in words."""
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        none = ", or None" if self.optional else ""
+        if self.is_count:
+            wanted = f"a whole number >= {self.at_least or 0:g}"
+        elif self.below is not None:
+            wanted = f"in [{self.at_least or 0:g}, {self.below:g})"
+        elif self.above is not None:
+            wanted = f"> {self.above:g} and finite"
+        else:
+            wanted = f"finite and >= {self.at_least or 0:g}"
+        return wanted + none + (f": {self.note}" if self.note else "")
+
+
+_UNLESS_SET = {
+    "at_least": None,
+    "above": None,
+    "below": None,
+    "choices": (),
+    "note": "",
+    "per_group": True,
+    "fixed": False,
+    "kw_only": True,
+    "init": True,
+    "meaning": "",
+}
+
+
+def option(
+    *,
+    default: Any = _UNSET,
+    at_least: float | None = _UNSET,
+    above: float | None = _UNSET,
+    below: float | None = _UNSET,
+    choices: tuple[Any, ...] = _UNSET,
+    note: str = _UNSET,
+    per_group: bool = _UNSET,
+    fixed: bool = _UNSET,
+    kw_only: bool = _UNSET,
+    init: bool = _UNSET,
+    meaning: str = _UNSET,
+) -> Any:
+    """Declare an option; a subclass that declares it again changes only what it sets."""
+    return Option(
+        default=default,
+        at_least=at_least,
+        above=above,
+        below=below,
+        choices=choices,
+        note=note,
+        per_group=per_group,
+        fixed=fixed,
+        kw_only=kw_only,
+        init=init,
+        meaning=meaning,
+    )
+
+
+@dataclass_transform(eq_default=False, kw_only_default=True, field_specifiers=(option,))
+class HasOptions:
+    """Collects the options that a class and its bases declare."""
+
+    options: ClassVar[dict[str, Option]] = {}
+    """Every option by its name."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        collected = dict(cls.options)
+        for name, declared in list(vars(cls).items()):
+            if isinstance(declared, Option):
+                annotation = _evaluated(cls.__annotations__[name], cls.__module__)
+                collected[name] = _completed(declared, name, annotation, cls.options.get(name))
+                setattr(cls, name, collected[name])
+        cls.options = collected
+        if "__init__" not in vars(cls):
+            cls.__signature__ = _signature(collected.values())
+
+    @classmethod
+    def bind(cls, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of every option of a call; TypeError, which names the way out, where one is unknown."""
+        names = {name for name, declared in cls.options.items() if declared.init}
+        for unknown in sorted(options.keys() - names):
+            raise TypeError(f"{cls.__name__} has no argument {unknown!r}{_way_out(unknown, names)}")
+        bound = _signature(cls.options.values()).bind(*arguments, **options)
+        bound.apply_defaults()
+        hidden = {name: o.default for name, o in cls.options.items() if not o.init}
+        return {**hidden, **bound.arguments}
+
+    @classmethod
+    def check(cls, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first option of a parameter group that is out of its range."""
+        for name, declared in cls.options.items():
+            if name in group and name != "params":
+                declared.check(group[name])
+
+    @classmethod
+    def check_shared(cls, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Raise ValueError where one parameter group sets what all groups share."""
+        for name, declared in cls.options.items():
+            if not declared.per_group and name in group and group[name] != defaults[name]:
+                raise ValueError(
+                    f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
+                    f"{group[name]!r}: pass it to the optimizer"
+                )
+
+
+def options_table(options: Iterable[Option]) -> str:
+    """The options as a table in Markdown: name, default, values, meaning."""
+    rows = ["| option | default | values | meaning |", "|---|---|---|---|"]
+    for declared in options:
+        if declared.init and declared.name != "params":
+            values = declared.range.replace("|", "\\|")
+            rows.append(f"| `{declared.name}` | `{declared.default!r}` | {values} | {declared.meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+# ---- from a declaration ----
+
+
+def _evaluated(annotation: Any, module: str) -> Any:
+    if isinstance(annotation, str):
+        return eval(annotation, vars(sys.modules[module]))
+    return annotation
+
+
+def _completed(declared: Option, name: str, annotation: Any, base: Option | None) -> Option:
+    """The declaration with its name, and with what it does not set as in the base class or by default."""
+    rest = _UNLESS_SET if base is None else {key: getattr(base, key) for key in (*_UNLESS_SET, "default")}
+    unset = {key: value for key, value in rest.items() if getattr(declared, key) is _UNSET}
+    completed = replace(declared, name=name, annotation=annotation, **unset)
+    if completed.choices:
+        return completed
+    return replace(completed, choices=_choices(annotation))
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    members = _members(annotation)
+    if bool in members:
+        return (False, True)
+    literals = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    return (*literals, *([None] if literals and NoneType in members else []))
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _signature(options: Iterable[Option]) -> inspect.Signature:
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                o.name,
+                inspect.Parameter.KEYWORD_ONLY if o.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=inspect.Parameter.empty if o.default is _UNSET else o.default,
+                annotation=o.annotation,
+            )
+            for o in sorted(options, key=lambda o: o.kw_only)
+            if o.init
+        ],
+        return_annotation=None,
+    )
+
+
+def _way_out(name: str, names: Iterable[str]) -> str:
+    if name in _OF_ADAMW:
+        return f": {_OF_ADAMW[name]}"
+    near = difflib.get_close_matches(name, names, n=1)
+    return f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+# ---- parameters ----
 
 
 def as_groups(params: Params) -> list[dict[str, Any]]:
@@ -54,85 +307,14 @@ def as_groups(params: Params) -> list[dict[str, Any]]:
     entries = list(params)
     if not entries:
         raise ValueError(
-            "got no parameters: an empty iterable, or a generator that was used up before; "
+            "got no parameters: the iterable is empty, or a generator that was used up before; "
             "pass list(model.parameters()), or the module itself"
         )
     return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]], layers: Iterable[Any]) -> None:
-    """Raise for what was done to a group since the last step that the coming one cannot make sense of."""
-    for group in groups:
-        if isinstance(group["lr"], Real) and not math.isfinite(group["lr"]):
-            raise ValueError(f"lr must be finite, got {group['lr']!r}: look at what sets it, a scheduler?")
-    enrolled = set(map(id, chain.from_iterable(layer.parameters for layer in layers)))
-    present = set(map(id, chain.from_iterable(group["params"] for group in groups)))
-    if enrolled != present:
-        raise RuntimeError(
-            f"param_groups hold {len(present - enrolled)} parameters that no curvature was planned for, and "
-            f"miss {len(enrolled - present)} that it was: pass new ones to add_param_group, and make a new "
-            "optimizer after parameters were replaced or pruned"
-        )
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first option of a parameter group that is out of its range."""
-    for name in _AT_LEAST_ZERO:
-        _require(name, options, lambda value: _is_number(value) and 0 <= value < math.inf, "finite and >= 0")
-    for name in _BELOW_ONE:
-        _require(name, options, lambda value: _is_number(value) and 0 <= value < 1, "in [0, 1)")
-    for name in _COUNTS:
-        _require(
-            name,
-            options,
-            lambda value: value is None or (isinstance(value, Integral) and int(value) >= 1),
-            "a whole number >= 1, or None",
-        )
-    _require(
-        "power",
-        options,
-        lambda value: _is_number(value) and 0 < value < math.inf,
-        "> 0: 1 for the inverse, 0.5 for the inverse root",
-    )
-    _require(
-        "kl_clip", options, lambda value: value is None or 0 < value < math.inf, "finite and > 0, or None"
-    )
-    _require(
-        "exponent",
-        options,
-        lambda value: value is None or 0 < value < math.inf,
-        "> 0, or None: 1 / (2K) for the published root of each of K modes",
-    )
-    for name, choices in _CHOICES.items():
-        _require(
-            name,
-            options,
-            lambda value, choices=choices: value in choices,
-            f"one of {', '.join(map(repr, choices))}",
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-def _require(name: str, options: Mapping[str, Any], holds: Any, wanted: str) -> None:
-    if name in options and not holds(options[name]):
-        raise ValueError(f"{name} must be {wanted}, got {options[name]!r}")
-
-
-def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError where a parameter group wants for itself what all groups share."""
-    for name in _SHARED:
-        if name in group and group[name] != defaults[name]:
-            raise ValueError(
-                f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
-                f"{group[name]!r}: pass it to the optimizer"
-            )
-
-
 def check_parameter(name: str, parameter: Tensor) -> None:
-    """Raise TypeError for a parameter that no real symmetric curvature fits."""
+    """Raise TypeError for a parameter that is no tensor of real floating-point numbers."""
     if parameter.is_complex():
         raise TypeError(
             f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, "
@@ -141,13 +323,4 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     if not parameter.is_floating_point():
         raise TypeError(
             f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out"
-        )
-
-
-def check_gradient(name: str, parameter: Tensor) -> None:
-    """Raise TypeError for a sparse gradient."""
-    if parameter.grad is not None and parameter.grad.layout != torch.strided:
-        raise TypeError(
-            f"{name} has a sparse gradient ({parameter.grad.layout}): use Embedding(sparse=False), "
-            "or give it to torch.optim.SparseAdam"
         )
