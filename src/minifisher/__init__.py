@@ -4,8 +4,8 @@ from minifisher.methods.kbfgs import KBFGS as KBFGS
 from minifisher.methods.kbfgsl import KBFGSL as KBFGSL
 from minifisher.methods.kfac import KFAC as KFAC
 from minifisher.methods.mbf import MBF as MBF
-from minifisher.methods.shampoo import SOAP as SOAP
 from minifisher.methods.shampoo import Shampoo as Shampoo
+from minifisher.methods.soap import SOAP as SOAP
 from minifisher.methods.tnt import TNT as TNT
 from minifisher.optimizer import CurvatureOptimizer as CurvatureOptimizer
 

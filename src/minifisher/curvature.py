@@ -21,7 +21,7 @@ class Curvature(ABC):
 
     A subclass is a frozen dataclass: its fields are configuration and hold no tensors. What changes is the
     dictionary that `init` returns. It *is* `optimizer.state[weight]`, so checkpoints and sharding see every
-    tensor. Tensors may have leading dimensions `...`: the engine stacks equal layers and calls each verb once.
+    tensor. Tensors may have leading dimensions `...`: the engine stacks equal layers, and calls a verb once.
     """
 
     needs: type[Statistics] | None
@@ -71,7 +71,7 @@ class Curvature(ABC):
 
     @property
     def reads_mean_gradient(self) -> bool:
-        """Whether `observe` reads only the mean gradient of LayerSamples; it then takes a BatchGradient, too."""
+        """Whether `observe` reads only the mean gradient of samples; it then takes a BatchGradient, too."""
         return False
 
     @property
@@ -84,7 +84,7 @@ class Curvature(ABC):
         return None
 
     def state_axes(self, dimension: int) -> dict[str, int | None]:
-        """For a weight cut along `dimension`: the axis along which each tensor of the state is cut, or None."""
+        """The axis along which each tensor of the state is cut if the weight is cut along `dimension`."""
         return {}
 
 

@@ -1,91 +1,92 @@
-"""The one step loop: backward pass, statistics, curvature, direction, graft, update."""
+"""The optimizer that torch sees: parameter groups, the step, the closure, `observe`, checkpoints, reports."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
+from torch.optim import Optimizer
 
 from minifisher.curvature import Plan
-from minifisher.distributed import ranks as parallel
-from minifisher.distributed.collectives import world_size
-from minifisher.distributed.placement import Seat
-from minifisher.guard import NO_CLOSURE, all_finite, check_estimators, check_warm_start
-from minifisher.options import (
-    Params,
-    as_groups,
-    check_group,
-    check_groups,
-    check_options,
-    check_parameter,
+from minifisher.distributed.collectives import is_distributed, world_size
+from minifisher.distributed.placement import place_layers
+from minifisher.distributed.ranks import Together, mean_over_ranks, mean_secants, total
+from minifisher.options import CommonOptions, as_groups, check_parameter
+from minifisher.state.checkpoint import (
+    FORMAT_VERSION,
+    merged_groups,
+    parameter_keys,
+    read_entries,
+    whole_entries,
+    without_stacks,
 )
-from minifisher.reports import Reports
-from minifisher.stacking import add_momentum, form_cohorts, initial_state
-from minifisher.state.checkpoint import FORMAT_VERSION
-from minifisher.statistics.capture import Capture
+from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
+from minifisher.statistics.capture import Captures
+from minifisher.statistics.estimators import check_estimators
 from minifisher.statistics.layers import Layer, layer_of, layers_of
-from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass
-from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
-from minifisher.step.captured import check_capturable, take_step
-from minifisher.step.layer_stack import SATURATED, Cohort, Move, clipped
-from minifisher.step.precision import full_precision, loss_scale, overflowed, unscale
+from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
+from minifisher.step.captured import check_capturable, take_captured_step
+from minifisher.step.layer_stack import (
+    SATURATED,
+    Enrolled,
+    LayerStack,
+    add_momentum,
+    form_stacks,
+    initial_state,
+)
+from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
+from minifisher.step.recipe import Alone, StepTaken, take_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 Samples = dict[Layer, LayerSamples]
-Changes = list[tuple[Tensor, tuple[Any, ...]]]  # each with the ranks whose pieces add to it
 
 
-class CurvatureOptimizer(Reports):
-    """Base of every method: `plan` chooses a curvature for each layer, the rest is the same for all.
+class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
+    """Base of every method: `plan` chooses a curvature for each layer, all else is the same for all methods.
 
-    A step: M <- mu M + D; direction P M with the damped inverse curvature P; its length borrowed by `graft`,
-    for a weight ("adam", "sgd") or for each of its rows ("adam-rows"); W <- (1 - lr weight_decay) W - lr
-    direction. With `decoupled_weight_decay=False`, weight_decay W joins D in M, not in the curvature.
+    A step: M <- mu M + D; direction P M with the damped inverse curvature P, with the length that `graft`
+    gives it; W <- (1 - lr weight_decay) W - lr direction. `minifisher.step.recipe` is the step as one page.
 
-    With `adaptive_damping=True` `step` needs a closure, and evaluates it once more every fifth step: the
-    group's `damping` is multiplied by 0.95^5 where the loss fell by more than 3/4 of what the damped
-    quadratic model predicted for that step, and divided by it where by less than 1/4 (Martens and Grosse,
-    2015, Section 6.5; `minifisher.step.adaptive_damping` derives the prediction).
+    With `adaptive_damping=True`, `step` needs a closure and evaluates it once more in every fifth step: the
+    group's `damping` is multiplied by 0.95^5 if the loss fell by more than 3/4 of what the damped quadratic
+    model predicted, and divided by it if the loss fell by less than 1/4 (Martens and Grosse, 2015, Section
+    6.5; `minifisher.step.adaptive_damping` derives the prediction).
     """
-
-    # GradScaler then says by how much it scaled the loss, and leaves the rest to `step`.
-    _step_supports_amp_scaling = True
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
     """The kinds of layer whose bias `fold_bias` reads as one more input."""
     estimators: ClassVar[tuple[str, ...]] = ("gradient", "empirical", "sampled", "exact")
     """What `fisher` may be."""
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        self._skipped: Any = 0  # with `capturable` a tensor, as the next one
-        self._fallbacks: Any = 0
-        self._held = 0
+    # GradScaler then tells `step` by how much it scaled the loss, and leaves the rest to it.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         self.loss_scale: Callable[[], float] | None = None
-        """Says what the loss is multiplied by; needed for "empirical" after `scaler.unscale_(optimizer)`."""
-        self._layers: dict[Layer, dict[str, Any]] = {}  # each with its parameter group
-        self._plans: dict[Layer, Plan] = {}
-        self._seats: dict[Layer, Seat] = {}
-        self._active: list[Layer] = []
-        self._cohorts: list[Cohort] = []  # of the active layers
-        self._captures: dict[str, Capture] = {}
-        self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
-        check_options(defaults)
+        """Returns the factor of the loss; needed for "empirical" after `scaler.unscale_(optimizer)`."""
+        self._counters = Counters()
+        self._enrolled: dict[Layer, Enrolled] = {}
+        self._stacks: list[LayerStack] = []
+        self._stacked: list[Layer] | None = None
+        """The layers of the stacks; None where stacks must be formed anew."""
+        self._captures = Captures({}, 0)
+        self._modules: list[nn.Module] = []
+        """A second pass restores their buffers."""
         self._complete = False
-        base = {
-            "adaptive_damping": False,
-            "capturable": False,
-            "shard_curvature": False,
-            "format_version": FORMAT_VERSION,
-        }
-        super().__init__(as_groups(params), {**base, **defaults})
-        check_estimators(type(self).__name__, self.estimators, self._layers)
+        values = self.bind(arguments, options)
+        params = values.pop("params")
+        self.check(values)
+        super().__init__(as_groups(params), {**values, "format_version": FORMAT_VERSION})
         self._complete = True
+        self._check_estimators({layer: member.group for layer, member in self._enrolled.items()})
         self._arm()
 
     @abstractmethod
@@ -95,10 +96,10 @@ class CurvatureOptimizer(Reports):
     # ---- parameters ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its "params" may be a module, and any option may differ from the defaults."""
+        """Add a group; its "params" may be a module, and options may differ from those of other groups."""
         options = {**self.defaults, **param_group}
-        check_options(options)
-        check_group(param_group, self.defaults)
+        self.check(options)
+        self.check_shared(param_group, self.defaults)
         if options["fisher"] not in self.estimators:
             raise ValueError(
                 f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
@@ -113,7 +114,7 @@ class CurvatureOptimizer(Reports):
         if not isinstance(source, nn.Module):
             layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
         try:
-            self._enrol(layers, group)
+            self._enrol(dict.fromkeys(layers, group))
         except (TypeError, ValueError):
             self.param_groups.pop()  # a group that was refused leaves no trace
             raise
@@ -127,154 +128,223 @@ class CurvatureOptimizer(Reports):
         ]
         return zip(names, group["params"], strict=True)
 
-    def _enrol(self, layers: list[Layer], group: dict[str, Any]) -> None:
+    def _enrol(self, layers: dict[Layer, dict[str, Any]]) -> None:
+        """Plan and place more layers, each with its group."""
         for layer in layers:
             for parameter in layer.parameters:
                 check_parameter(layer.name, parameter)
-        enrolled = {**self._layers, **dict.fromkeys(layers, group)}
-        if self._complete:
-            check_estimators(type(self).__name__, self.estimators, enrolled)
-        plans = {**self._plans, **{layer: self.plan(layer, group) for layer in layers}}
-        seats = self._take_seats(plans, enrolled)
-        if group["capturable"]:
-            check_capturable(plans, group, all(seat.alone for seat in seats.values()))
-        self._layers, self._plans, self._seats, self._active = enrolled, plans, seats, []
-        self._captures = self._new_captures()
+        groups = {**{layer: member.group for layer, member in self._enrolled.items()}, **layers}
+        if self._complete:  # the groups of the constructor are checked together
+            self._check_estimators(groups)
+        plans = {layer: member.plan for layer, member in self._enrolled.items()}
+        plans.update({layer: self.plan(layer, group) for layer, group in layers.items()})
+        enrolled = self._placed(plans, groups)
+        if self.defaults["capturable"]:
+            for group in {id(group): group for group in layers.values()}.values():
+                check_capturable(enrolled.values(), group)
+        self._take_over(enrolled)
         if self._complete:
             self._arm()
 
-    def _new_captures(self) -> dict[str, Capture]:
-        sources: dict[str, list[Layer]] = defaultdict(list)
-        for layer, group in self._layers.items():
-            if self._plans[layer].curvature.needs not in (None, BatchGradient):
-                sources[group["fisher"]].append(layer)
-        memory = self.defaults["statistics_memory"]
-        for capture in self._captures.values():
-            capture.release()
-        return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
+    def _check_estimators(self, groups: dict[Layer, dict[str, Any]]) -> None:
+        asked = ((layer, group["fisher"]) for layer, group in groups.items())
+        check_estimators(type(self).__name__, self.estimators, asked)
+
+    def _placed(self, plans: dict[Layer, Plan], groups: dict[Layer, dict[str, Any]]) -> dict[Layer, Enrolled]:
+        placements = place_layers(type(self).__name__, plans, groups, self.defaults["shard_curvature"])
+        return {layer: Enrolled(layer, groups[layer], plans[layer], placements[layer]) for layer in plans}
+
+    def _take_over(self, enrolled: dict[Layer, Enrolled]) -> None:
+        """These layers from now on: stacks and hooks are made anew."""
+        self._enrolled, self._stacked = enrolled, None
+        self._parameters = {id(parameter) for layer in enrolled for parameter in layer.parameters}
+        self._alone = all(member.placement.alone for member in enrolled.values())
+        self._secant_layers = [layer for layer in enrolled if enrolled[layer].plan.curvature.needs is Secant]
+        layers: dict[str, list[Layer]] = {}
+        for layer, member in enrolled.items():
+            if member.plan.curvature.needs not in (None, BatchGradient):
+                layers.setdefault(member.group["fisher"], []).append(layer)
+        self._captures.release()
+        self._captures = Captures(layers, self.defaults["statistics_memory"])
 
     # ---- the step ----
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on the gradients in `.grad`, or on those that `closure` computes; return its loss.
 
-        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. Where a
-        second look at the mini-batch is due it is called again after the step: `SecondPass` says what stays.
+        `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. If a second
+        look at the mini-batch is due, it is called again after the step; `SecondPass` says what that leaves
+        unchanged.
         """
         return self._step_on_device(closure) if self.defaults["capturable"] else self._step(closure)
 
     # Traced, it would be compiled piece by piece, for every kind of layer and every phase of the schedule.
     @_disable_dynamo
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        adapting = self._adaptation_due()
-        passes = self._two_passes(closure, adapting)
+        adaptive = [group for group in self.param_groups if group["adaptive_damping"]]
+        adapts = bool(adaptive) and self._steps_taken() % ADAPT_EVERY == 0
+        two_passes = self._two_passes(closure, adapts) if adaptive or self._secant_layers else None
         with torch.enable_grad():
-            loss = passes.first() if passes is not None else closure() if closure is not None else None
+            loss = (
+                two_passes.first() if two_passes is not None else closure() if closure is not None else None
+            )
         with torch.no_grad(), full_precision(self.param_groups):
-            changes = self._advance(self._collect(), adapting)
-        if passes is not None and changes is not None:
-            self._look_again(passes, loss, changes)
-        self._arm()
+            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
+            taken = self._take_step(samples, adapts)
+        if two_passes is not None and taken is not None:
+            self._look_again(two_passes, loss, taken)
+        if self._captures:
+            self._arm()
         return loss
+
+    def _take_step(self, samples: Samples, predicts: bool) -> StepTaken | None:
+        """Step; None where it was skipped."""
+        if not unscale(self):
+            return None
+        active = self._layers_with_gradients()
+        # What samples other processes have seen is found out when they are averaged.
+        finite = all_finite(active, samples.values() if self._alone else ())
+        ranks = Alone(finite) if self._alone else Together(finite, self._cut_over(active))
+        taken = None
+        if finite or (isinstance(ranks, Together) and ranks.groups):
+            stacks = self._restack(active, samples)
+            taken = take_step(stacks, samples, ranks, self.defaults.get("kl_clip"), predicts)
+        if taken is None:
+            self._counters.skip()
+        else:
+            self._counters.add(taken.fallbacks, taken.frozen)
+        return taken
+
+    def _cut_over(self, active: list[Layer]) -> tuple[Any, ...]:
+        """The groups of ranks over which the weights of these layers are cut."""
+        groups = (group for layer in active for group in self._enrolled[layer].placement.groups)
+        return tuple(dict.fromkeys(groups))
 
     def _step_on_device(self, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         with torch.no_grad(), full_precision(self.param_groups):
-            gradients = self._gather()
+            gradients = self._gradients_of_stacks()
             if gradients:
                 scale, overflow = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-                skipped, fallen = take_step(self._cohorts, gradients, scale, overflow)
-                self._skipped.add_(skipped)
-                self._fallbacks.add_(fallen)
+                skipped, fallbacks = take_captured_step(self._stacks, gradients, scale, overflow)
+                self._counters.skipped.add_(skipped)
+                self._counters.fallbacks.add_(fallbacks)
         return loss
 
     # What is traced would look for the very tensors in `.grad` again, and these are new ones every time.
     @_disable_dynamo
-    def _gather(self) -> list[Tensor]:
-        return [cohort.gradient() for cohort in self._cohorts_of(self._with_gradients(), {})]
+    def _gradients_of_stacks(self) -> list[Tensor]:
+        return [stack.gradient() for stack in self._restack(self._layers_with_gradients(), {})]
 
-    def _advance(self, samples: Samples, predicting: bool) -> Changes | None:
-        """Step; if `predicting`, how each cohort should change the loss; None where it was skipped."""
-        if overflowed(self):
-            return None
-        unscale(self)
-        active = self._with_gradients()
-        moves = self._moves(active, samples)
-        if moves is None:
-            self._skip()
-            return None
-        bound = self.defaults.get("kl_clip")
-        changes: Changes = []
-        for move, scale in clipped(list(moves), bound) if bound else ((move, 1.0) for move in moves):
-            if predicting:
-                changes.append((predicted_change(move, scale), move.cohort.seat.groups))
-            move.cohort.apply(move, scale)
-            self._report(move.fallen, move.held)
-            self._keep_counts(move.cohort)
-        return changes
+    def _layers_with_gradients(self) -> list[Layer]:
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor) and not abs(group["lr"]) < float("inf"):
+                raise ValueError(
+                    f"lr must be finite, got {group['lr']!r}: look at what sets it, a scheduler?"
+                )
+        present = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if present != self._parameters:
+            raise RuntimeError(
+                f"param_groups hold {len(present - self._parameters)} parameters that no curvature was "
+                f"planned for, and miss {len(self._parameters - present)} that it was: pass new ones to "
+                "add_param_group, and make a new optimizer after parameters were replaced or pruned"
+            )
+        return [layer for layer in self._enrolled if any(p.grad is not None for p in layer.parameters)]
 
-    def _moves(self, active: list[Layer], samples: Samples) -> Iterable[Move] | None:
-        """The step of every cohort, one after another where one process trains; None where it must not be."""
-        if self._alone:
-            if not all_finite(active, samples.values()):
-                return None
-            return (c.stride(c.gradient(), samples) for c in self._cohorts_of(active, samples))
-        return parallel.moves(self._cohorts_of(active, samples), samples, all_finite(active, ()))
+    def _restack(self, active: list[Layer], samples: Samples) -> list[LayerStack]:
+        """The stacks of the layers with gradients; formed anew where those, or their samples, change."""
+        has_state = all(self.state.get(layer.weight) for layer in active)  # a user may empty it to begin anew
+        if (
+            active != self._stacked
+            or not has_state
+            or any(stack.must_be_rebuilt(samples) for stack in self._stacks)
+        ):
+            self._initialise(active)
+            self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples)
+            self._stacked = active
+            if self.defaults["capturable"]:
+                for stack in self._stacks:
+                    stack.keep_counts()
+                    self._counters.move_to(stack.step.device)
+        return self._stacks
 
-    @property
-    def _alone(self) -> bool:
-        return all(seat.alone for seat in self._seats.values())
+    def _initialise(self, layers: Iterable[Layer]) -> None:
+        """Make the state of layers that have none."""
+        for layer in layers:
+            member = self._enrolled[layer]
+            if not self._entry(layer):
+                self.state.update(initial_state(layer, member.placement.plan, member.group))
+            elif member.group["momentum"]:
+                add_momentum(layer, self.state)
+
+    def _entry(self, layer: Layer) -> dict[str, Any]:
+        entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
+        return entry
+
+    def _steps_taken(self) -> int:
+        return max((self._entry(layer).get("step", 0) for layer in self._enrolled), default=0)
 
     # ---- the second pass ----
 
-    def _two_passes(self, closure: Callable[[], Any] | None, adapting: bool) -> SecondPass | None:
+    def _two_passes(self, closure: Callable[[], Any] | None, adapts: bool) -> SecondPass | None:
         """The two evaluations of the closure; None where one will do."""
-        layers = [layer for layer in self._layers if self._plans[layer].curvature.needs is Secant]
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
-            if (layers or self._adaptive_groups()) and any(group["lr"] != 0 for group in self.param_groups):
-                raise TypeError(NO_CLOSURE.format(type(self).__name__))
+            if any(group["lr"] != 0 for group in self.param_groups):
+                raise TypeError(
+                    f"{type(self).__name__}.step() looks at the mini-batch before and after the step and "
+                    "needs a closure: call optimizer.step(closure), where closure() calls "
+                    "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
+                )
             return None
-        due = [layer for layer in layers if self._statistics_due(layer)]
+        due = [layer for layer in self._secant_layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return SecondPass(closure, parameters, self._modules, due) if due or adapting else None
+        return SecondPass(closure, parameters, self._modules, due) if due or adapts else None
 
-    def _adaptive_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["adaptive_damping"]]
-
-    def _adaptation_due(self) -> bool:
-        taken = max((self._entry(layer).get("step", 0) for layer in self._layers), default=0)
-        return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
-
-    def _look_again(self, passes: SecondPass, loss: Any, changes: Changes) -> None:
-        for capture in self._captures.values():
-            capture.disarm()
-        loss_after = passes.second()
+    def _look_again(self, two_passes: SecondPass, loss: Any, taken: StepTaken) -> None:
+        """Evaluate the closure at the new weights: observe secants, adapt the damping."""
+        self._captures.disarm()
+        loss_after = two_passes.second()
         with torch.no_grad(), full_precision(self.param_groups):
-            secants = passes.secants(loss_scale(self, captured=False))
+            secants = two_passes.secants(loss_scale(self, captured=False))
             if not self._alone:
-                secants = parallel.mean_secants(secants)
-            for cohort in self._cohorts:
-                cohort.observe_secants(secants)
-        if changes:
-            groups = self._adaptive_groups()
+                secants = mean_secants(secants)
+            for stack in self._stacks:
+                stack.observe_secants(secants)
+        if taken.changes:
+            groups = [group for group in self.param_groups if group["adaptive_damping"]]
             if world_size() > 1:
-                loss, loss_after = parallel.mean_of((loss, loss_after))
-            factor = damping_factor(loss, loss_after, parallel.total(changes), groups[0]["maximize"])
+                loss, loss_after = mean_over_ranks((loss, loss_after))
+            factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
             for group in groups:
                 group["damping"] = within_bounds(group["damping"] * factor)
 
-    def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
-        """Draw labels from the model's own prediction and run the extra backward pass, when one is due.
+    # ---- statistics ----
 
-        Call it between the forward pass and `loss.backward()`; every `.grad` stays untouched. The outputs are
-        logits with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
+    def observe(self, outputs: Tensor, likelihood: str = "categorical") -> None:
+        """Draw labels from the model's own prediction and do the extra backward pass, when one is due.
+
+        Call it between the forward pass and `loss.backward()`; no `.grad` changes. The outputs are logits
+        with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        for source, capture in self._captures.items():
-            if source in LABELLED and capture.armed:
-                with torch.enable_grad():
-                    capture.sample(*LABELLED[source](outputs, likelihood))
+        self._captures.draw_labels(outputs, likelihood)
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; the samples of the backward passes so far are forgotten with their gradients."""
+        super().zero_grad(set_to_none)
+        if self._captures:
+            self._captures.forget_backward()
+
+    def _arm(self, always: bool = False) -> None:
+        """Switch hooks on where the coming step reads statistics, off where it does not."""
+        if self._captures:
+            self._captures.arm(lambda layer: always or self._statistics_due(layer))
+
+    def _statistics_due(self, layer: Layer) -> bool:
+        taken: int = self._entry(layer).get("step", 0)
+        return taken % self._enrolled[layer].plan.statistics_every == 0
 
     @torch.no_grad()
     def warm_start(
@@ -290,23 +360,27 @@ class CurvatureOptimizer(Reports):
         the published start of TNT and K-BFGS (docs/methods.md). A batch with a gradient that is not finite is
         left out and counts among `skipped_steps`. Raises ValueError where no batch is left.
         """
-        self._count_anew(0)
+        self._set_observations(0)
         taken = [self._warm_up(model, batch, loss, likelihood) for batch in loader]
         self.zero_grad()
-        check_warm_start(taken)
-        self._count_anew(SATURATED)
+        if not any(taken):
+            raise ValueError(
+                "warm_start got no batch to average: the loader is empty or used up, or no gradient of its "
+                "batches is finite; pass a loader that can be read from its beginning"
+            )
+        self._set_observations(SATURATED)
         self._arm()
 
-    def _count_anew(self, observations: int) -> None:
-        """So many from now on for every layer that was observed."""
-        for layer in self._layers:
+    def _set_observations(self, number: int) -> None:
+        """Set the number of observations of every layer that was observed."""
+        for layer in self._enrolled:
             entry = self._entry(layer)
             if entry.get("observations"):
-                entry["observations"] = 0 * entry["observations"] + observations
-        self._active = []
+                entry["observations"] = 0 * entry["observations"] + number
+        self._stacked = None
 
     def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str) -> bool:
-        """Whether the batch was averaged in."""
+        """Average in one batch; returns whether it was finite."""
         inputs, targets = batch
         self._arm(always=True)
         self.zero_grad()
@@ -315,83 +389,78 @@ class CurvatureOptimizer(Reports):
             self.observe(outputs, likelihood)
             loss(outputs, targets).backward()
         with full_precision(self.param_groups):
-            samples, active = self._collect(), self._with_gradients()
+            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
+            active = self._layers_with_gradients()
             finite = all_finite(active, samples.values())
-            cohorts = self._cohorts_of(active, samples)
-            if not (taken := parallel.warm_up(cohorts, samples, finite)):
-                self._skip()
-        for cohort in cohorts:
-            self._keep_counts(cohort)
+            stacks = self._restack(active, samples)
+            ranks = Alone(finite) if self._alone else Together.over_all_ranks(finite, stacks)
+            gradients = [stack.gradient() for stack in stacks]
+            decays = [1 - 1 / (int(stack.observations) + 1) for stack in stacks]  # all batches weigh alike
+            taken = ranks.average_statistics(stacks, gradients, samples, decays)
+            if not taken:
+                self._counters.skip()
+        for stack in stacks:
+            stack.keep_counts()
         return taken
 
-    # ---- statistics ----
+    # ---- reports ----
 
-    @_disable_dynamo
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what the backward passes so far told of samples is forgotten with their gradients."""
-        super().zero_grad(set_to_none)
-        for capture in self._captures.values():
-            capture.forget_backward()
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were not taken because a gradient was NaN or infinite."""
+        return int(self._counters.skipped)
 
-    def _arm(self, always: bool = False) -> None:
-        """Put hooks on when the coming step reads statistics, off when it does not."""
-        for capture in self._captures.values():
-            if always or any(self._statistics_due(layer) for layer in capture.layers):
-                capture.arm()
-            else:
-                capture.disarm()
-
-    def _statistics_due(self, layer: Layer) -> bool:
-        taken: int = self._entry(layer).get("step", 0)
-        return taken % self._plans[layer].statistics_every == 0
-
-    def _collect(self) -> Samples:
-        collected: Samples = {}
-        for source, capture in self._captures.items():
-            seen = capture.seen
-            samples = capture.collect(loss_scale(self, captured=seen and source == "empirical"))
-            capture.check_heard(samples, source, seen)
-            collected.update(samples)
-        return collected
-
-    # ---- cohorts ----
-
-    def _with_gradients(self) -> list[Layer]:
-        check_groups(self.param_groups, self._layers)
-        return [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
-
-    def _cohorts_of(self, active: list[Layer], samples: Samples) -> list[Cohort]:
-        """The cohorts of the layers that have gradients; formed anew only when those change or part."""
-        emptied = not all(map(self._entry, active))  # by a user who wants to start anew
-        if emptied or active != self._active or any(c.is_outdated(samples) for c in self._cohorts):
-            self._initialise(active)
-            self._cohorts = form_cohorts(active, self._seats, self._layers, self.state, samples)
-            self._active = active
-            if self.defaults["capturable"]:
-                self._count_on_device()
-        return self._cohorts
-
-    def _count_on_device(self) -> None:
-        for cohort in self._cohorts:
-            self._keep_counts(cohort)
-            device = cohort.step.device
-        self._skipped, self._fallbacks = (
-            torch.tensor(int(count), device=device) for count in (self._skipped, self._fallbacks)
+    def describe(self) -> Description:
+        """What was chosen for every weight and why, and the share of the parameters each structure covers."""
+        rows = (
+            describe_layer(layer, member.plan, member.group["fisher"])
+            for layer, member in self._enrolled.items()
         )
+        return Description(type(self).__name__, tuple(rows))
 
-    def _initialise(self, layers: Iterable[Layer]) -> None:
-        for layer in layers:
-            if not self._entry(layer):
-                self.state.update(initial_state(layer, self._seats[layer].plan, self._layers[layer]))
-            elif self._layers[layer]["momentum"]:
-                add_momentum(layer, self.state)
+    def diagnostics(self) -> dict[str, Any]:
+        """Counts of faults; for every weight its steps, observations and the counts of its curvature."""
+        named = layers_by_name(self._enrolled.values(), self.param_groups)
+        weights = {name: counts(self._entry(layer)) for name, layer in named}
+        return {**self._counters.report(), "weights": weights}
 
-    def _entry(self, layer: Layer) -> dict[str, Any]:
-        entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
-        return entry
+    # ---- checkpoints ----
 
-    def _keep_counts(self, cohort: Cohort) -> None:
-        for layer in cohort.layers:
-            self.state[layer.weight]["observations"] = cohort.observations
-            for parameter in layer.parameters:
-                self.state[parameter]["step"] = cohort.step
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with an entry for every trainable parameter, also if it had no gradient so far."""
+        self._initialise(layer for layer in self._enrolled if any(p.requires_grad for p in layer.parameters))
+        packed = super().state_dict()
+        keys = parameter_keys(self.param_groups, packed)
+        for layer, member in self._enrolled.items():
+            if layer.weight in self.state and is_distributed(layer.weight):
+                whole = whole_entries(layer, member.plan, self.state)
+                packed["state"].update({keys[parameter]: entry for parameter, entry in whole.items()})
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from `state_dict()`; ValueError, and nothing changed, if it does not fit."""
+        groups = merged_groups(self.param_groups, state_dict, self.defaults, self.options)
+        renewed = {id(old): new for old, new in zip(self.param_groups, groups, strict=True)}
+        options = {layer: renewed[id(member.group)] for layer, member in self._enrolled.items()}
+        enrolled = self._placed({layer: self.plan(layer, group) for layer, group in options.items()}, options)
+        entries = read_entries(enrolled.values(), state_dict["state"], parameter_keys(groups, state_dict))
+        # Without the state, which torch would cast to the parameter's dtype.
+        super().load_state_dict({**state_dict, "state": {}})
+        self.param_groups[:] = groups
+        self.state.update(entries)
+        self._take_over(enrolled)
+        self._arm()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("_complete", "_counters", "_modules", "loss_scale")}
+        plans = [(layer, member.group, member.plan) for layer, member in self._enrolled.items()]
+        return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_plans": plans}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plans = state.pop("_plans", None)
+        super().__setstate__(state)
+        if plans is not None:  # a copy, not torch's load_state_dict
+            self._captures = Captures({}, 0)
+            groups = {layer: group for layer, group, _ in plans}
+            self._take_over(self._placed({layer: plan for layer, _, plan in plans}, groups))
+            self._arm()

@@ -3,8 +3,8 @@
     class MBF(CurvatureOptimizer):
         damping: float = option(default=0.1, at_least=0)
 
-From the declarations come the signature, the checks, the defaults of a parameter group, the list of options that
-a checkpoint must not change, and the table in the documentation.
+From the declarations come the signature, the checks, the defaults of a parameter group, the list of options
+that a checkpoint must not change, and the table in the documentation.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Option:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         raise AttributeError(
-            f'set {self.name} where torch.optim has it: for group in optimizer.param_groups: '
+            f"set {self.name} where torch.optim has it: for group in optimizer.param_groups: "
             f'group["{self.name}"] = {value!r}'
         )
 
@@ -324,3 +324,70 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out"
         )
+
+
+# ---- the options that all methods have ----
+
+
+class CommonOptions(HasOptions):
+    """The options of all methods; a method changes defaults and adds its own."""
+
+    params: Params = option(kw_only=False, meaning="What torch.optim takes, or the nn.Module.")
+    lr: float | Tensor = option(
+        default=1e-3, at_least=0, kw_only=False, meaning="Learning rate, in step lengths of `graft`."
+    )
+    momentum: float = option(default=0.9, at_least=0, below=1, meaning="mu of M <- mu M + D.")
+    curvature_decay: float = option(
+        default=0.95, at_least=0, below=1, meaning="beta of the running, bias-corrected averages."
+    )
+    damping: float = option(
+        default=0.1, at_least=0, meaning="lambda, or the fraction of the mean curvature that lambda is."
+    )
+    relative_damping: bool = option(
+        default=True, meaning="Whether `damping` is relative to the mean curvature of block and layer."
+    )
+    graft: Literal["adam", "adam-rows", "sgd"] | None = option(
+        default="adam", meaning="Whose step length a weight, or each of its rows, gets; None: its own length."
+    )
+    weight_decay: float = option(default=0.0, at_least=0, meaning="Decay of the weights; AdamW's is 0.01.")
+    decoupled_weight_decay: bool = option(
+        default=True, meaning="W <- (1 - lr weight_decay) W, instead of weight_decay W in the gradient."
+    )
+    adaptive_damping: bool = option(
+        default=False, meaning="Adapt `damping` in every fifth step; `step` then needs a closure."
+    )
+    fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(
+        default="gradient",
+        meaning="Where the curvature comes from: the mini-batch gradient, or samples with their own labels, with "
+        "labels drawn from the model, or with all labels.",
+    )
+    statistics_every: int | None = option(
+        default=None, at_least=1, meaning="Steps between statistics (T1); None chooses what is cheap."
+    )
+    inverse_every: int | None = option(
+        default=None, at_least=1, meaning="Steps between inverses (T2); None chooses what is cheap."
+    )
+    fold_bias: bool = option(
+        default=False, fixed=True, meaning="Read the bias of a layer as the weight of one more input."
+    )
+    curvature_dtype: torch.dtype | None = option(
+        default=None,
+        choices=(None, torch.float32, torch.float64, torch.bfloat16),
+        meaning="In which dtype the curvature is kept; None: as the weight, at least float32.",
+    )
+    maximize: bool = option(default=False, meaning="Maximise the loss.")
+    capturable: bool = option(
+        default=False,
+        fixed=True,
+        per_group=False,
+        init=False,
+        meaning="Let a CUDA graph record the step; it then has no schedule.",
+    )
+    shard_curvature: bool = option(
+        default=False,
+        per_group=False,
+        meaning="Spread the curvature over the ranks of DistributedDataParallel.",
+    )
+    statistics_memory: int = option(
+        default=256 * 2**20, at_least=1, per_group=False, meaning="Bytes for samples that are read at once."
+    )

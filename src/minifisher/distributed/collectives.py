@@ -1,4 +1,4 @@
-"""The leaf that knows of ranks: sums and gathers over process groups, pieces of cut tensors."""
+"""Sums and gathers over process groups, and sharded tensors: the only file that uses torch.distributed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_RANKS: tuple[Group, ...] = (None,)
 
 
 def world_size() -> int:
-    """Processes that train together; 1 without torch.distributed."""
+    """The number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -38,14 +38,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def cuts(tensor: Tensor) -> tuple[tuple[int, Group], ...]:
-    """The dimensions along which a DTensor is cut, each with the ranks that hold the pieces."""
+    """The dimensions along which a DTensor is cut, each with the group of ranks that hold the pieces."""
     if not is_distributed(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     partial = [placement for placement in placements if placement.is_partial()]
     if partial:
         raise ValueError(
-            f"a parameter is placed as {placements}: a weight can be cut or copied, not summed up"
+            f"a parameter is placed as {placements}: a weight can be sharded or replicated, not a partial sum"
         )
     return tuple(
         (placement.dim, mesh.get_group(axis))
@@ -54,13 +54,13 @@ def cuts(tensor: Tensor) -> tuple[tuple[int, Group], ...]:
     )
 
 
-def placed(tensor: Tensor) -> list[int]:
-    """The dimensions along which a DTensor is cut, also those of which one process holds all."""
+def cut_dimensions(tensor: Tensor) -> list[int]:
+    """The dimensions along which a DTensor is cut, also where one process holds all pieces."""
     return [p.dim for p in tensor.placements if hasattr(p, "dim")]  # type: ignore[attr-defined]
 
 
-def sum_over(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
-    """Sums each tensor over its groups, in place, in one call for all; whether every sum is finite."""
+def sum_over_ranks(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
+    """Sum each tensor over its groups, in place and in one call; returns whether every sum is finite."""
     buckets: dict[Any, list[Tensor]] = defaultdict(list)
     groups_of: dict[Any, tuple[Group, ...]] = {}
     for tensor, groups in tensors:
@@ -78,11 +78,12 @@ def sum_over(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:
     return finite
 
 
-def fill_in(tensors: Sequence[tuple[Tensor, int]]) -> None:
-    """Every tensor on every rank as it is on its owner, with one call for each dtype: [(tensor, owner)].
+def copy_from_owners(tensors: Sequence[tuple[Tensor, int]]) -> None:
+    """Copy every tensor from its owner to all ranks, in place and with one call for each dtype.
 
-    A gather takes from every rank as much as from the one that owns most; where that is more than twice what
-    there is (fewer tensors than ranks, say), a sum with zeros from all who do not own them sends less.
+    A gather sends from every rank as much as from the rank that owns most. If that is more than twice the
+    size of all tensors (with fewer tensors than ranks, for example), a sum sends less: ranks that do not own
+    a tensor add zeros.
     """
     by_dtype: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, int]]] = defaultdict(list)
     for tensor, owner in tensors:
@@ -116,19 +117,17 @@ def _sum_with_zeros(members: Sequence[tuple[Tensor, int]]) -> None:
     for tensor, owner in members:
         if owner != rank():
             tensor.zero_()
-    sum_over((tensor, ALL_RANKS) for tensor, _ in members)
+    sum_over_ranks((tensor, ALL_RANKS) for tensor, _ in members)
 
 
 # ---- pieces in checkpoints ----
 
 
-def as_distributed(
-    held: Tensor, like: Tensor, axes: Mapping[int, int | None], shape: Sequence[int]
-) -> Tensor:
-    """A piece as the DTensor of `shape` that torch.distributed.checkpoint puts together again.
+def as_dtensor(held: Tensor, like: Tensor, axes: Mapping[int, int | None], shape: Sequence[int]) -> Tensor:
+    """This rank's piece as a DTensor of `shape`, which torch.distributed.checkpoint can save and reshard.
 
-    `like` is the parameter; `axes` says along which dimension the tensor is cut where the parameter is cut
-    along which, None for along none.
+    `like` is the parameter. `axes` maps each dimension along which the parameter is cut to the dimension
+    along which this tensor is cut, or to None.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

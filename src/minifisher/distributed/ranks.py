@@ -1,15 +1,20 @@
-"""The step of processes that train together: the same loop in phases, with exchanges between them."""
+"""The exchanges of one step of processes that train together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.distributed.collectives import ALL_RANKS, fill_in, rank, sum_over, world_size
+from minifisher.distributed.collectives import (
+    ALL_RANKS,
+    copy_from_owners,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from minifisher.statistics.records import BatchGradient, Secant, mean_gradient
-from minifisher.step.layer_stack import OF_PARAMETER_SHAPE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,224 +24,226 @@ if TYPE_CHECKING:
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
-    from minifisher.step.layer_stack import Cohort, Move
+    from minifisher.step.layer_stack import LayerStack
+    from minifisher.step.update import Update
 
     Samples = Mapping[Layer, LayerSamples]
-    Decays = Sequence[float | None]  # one a cohort; None where it is not due
     Sums = Sequence[tuple[Tensor, tuple[Any, ...]]]  # each with the groups that it is summed over
 
 
 @dataclass(eq=False)
-class Ballot:
-    """Whether a rank cannot use its gradients: one number, which goes along with a sum that is sent anyway.
+class Together:
+    """Several processes: averages, directions and lengths are exchanged, and all step or none.
 
-    The pieces of a weight are in different hands, and so is the knowledge whether its gradient is finite.
+    Under fully_shard each rank holds pieces of the gradient, and only their owner sees that one is not
+    finite. The ranks of `groups` tell each other so with one number, which is sent along with the first sum
+    of the step. If the step has no sum before the directions, they are computed first, and everything is
+    restored if a rank objects.
     """
 
-    objects: bool = False
+    finite: bool
+    """Whether this rank's gradients are finite."""
     groups: tuple[Any, ...] = ()
-    """The ranks that vote; none where every rank knows all."""
-    device: torch.device | None = None
+    """The ranks that hold other pieces of the weights; empty where every rank knows all gradients."""
+    one_by_one = fuses = False
+    _objects: bool = field(init=False)
+    _must_ask: bool = field(init=False)
+    _snapshots: list[_Snapshot] = field(init=False, default_factory=list)
 
-    def sum_over(self, sums: Sums) -> bool:
-        """Sums up, the first time with the objections of all ranks; whether all is finite."""
-        if not self.groups:
-            return sum_over(sums)
-        like = sums[0][0] if sums else torch.empty(0, dtype=torch.float64, device=self.device)
-        paper = like.new_tensor([float(self.objects)])
-        finite = sum_over([*sums, (paper, self.groups)])
-        self.objects, self.groups = bool(paper), ()
+    def __post_init__(self) -> None:
+        self._objects, self._must_ask = not self.finite, bool(self.groups)
+
+    @classmethod
+    def over_all_ranks(cls, finite: bool, stacks: Sequence[LayerStack]) -> Together:
+        """For a warm start, in which no rank averages a batch in if one of them cannot."""
+        exchanges = any(stack.placement.exchanges for stack in stacks)
+        return cls(finite, ALL_RANKS if exchanges else ())
+
+    # ---- statistics ----
+
+    def average_statistics(
+        self,
+        stacks: Sequence[LayerStack],
+        gradients: Sequence[Tensor],
+        samples: Samples,
+        decays: Sequence[float | None],
+    ) -> bool:
+        """Each rank observes what it saw, and a sum makes it what all saw; False, and no change, if not finite.
+
+        If a number is not finite on one rank, the sum is not finite on any rank: all skip the step.
+        """
+        due = [
+            (stack, gradient, decay)
+            for stack, gradient, decay in zip(stacks, gradients, decays, strict=True)
+            if decay is not None and stack.has_statistics(samples)
+        ]
+        if self._must_ask and not any(stack.placement.exchanges for stack, _, _ in due):
+            self._snapshots = [_Snapshot(stack) for stack in stacks]
+        own, shared, fresh = _statistics(due, samples)
+        if (fresh or shared) and not self._sum(_sums(fresh, shared)):
+            return False
+        if self._objects and not self._must_ask:  # nobody is left to ask
+            return False
+        for stack, state in fresh:
+            _take_over(stack, state)
+        for stack, gradient, decay in shared:
+            stack.curvature.observe(stack.state, BatchGradient(gradient), decay)
+        for stack, gradient, decay in own:
+            stack.observe(stack.curvature, stack.state, gradient, samples, decay)
+        for stack, _, _ in due:
+            stack.observations += 1
+        return True
+
+    def _sum(self, sums: Sums) -> bool:
+        """Sum over ranks, the first time with their objections; whether all sums are finite."""
+        if not self._must_ask:
+            return sum_over_ranks(sums)
+        like = sums[0][0] if sums else torch.empty(0, dtype=torch.float64, device=self._device)
+        objections = like.new_tensor([float(self._objects)])
+        finite = sum_over_ranks([*sums, (objections, self.groups)])
+        self._objects, self._must_ask = bool(objections), False
         return finite
 
+    @property
+    def _device(self) -> torch.device | None:
+        stacks = [snapshot.stack for snapshot in self._snapshots]
+        return stacks[0].pieces[0].weight.device if stacks else None
 
-class Undo:
-    """What the coming step of a cohort writes before all ranks have said that they can take it."""
+    # ---- directions and lengths ----
 
-    def __init__(self, cohort: Cohort) -> None:
-        self.cohort = cohort
-        self.counts = cohort.step, cohort.observations
-        writes_all = cohort.statistics_due or cohort.refresh_due
-        self.tensors = {
+    def agree(self, updates: Sequence[Update]) -> bool:
+        """Receive directions and sum norms; False, and all as before, if a rank objects."""
+        owned = [update for update in updates if update.stack.placement.owner is not None]
+        copy_from_owners([(update.direction, _owner(update)) for update in owned])
+        for update in owned:
+            update.norm = update.stack.norm_of(update.direction)
+        cut = [update for update in updates if update.stack.length_groups]
+        squares = [torch.stack((u.norm, u.first_order_norm)).double().square_() for u in cut]
+        self._sum([(square, u.stack.length_groups) for square, u in zip(squares, cut, strict=True)])
+        if self._objects:
+            for snapshot in self._snapshots:
+                snapshot.restore()
+            return False
+        for square, update in zip(squares, cut, strict=True):
+            update.norm, update.first_order_norm = square.sqrt().to(update.norm.dtype)
+        return True
+
+
+def _owner(update: Update) -> int:
+    owner = update.stack.placement.owner
+    assert owner is not None
+    return owner
+
+
+class _Snapshot:
+    """What the coming step of a stack writes before all ranks have said that they can take it."""
+
+    def __init__(self, stack: LayerStack) -> None:
+        self.stack = stack
+        self._counts = stack.step, stack.observations
+        writes_all = stack.statistics_due or stack.refresh_due
+        self._tensors = {
             name: tensor.clone()
-            for name, tensor in cohort.state.items()
-            if writes_all or name in OF_PARAMETER_SHAPE
+            for name, tensor in stack.state.items()
+            if writes_all or name in stack.parameter_shaped
         }
 
     def restore(self) -> None:
-        """Everything as it was, to the last bit."""
-        self.cohort.step, self.cohort.observations = self.counts
-        for name, tensor in self.tensors.items():
-            self.cohort.state[name].copy_(tensor)
+        """Put all of it back."""
+        self.stack.step, self.stack.observations = self._counts
+        for name, tensor in self._tensors.items():
+            self.stack.state[name].copy_(tensor)
 
 
-def observe(
-    cohorts: Sequence[Cohort],
-    gradients: Sequence[Tensor],
-    samples: Samples,
-    decays: Decays,
-    ballot: Ballot | None = None,
-) -> bool:
-    """Each rank observes what it saw, one sum makes it what all saw; False, and no change, if not finite.
+# ---- what a rank brings to the statistics ----
 
-    What is not finite on one rank makes the sum so on all: they skip the step together.
-    """
-    trials: list[tuple[Cohort, State]] = []
-    means: list[tuple[Cohort, Tensor, float]] = []
-    own: list[tuple[Cohort, Tensor, float]] = []
-    for cohort, gradient, decay in zip(cohorts, gradients, decays, strict=True):
-        if decay is None or not cohort.tells(samples):
-            continue
-        if cohort.seat.exchanged:
-            trials.append((cohort, _trial(cohort, gradient, samples, decay)))
-        elif cohort.seat.sums_gradients:
-            means.append((cohort, _mean_gradient(cohort, samples), decay))
+_Due = tuple["LayerStack", "Tensor", float]
+
+
+def _statistics(
+    due: Sequence[_Due], samples: Samples
+) -> tuple[list[_Due], list[_Due], list[tuple[LayerStack, State]]]:
+    """Split by what is exchanged: nothing, the mean gradient of the samples, or the averages themselves."""
+    own, shared, fresh = [], [], []
+    for stack, gradient, decay in due:
+        if stack.placement.averages:
+            fresh.append((stack, _share_of_averages(stack, gradient, samples, decay)))
+        elif stack.placement.sums_gradients:
+            shared.append((stack, _share_of_gradient(stack, samples), decay))
         else:
-            own.append((cohort, gradient, decay))
-    sums = [(state[e.name], e.groups) for cohort, state in trials for e in cohort.seat.exchanged]
-    sums += [(mean, ALL_RANKS) for _, mean, _ in means]
-    ballot = ballot or Ballot()
-    if sums and not ballot.sum_over(sums):
-        return False
-    if ballot.objects and not ballot.groups:  # nobody is left to vote
-        return False
-    for cohort, state in trials:
-        _accept(cohort, state)
-    for cohort, gradient, decay in means:
-        cohort.plan.curvature.observe(cohort.state, BatchGradient(gradient), decay)
-    for cohort, gradient, decay in own:
-        cohort.observe_into(cohort.plan.curvature, cohort.state, gradient, samples, decay)
-    for cohort in (*(c for c, _ in trials), *(c for c, _, _ in (*means, *own))):
-        cohort.observations += 1
-    return True
+            own.append((stack, gradient, decay))
+    return own, shared, fresh
 
 
-def warm_up(cohorts: Sequence[Cohort], samples: Samples, finite: bool) -> bool:
-    """`observe` for all cohorts of all ranks or for none; `finite`: whether what this rank saw is.
+def _sums(fresh: Sequence[tuple[LayerStack, State]], shared: Sequence[_Due]) -> Sums:
+    averages = [(state[a.name], a.groups) for stack, state in fresh for a in stack.placement.averages]
+    return averages + [(gradient, ALL_RANKS) for _, gradient, _ in shared]
 
-    All observations of a cohort weigh alike.
+
+def _share_of_averages(stack: LayerStack, gradient: Tensor, samples: Samples, decay: float) -> State:
+    """This rank's share of the new averages, apart from the state; the shares of all ranks sum to them.
+
+    Where one rank owns the curvature it alone has the old averages X: it brings decay X for all ranks.
     """
-    shares = any(cohort.seat.exchanged or cohort.seat.sums_gradients for cohort in cohorts)
-    ballot = Ballot(not finite, (ALL_RANKS,) if shares else ())
-    gradients = [cohort.gradient() for cohort in cohorts]
-    decays = [1 - 1 / (int(cohort.observations) + 1) for cohort in cohorts]
-    return observe(cohorts, gradients, samples, decays, ballot)
-
-
-def _exchanges(cohorts: Sequence[Cohort], samples: Samples) -> bool:
-    """Whether `observe` is about to send anything."""
-    return any(
-        cohort.statistics_due and cohort.tells(samples)
-        for cohort in cohorts
-        if cohort.seat.exchanged or cohort.seat.sums_gradients
-    )
-
-
-def _trial(cohort: Cohort, gradient: Tensor, samples: Samples, decay: float) -> State:
-    """What this rank's share makes of the averages, apart from the state.
-
-    An owner brings decay X for all ranks, hence times their number.
-    """
-    seat = cohort.seat
-    if seat.owner in (None, rank()):
-        times = 1 if seat.owner is None else world_size()
-        state = {**cohort.state, **{name: cohort.state[name] * times for name in _averages(cohort)}}
+    placement = stack.placement
+    if placement.owner in (None, rank()):
+        times = 1 if placement.owner is None else world_size()
+        state = {**stack.state, **{name: stack.state[name] * times for name in _written(stack)}}
     else:
-        state = _nothing(cohort)
-    cohort.observe_into(seat.observer, state, gradient, samples, decay)
-    for exchange in seat.exchanged:
+        state = _initial(stack)
+    stack.observe(placement.observer, state, gradient, samples, decay)
+    for average in placement.averages:
         # NOTE the mean over no rows at all is NaN.
-        tensor = state[exchange.name]
-        state[exchange.name] = tensor.mul_(exchange.share) if exchange.share else tensor.zero_()
+        tensor = state[average.name]
+        state[average.name] = tensor.mul_(average.share) if average.share else tensor.zero_()
     return state
 
 
-def _averages(cohort: Cohort) -> list[str]:
-    """What `observe` writes into the state: what is exchanged, and what stays this rank's own."""
-    exchanged = {exchange.name for exchange in cohort.seat.exchanged}
-    return [name for name in cohort.state if name in exchanged.union(cohort.seat.observer.averages or ())]
+def _written(stack: LayerStack) -> list[str]:
+    """The tensors of the state that `observe` writes: exchanged ones, and those of this rank alone."""
+    exchanged = {average.name for average in stack.placement.averages}
+    return [name for name in stack.state if name in exchanged.union(stack.placement.observer.averages or ())]
 
 
-def _nothing(cohort: Cohort) -> State:
+def _initial(stack: LayerStack) -> State:
     """A state before the first observation, of the stack's shapes."""
-    fresh = cohort.seat.observer.init(cohort.layers[0])
-    if len(cohort.layers) == 1:
+    fresh = stack.placement.observer.init(stack.layers[0])
+    if len(stack.layers) == 1:
         return fresh
-    return {name: torch.stack([tensor] * len(cohort.layers)) for name, tensor in fresh.items()}
+    return {name: torch.stack([tensor] * len(stack.layers)) for name, tensor in fresh.items()}
 
 
-def _accept(cohort: Cohort, state: State) -> None:
-    for name in _averages(cohort):
-        cohort.state[name].copy_(state[name])
+def _take_over(stack: LayerStack, state: State) -> None:
+    for name in _written(stack):
+        stack.state[name].copy_(state[name])
 
 
-def _mean_gradient(cohort: Cohort, samples: Samples) -> Tensor:
+def _share_of_gradient(stack: LayerStack, samples: Samples) -> Tensor:
     """This rank's share of the mean over all samples of all ranks, [layers, *layer.shape] for several."""
-    means = [mean_gradient(samples[layer], layer.shape) / world_size() for layer in cohort.layers]
+    means = [mean_gradient(samples[layer], layer.shape) / world_size() for layer in stack.layers]
     return torch.stack(means) if len(means) > 1 else means[0]
 
 
-def moves(cohorts: Sequence[Cohort], samples: Samples, finite: bool) -> list[Move] | None:
-    """The steps of all cohorts, or None on all ranks: `finite` is whether this one's gradients are.
-
-    Where nothing has to be summed before the directions, they are made on trust, and undone if a rank
-    objects: its objection then comes with the lengths, in the only call of the step.
-    """
-    groups = dict.fromkeys(group for cohort in cohorts for group in cohort.seat.groups)
-    if not (finite or groups):
-        return None
-    ballot = Ballot(not finite, tuple(groups), cohorts[0].tensors[0].device if cohorts else None)
-    trusts = bool(groups) and not _exchanges(cohorts, samples)
-    undone = [Undo(cohort) for cohort in cohorts] if trusts else []
-    gradients = [cohort.gradient() if finite else torch.zeros_like(cohort.gradient()) for cohort in cohorts]
-    decays = [cohort.corrected_decay() if cohort.statistics_due else None for cohort in cohorts]
-    if not observe(cohorts, gradients, samples, decays, ballot):
-        return None
-    for cohort in cohorts:
-        cohort.refresh()
-    made = [cohort.propose(gradient) for cohort, gradient in zip(cohorts, gradients, strict=True)]
-    _settle(made, ballot)
-    if not ballot.objects:
-        return made
-    for undo in undone:
-        undo.restore()
-    return None
-
-
-def _settle(made: Sequence[Move], ballot: Ballot) -> None:
-    """Directions from their owners; lengths of whole weights, or rows, from those of their pieces."""
-    fill_in([(m.direction, m.cohort.seat.owner) for m in made if m.cohort.seat.owner is not None])
-    norms = [torch.stack(move.cohort.norms(move)) for move in made]
-    squares = {
-        index: norm.double().square_()
-        for index, (norm, move) in enumerate(zip(norms, made, strict=True))
-        if move.cohort.length_groups
-    }
-    ballot.sum_over([(square, made[index].cohort.length_groups) for index, square in squares.items()])
-    if ballot.objects:
-        return
-    for index, square in squares.items():
-        norms[index] = square.sqrt().to(norms[index].dtype)
-    for norm, move in zip(norms, made, strict=True):
-        move.cohort.settle(move, *norm)
+# ---- after the step ----
 
 
 def total(parts: Sums) -> float:
-    """The sum of numbers [], each of them itself the sum over its groups."""
+    """The sum of numbers [], each summed over its groups first."""
     numbers = [(part.detach().double().clone(), groups) for part, groups in parts]
-    sum_over(numbers)
+    sum_over_ranks(numbers)
     return sum(float(number) for number, _ in numbers)
 
 
-def mean_of(numbers: Sequence[Any]) -> list[float]:
-    """Numbers of this rank's batch -> of all batches."""
-    total = torch.tensor([float(number) / world_size() for number in numbers], dtype=torch.float64)
-    sum_over([(total, ALL_RANKS)])
-    return [float(number) for number in total]
+def mean_over_ranks(numbers: Sequence[Any]) -> list[float]:
+    """The mean of each number over the batches of all ranks."""
+    means = torch.tensor([float(number) / world_size() for number in numbers], dtype=torch.float64)
+    sum_over_ranks([(means, ALL_RANKS)])
+    return [float(number) for number in means]
 
 
 def mean_secants(secants: Mapping[Layer, Secant]) -> dict[Layer, Secant]:
-    """How far the means over all ranks' samples moved."""
+    """How far the means over the samples of all ranks moved."""
     ranks = world_size()
     means = {layer: (s.output_change / ranks, s.gradient_change / ranks) for layer, s in secants.items()}
-    sum_over([(tensor, ALL_RANKS) for pair in means.values() for tensor in pair])
+    sum_over_ranks([(tensor, ALL_RANKS) for pair in means.values() for tensor in pair])
     return {layer: Secant(*pair) for layer, pair in means.items()}

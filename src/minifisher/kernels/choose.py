@@ -45,7 +45,9 @@ def advance_adam(
 
     All tensors are [layers, entries] and such that `fits_compiled`.
     """
-    from minifisher.kernels import elementwise_cpu as _adam_cpu  # importing numba takes most of a second: only when it is used
+    from minifisher.kernels import (
+        elementwise_cpu as _adam_cpu,  # importing numba takes most of a second: only when it is used
+    )
 
     return _adam_cpu.advance(gradient, momentum, moment, mu, decay, epsilon)
 

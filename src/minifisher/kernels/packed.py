@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from minifisher.curvature import FirstOrderStep as FirstOrderPass
     from minifisher.linalg.blocks import BlockReading
-    from minifisher.linalg.first_order import FirstOrderPass
 
 LANES = 16
 WIDEST = 49
@@ -145,7 +145,7 @@ def advance(
 
     Returns the direction [..., rows, length] and two lengths [..., 1], its own and the first-order step's.
     """
-    momentum, moment = first_order.momentum, first_order.moment
+    momentum, moment = first_order.momentum, first_order.second_moment
     leaf = _leaf(packed, gradient, momentum, means, *(() if moment is None else (moment,)))
     if leaf is None:
         return None
@@ -161,8 +161,8 @@ def advance(
         decay=decay,
         damping=damping,
         relative=relative,
-        mu=first_order.mu,
-        moment_decay=first_order.moment_decay,
+        mu=first_order.momentum_decay,
+        moment_decay=first_order.second_moment_decay,
         epsilon=first_order.epsilon,
     )
     own, other = (s.view(*shape[:-1]).sum(-1, keepdim=True).sqrt().to(gradient.dtype) for s in squares)

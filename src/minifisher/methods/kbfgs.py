@@ -7,11 +7,11 @@ NeurIPS 2020, arXiv 2006.08877. Convolutions follow KFAC's patches, which is our
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from minifisher.curvature import Curvature, Plan, first_order
+from minifisher.curvature import Curvature, Plan, no_curvature
 from minifisher.linalg.bfgs import (
     bfgs_update,
     dot,
@@ -22,13 +22,13 @@ from minifisher.linalg.bfgs import (
 )
 from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Secant, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from minifisher.curvature import State
-    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
@@ -222,8 +222,17 @@ class KroneckerBFGSOptimizer(CurvatureOptimizer):
     folds = ("linear", "convolution")
     estimators = ("empirical",)  # secants and inputs come from the training loss's own backward pass
 
-    def __init__(self, params: Params, options: dict[str, Any]) -> None:
-        super().__init__(params, {**options, "fisher": "empirical"})
+    curvature_decay: float = option(default=0.9)
+    damping: float = option(default=1.0)
+    fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(default="empirical", init=False)
+    fold_bias: bool = option(default=True)
+    mu1: float = option(default=0.2, at_least=0, below=1, meaning="Threshold of the first damping of pairs.")
+    bias_input: Literal["one", "mean"] = option(
+        default="one", meaning="The input of a folded bias in the mean input: 1, or the mean of the others."
+    )
+    max_dim: int | None = option(
+        default=8192, at_least=1, meaning="A layer with a wider matrix takes the first-order step."
+    )
 
     def _curvature(self, common: dict[str, Any], options: dict[str, Any]) -> KroneckerBFGS:
         return KroneckerBFGS(**common)
@@ -231,7 +240,7 @@ class KroneckerBFGSOptimizer(CurvatureOptimizer):
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Two BFGS matrices where the samples of a layer can be read, else the first-order step."""
         if not layer.reads_samples:
-            return first_order(layer.note)
+            return no_curvature(layer.note)
         every = options["statistics_every"] or _STATISTICS_EVERY
         inverse_every = options["inverse_every"] or _INVERSE_EVERY
         common = {
@@ -246,7 +255,7 @@ class KroneckerBFGSOptimizer(CurvatureOptimizer):
         curvature = self._curvature(common, options)
         outputs, inputs = curvature.block_shape
         if curvature.widest > (options["max_dim"] or curvature.widest):
-            return first_order(f"a matrix of {curvature.widest} is above max_dim={options['max_dim']}")
+            return no_curvature(f"a matrix of {curvature.widest} is above max_dim={options['max_dim']}")
         reason = f"inputs {inputs}, outputs {outputs}; H_a inverted every {inverse_every} steps"
         return Plan(curvature, curvature.structure, reason, layer.groups, outputs * inputs, every, every)
 
@@ -283,53 +292,6 @@ class KBFGS(KroneckerBFGSOptimizer):
     docs/methods.md. Raises TypeError where `step` gets no closure, ValueError where `params` hold no module
     that it can look into.
     """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        momentum: float = 0.9,
-        curvature_decay: float = 0.9,
-        damping: float = 1.0,
-        relative_damping: bool = True,
-        mu1: float = 0.2,
-        bias_input: str = "one",
-        graft: str | None = "adam",
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        adaptive_damping: bool = False,
-        statistics_every: int | None = None,
-        inverse_every: int | None = None,
-        max_dim: int | None = 8192,
-        fold_bias: bool = True,
-        curvature_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-        shard_curvature: bool = False,
-        statistics_memory: int = 256 * 2**20,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "curvature_decay": curvature_decay,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "mu1": mu1,
-            "bias_input": bias_input,
-            "graft": graft,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "statistics_every": statistics_every,
-            "inverse_every": inverse_every,
-            "max_dim": max_dim,
-            "fold_bias": fold_bias,
-            "curvature_dtype": curvature_dtype,
-            "maximize": maximize,
-            "shard_curvature": shard_curvature,
-            "statistics_memory": statistics_memory,
-        }
-        super().__init__(params, options)
 
 
 def _dtype(layer: Layer, wanted: torch.dtype | None) -> torch.dtype:

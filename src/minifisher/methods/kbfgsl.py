@@ -13,12 +13,12 @@ import torch
 
 from minifisher.linalg.bfgs import limited_memory_middle, limited_memory_product, reciprocal
 from minifisher.methods.kbfgs import KroneckerBFGS, KroneckerBFGSOptimizer
+from minifisher.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from minifisher.curvature import State
-    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 
@@ -79,54 +79,7 @@ class KBFGSL(KroneckerBFGSOptimizer):
     out in + in^2 out), a pair O(m^2 out + m^3). `max_dim` holds for the inputs only. All else as in KBFGS.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        momentum: float = 0.9,
-        curvature_decay: float = 0.9,
-        damping: float = 1.0,
-        relative_damping: bool = True,
-        mu1: float = 0.2,
-        bias_input: str = "one",
-        pairs: int = 100,
-        graft: str | None = "adam",
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        adaptive_damping: bool = False,
-        statistics_every: int | None = None,
-        inverse_every: int | None = None,
-        max_dim: int | None = 8192,
-        fold_bias: bool = True,
-        curvature_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-        shard_curvature: bool = False,
-        statistics_memory: int = 256 * 2**20,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "curvature_decay": curvature_decay,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "mu1": mu1,
-            "bias_input": bias_input,
-            "pairs": pairs,
-            "graft": graft,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "statistics_every": statistics_every,
-            "inverse_every": inverse_every,
-            "max_dim": max_dim,
-            "fold_bias": fold_bias,
-            "curvature_dtype": curvature_dtype,
-            "maximize": maximize,
-            "shard_curvature": shard_curvature,
-            "statistics_memory": statistics_memory,
-        }
-        super().__init__(params, options)
+    pairs: int = option(default=100, at_least=1, meaning="The latest pairs that are remembered.")
 
     def _curvature(self, common: dict[str, Any], options: dict[str, Any]) -> KroneckerBFGS:
         return LimitedMemoryKroneckerBFGS(**common, memory=options["pairs"])

@@ -9,22 +9,21 @@ Laurent, Bouthillier, Ballas, Vincent, NeurIPS 2018, arXiv 1806.03884.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from minifisher.curvature import Curvature, Plan, first_order
+from minifisher.curvature import Curvature, Plan, no_curvature
 from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, eigenbasis, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from minifisher.curvature import State
-    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 # Numbers of per-sample gradients that are formed at once where positions share a weight: 16 MiB in float32.
@@ -241,65 +240,35 @@ class KFAC(CurvatureOptimizer):
     folds = ("linear", "convolution")
     estimators = ("empirical", "sampled", "exact")
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 3e-3,
-        *,
-        momentum: float = 0.9,
-        curvature_decay: float = 0.95,
-        damping: float = 0.1,
-        relative_damping: bool = True,
-        pi_correction: bool = True,
-        power: float = 1.0,
-        graft: str | None = "adam",
-        kl_clip: float | None = None,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        adaptive_damping: bool = False,
-        fisher: str = "sampled",
-        weight_sharing: str = "expand",
-        eigenvalue_correction: bool = False,
-        statistics_every: int | None = None,
-        inverse_every: int | None = None,
-        max_dim: int | None = 8192,
-        fold_bias: bool = True,
-        curvature_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-        shard_curvature: bool = False,
-        statistics_memory: int = 256 * 2**20,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "curvature_decay": curvature_decay,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "pi_correction": pi_correction,
-            "power": power,
-            "graft": graft,
-            "kl_clip": kl_clip,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "fisher": fisher,
-            "weight_sharing": weight_sharing,
-            "eigenvalue_correction": eigenvalue_correction,
-            "statistics_every": statistics_every,
-            "inverse_every": inverse_every,
-            "max_dim": max_dim,
-            "fold_bias": fold_bias,
-            "curvature_dtype": curvature_dtype,
-            "maximize": maximize,
-            "shard_curvature": shard_curvature,
-            "statistics_memory": statistics_memory,
-        }
-        super().__init__(params, options)
+    lr: float | Tensor = option(default=3e-3, kw_only=False)
+    fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(default="sampled")
+    fold_bias: bool = option(default=True)
+    pi_correction: bool = option(
+        default=True, meaning="Split the damping by the mean eigenvalues of A and G, instead of equally."
+    )
+    power: float = option(
+        default=1.0,
+        above=0,
+        note="1 for the inverse, 0.5 for the inverse root",
+        meaning="Power of the inverse curvature.",
+    )
+    kl_clip: float | None = option(
+        default=None, above=0, per_group=False, meaning="Bound of lr^2 step^T F step, summed over all layers."
+    )
+    weight_sharing: Literal["expand", "reduce"] = option(
+        default="expand", meaning="Whether positions (tokens, places) count as samples, or together."
+    )
+    eigenvalue_correction: bool = option(
+        default=False, meaning="EKFAC: measure the diagonal in the eigenvectors of A and G."
+    )
+    max_dim: int | None = option(
+        default=8192, at_least=1, meaning="A layer with a wider factor takes the first-order step."
+    )
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Kronecker factors where the samples of a layer can be read, else the first-order step."""
         if not layer.reads_samples:
-            return first_order(layer.note)
+            return no_curvature(layer.note)
         form = CorrectedFactors if options["eigenvalue_correction"] else KroneckerFactors
         curvature = form(
             shape=layer.shape,
@@ -312,7 +281,7 @@ class KFAC(CurvatureOptimizer):
         )
         outputs, inputs = curvature.block_shape
         if max(outputs, inputs) > (options["max_dim"] or max(outputs, inputs)):
-            return first_order(f"a factor of {max(outputs, inputs)} is above max_dim={options['max_dim']}")
+            return no_curvature(f"a factor of {max(outputs, inputs)} is above max_dim={options['max_dim']}")
         return Plan(
             curvature,
             structure="Kronecker factors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -27,13 +27,13 @@ from minifisher.linalg.blocks import (
 from minifisher.linalg.dense import NO_CURVATURE, working_dtype
 from minifisher.methods.mbf_packed import PackedBlocks
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from minifisher.curvature import State
-    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 # What is chosen where the user says nothing; docs/methods.md has the measurements.
@@ -80,12 +80,23 @@ class MiniBlocks(Curvature):
         """Rows are cut anywhere, and blocks along a row are whole."""
         if not shape:
             return replace(self, of_piece=True)
-        leading = next(n for n in range(1, len(shape) + 1) if self.shape[:n].numel() == self.reading.rows)
+        leading = self._leading
         length = shape[leading:].numel()
         if length % self.reading.width and length != self.reading.length:
             return None
         reading = replace(self.reading, rows=shape[:leading].numel(), length=length)
         return replace(self, reading=reading, shape=shape, of_piece=True)
+
+    def state_axes(self, dimension: int) -> dict[str, int | None]:
+        """Rows are the first axis of the blocks if they have their own, blocks along a row the second."""
+        along_rows = dimension < self._leading
+        axis = 1 if not along_rows else None if self.shared else 0
+        return {"fisher": axis, "inverse": axis, "mean": None}
+
+    @property
+    def _leading(self) -> int:
+        """The first dimensions of the weight, which count its rows."""
+        return next(n for n in range(1, len(self.shape) + 1) if self.shape[:n].numel() == self.reading.rows)
 
     @property
     def _averages_mean(self) -> bool:
@@ -202,60 +213,25 @@ class MBF(CurvatureOptimizer):
     blocks a refresh costs O(in w^2) and memory is O(in w) numbers, where not O(out in w^2) and O(out in w).
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        momentum: float = 0.9,
-        curvature_decay: float = 0.95,
-        damping: float = 0.1,
-        relative_damping: bool = True,
-        power: float = 1.0,
-        graft: str | None = "adam",
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        adaptive_damping: bool = False,
-        fisher: str = "gradient",
-        conv_blocks: str | None = None,
-        block_size: int | None = None,
-        share: str | None = None,
-        statistics_every: int | None = None,
-        inverse_every: int | None = None,
-        inverse: str | None = None,
-        fold_bias: bool = False,
-        curvature_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        shard_curvature: bool = False,
-        statistics_memory: int = 256 * 2**20,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "curvature_decay": curvature_decay,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "power": power,
-            "graft": graft,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "fisher": fisher,
-            "conv_blocks": conv_blocks,
-            "block_size": block_size,
-            "share": share,
-            "statistics_every": statistics_every,
-            "inverse_every": inverse_every,
-            "inverse": inverse,
-            "fold_bias": fold_bias,
-            "curvature_dtype": curvature_dtype,
-            "maximize": maximize,
-            "capturable": capturable,
-            "shard_curvature": shard_curvature,
-            "statistics_memory": statistics_memory,
-        }
-        super().__init__(params, options)
+    power: float = option(
+        default=1.0,
+        above=0,
+        note="1 for the inverse, 0.5 for the inverse root",
+        meaning="Power of the inverse curvature.",
+    )
+    conv_blocks: Literal["kernel", "row"] | None = option(
+        default=None, meaning="Blocks of a convolution: one for each kernel, or pieces of rows; None chooses."
+    )
+    block_size: int | None = option(
+        default=None, at_least=1, meaning="Entries of a block; None chooses what is cheap."
+    )
+    share: Literal["row", "layer"] | None = option(
+        default=None, meaning="Blocks for every row, or shared by all rows of a layer; None chooses."
+    )
+    inverse: Literal["cholesky", "newton-schulz"] | None = option(
+        default=None, meaning="How blocks are inverted; None chooses what is cheap."
+    )
+    capturable: bool = option(default=False, init=True)
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Kernels, rows or entries of a weight, shared or not, in blocks of a width that memory allows."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minifisher.curvature import Curvature
+from minifisher.curvature import FusedCurvature
 from minifisher.kernels import packed
 from minifisher.kernels.choose import mean_square
 from minifisher.linalg.blocks import BlockReading, sum_of_outer_products
@@ -18,13 +18,12 @@ from minifisher.statistics.records import BatchGradient, LayerSamples, Statistic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.curvature import State
-    from minifisher.linalg.first_order import FirstOrderPass
+    from minifisher.curvature import FirstOrderStep, State
     from minifisher.statistics.layers import Layer
 
 
 @dataclass(frozen=True)
-class PackedBlocks(Curvature):
+class PackedBlocks(FusedCurvature):
     """Mini-blocks F_b = E[d_b d_b^T] held as lower triangles, direction (F_b + lambda_b I)^-1 m_b.
 
     The same numbers as `MiniBlocks` with `power=1`, inverted after every observation: b (b + 1) / 2 numbers a
@@ -51,6 +50,11 @@ class PackedBlocks(Curvature):
         unit = self.reading.width * (1 if whole.tiles == 1 else whole.lanes)
         fits = whole.tiles == 1 or piece._tiling.lanes in (0, whole.lanes)
         return piece if length == self.reading.length or (length % unit == 0 and fits) else None
+
+    def state_axes(self, dimension: int) -> dict[str, int | None]:
+        """Rows are the first axis of the triangles; along a row tiles, or the blocks of the only tile."""
+        axis = 0 if dimension == 0 else 1 if self._tiling.tiles > 1 else 3
+        return {"fisher": axis, "mean": None}
 
     def init(self, layer: Layer) -> State:
         """`fisher` [rows, tiles, entries, lanes], as `minifisher.kernels.packed` says; `mean`, [1]."""
@@ -102,8 +106,8 @@ class PackedBlocks(Curvature):
         )
         return solved.reshape(direction.shape)
 
-    def advance(
-        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderPass
+    def fused_step(
+        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of a step in one pass over the weight, where a leaf can."""
         rows = self._rows(gradient)

@@ -1,20 +1,19 @@
-"""Shampoo: a root of a second moment for each mode of a weight; SOAP: Adam in the basis of its eigenvectors.
+"""Shampoo: a root of a second moment for each mode of a weight.
 
 Sources: Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018, arXiv
 1802.09568; Anil, Gupta, Koren, Regan, Singer, "Scalable Second Order Optimization for Deep Learning", 2020,
-arXiv 2002.09018; Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson, Kakade, "SOAP: Improving and
-Stabilizing Shampoo using Adam", 2024, arXiv 2409.11321.
+arXiv 2002.09018.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from minifisher.curvature import Curvature, Plan
+from minifisher.curvature import Plan
 from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
 from minifisher.linalg.modes import TensorReading
 from minifisher.linalg.newton import newton_inverse_root
@@ -24,15 +23,15 @@ from minifisher.methods.mode_factors import (
     choose_schedule,
     damped_power,
 )
-from minifisher.methods.soap import EigenbasisAdam
+from minifisher.methods.soap import plan_eigenbasis
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from minifisher.curvature import State
-    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 _RESIDUAL = 0.1  # of a Newton root that is still used; in float32 a condition number of about 1e6
@@ -128,141 +127,65 @@ class Shampoo(CurvatureOptimizer):
     w_2^2) a block of w_1 w_2 weights.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        momentum: float = 0.9,
-        curvature_decay: float = 0.95,
-        damping: float = 1e-3,
-        relative_damping: bool = True,
-        power: float = 0.5,
-        exponent: float | None = None,
-        root: str = "eigen",
-        eigenbasis: bool = False,
-        graft: str | None = "adam",
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        adaptive_damping: bool = False,
-        fisher: str = "gradient",
-        max_dim: int | None = None,
-        merge_dims: int | None = None,
-        statistics_every: int | None = None,
-        inverse_every: int | None = None,
-        fold_bias: bool = False,
-        curvature_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-        shard_curvature: bool = False,
-        statistics_memory: int = 256 * 2**20,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "curvature_decay": curvature_decay,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "power": power,
-            "exponent": exponent,
-            "root": root,
-            "eigenbasis": eigenbasis,
-            "graft": graft,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "fisher": fisher,
-            "max_dim": max_dim,
-            "merge_dims": merge_dims,
-            "statistics_every": statistics_every,
-            "inverse_every": inverse_every,
-            "fold_bias": fold_bias,
-            "curvature_dtype": curvature_dtype,
-            "maximize": maximize,
-            "shard_curvature": shard_curvature,
-            "statistics_memory": statistics_memory,
-        }
-        super().__init__(params, options)
+    damping: float = option(default=1e-3)
+    power: float = option(
+        default=0.5,
+        above=0,
+        note="1 for the inverse, 0.5 for the inverse root",
+        meaning="Power of the inverse curvature.",
+    )
+    exponent: float | None = option(
+        default=None,
+        above=0,
+        note="1 / (2K) for the published root of each of K modes",
+        meaning="Exponent of every mode; None: power / K.",
+    )
+    root: Literal["eigen", "newton"] = option(
+        default="eigen", meaning="Roots by eigendecomposition, or by the coupled Newton iteration."
+    )
+    eigenbasis: bool = option(default=False, meaning="Adam in the eigenbasis of the factors, as SOAP.")
+    max_dim: int | None = option(
+        default=None, at_least=1, meaning="Longer dimensions are cut into blocks; None chooses."
+    )
+    merge_dims: int | None = option(
+        default=None,
+        at_least=1,
+        meaning="Neighbouring dimensions are merged while their product is at most this; None: (out, rest).",
+    )
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """A root, or a basis, for each mode of a weight, in blocks that memory allows."""
-        # Measured (docs/methods.md): roots want whole rows as a mode, an eigenbasis small modes.
-        reading, structure, reason = choose_reading(layer.shape, options, kept=1 + options["eigenbasis"])
-        make = _eigenbasis if options["eigenbasis"] else _roots
-        curvature, schedule = make(layer, reading, options)
+        if options["eigenbasis"]:
+            _check_eigenbasis(options)
+            return plan_eigenbasis(layer, options)
+        reading, structure, reason = choose_reading(layer.shape, options)
+        from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
+        curvature = KroneckerRoots(
+            reading=reading,
+            shape=layer.shape,
+            needs=BatchGradient if from_gradient else LayerSamples,
+            dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
+            relative_damping=options["relative_damping"],
+            exponent=_exponent(layer, reading, options),
+            root=options["root"],
+        )
+        schedule = choose_schedule(reading, from_gradient, options)
         return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
 
-    def diagnostics(self) -> dict[str, Any]:
-        """With `root="newton"` also, for every weight, the worst residual and the roots found otherwise."""
-        report = super().diagnostics()
-        for layer in self._layers:
-            entry = self._entry(layer)
-            if "residual" in entry:
-                report["weights"][layer.name]["residual"] = float(entry["residual"])
-                report["weights"][layer.name]["newton_fallbacks"] = int(entry["newton_fallbacks"])
-        return report
 
-
-_Choice = tuple[Curvature, tuple[int, int]]
-"""With T1 and T2."""
-
-
-def _roots(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> _Choice:
-    exponent = options["exponent"] or options["power"] / reading.order
+def _exponent(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> float:
+    exponent: float = options["exponent"] or options["power"] / reading.order
     if options["root"] == "newton" and abs(1 / exponent - round(1 / exponent)) > 1e-6:
         raise ValueError(
             f'root="newton" needs an exponent of 1 / p with p whole, got {exponent:g} for {layer.name}: '
             'pass such an exponent, or root="eigen"'
         )
-    from_gradient = options["fisher"] == "gradient" or not layer.reads_samples
-    curvature = KroneckerRoots(
-        reading=reading,
-        shape=layer.shape,
-        needs=BatchGradient if from_gradient else LayerSamples,
-        dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
-        relative_damping=options["relative_damping"],
-        exponent=exponent,
-        root=options["root"],
-    )
-    return curvature, choose_schedule(reading, from_gradient, options)
+    return exponent
 
 
-def _eigenbasis(layer: Layer, reading: TensorReading, options: dict[str, Any]) -> _Choice:
+def _check_eigenbasis(options: dict[str, Any]) -> None:
     for name, only in (("exponent", None), ("root", "eigen"), ("fisher", "gradient")):
         if options[name] != only:
             raise ValueError(
                 f"{name}={options[name]!r} has no meaning with eigenbasis=True: leave it at {only!r}"
             )
-    curvature = EigenbasisAdam(
-        reading=reading,
-        shape=layer.shape,
-        dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
-        power=options["power"],
-        relative_damping=options["relative_damping"],
-    )
-    return curvature, (options["statistics_every"] or 1, options["inverse_every"] or 10)
-
-
-class SOAP(Shampoo):
-    """SOAP: Adam in the eigenbasis of Shampoo's factors, as in Vyas et al. 2024, arXiv 2409.11321.
-
-    It is `Shampoo(eigenbasis=True, graft=None)`: W <- W - lr (M' / (sqrt(V) + lambda)) x_1 Q_1 ... x_K Q_K,
-    M' and V the means of gradients, and of their squares, in the basis Q_i of the eigenvectors of H_i; the
-    modes of a convolution are (out, in, k_1 k_2). `lr` is in Adam's step lengths; `damping` is lambda, with
-    `relative_damping` as a fraction of the layer's root mean square. For [out, in] in blocks of [w_1, w_2],
-    Q_i [w_i, w_i], a step and an observation cost O(out in (w_1 + w_2)), a refresh O(w_1^3 + w_2^3) a block;
-    memory 2 (w_1^2 + w_2^2) + w_1 w_2 a block. Further arguments: Shampoo's.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 3e-3,
-        *,
-        momentum: float = 0.95,
-        damping: float = 1e-4,
-        graft: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            params, lr, momentum=momentum, damping=damping, graft=graft, eigenbasis=True, **options
-        )

@@ -1,4 +1,4 @@
-"""SOAP: Adam in the basis of the eigenvectors of Shampoo's factors.
+"""SOAP: Adam in the eigenbasis of Shampoo's factors.
 
 Source: Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson, Kakade, "SOAP: Improving and Stabilizing
 Shampoo using Adam", 2024, arXiv 2409.11321.
@@ -7,19 +7,21 @@ Shampoo using Adam", 2024, arXiv 2409.11321.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from minifisher.curvature import Curvature
+from minifisher.curvature import Curvature, Plan
 from minifisher.linalg.dense import NO_CURVATURE, working_dtype
 from minifisher.linalg.eigenvectors import eigenvectors, power_iteration
 from minifisher.linalg.modes import TensorReading, mode_products, second_moment
+from minifisher.methods.mode_factors import choose_reading
+from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, Statistics
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
 
@@ -42,7 +44,7 @@ class EigenbasisAdam(Curvature):
     needs: type[Statistics] = BatchGradient
 
     @property
-    def steps_by_mean(self) -> bool:
+    def averages_momentum(self) -> bool:
         """Yes: a step has Adam's length."""
         return True
 
@@ -114,3 +116,55 @@ class EigenbasisAdam(Curvature):
 
     def _bases(self, state: State) -> list[Tensor]:
         return [state[f"basis_{i}"].to(working_dtype(self.dtype)) for i in range(self.reading.order)]
+
+
+def plan_eigenbasis(layer: Layer, options: dict[str, Any]) -> Plan:
+    """A basis for each mode of a weight; kernels are a mode of their own (measured: docs/methods.md)."""
+    reading, structure, reason = choose_reading(layer.shape, options, kept=2)
+    curvature = EigenbasisAdam(
+        reading=reading,
+        shape=layer.shape,
+        dtype=options["curvature_dtype"] or working_dtype(layer.weight.dtype),
+        power=options["power"],
+        relative_damping=options["relative_damping"],
+    )
+    schedule = options["statistics_every"] or 1, options["inverse_every"] or 10
+    return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
+
+
+class SOAP(CurvatureOptimizer):
+    """SOAP: Adam in the eigenbasis of Shampoo's factors, as in Vyas et al. 2024, arXiv 2409.11321.
+
+    W <- W - lr (M' / (sqrt(V) + lambda)) x_1 Q_1 ... x_K Q_K: M' and V are the means of gradients, and of
+    their squares, in the basis Q_i of the eigenvectors of H_i, the running mean of mat_i(D) mat_i(D)^T. The
+    modes of a convolution are (out, in, k_1 k_2). `lr` is in Adam's step lengths; `damping` is lambda, with
+    `relative_damping` as a fraction of the layer's root mean square.
+
+    For [out, in] in blocks of [w_1, w_2], Q_i [w_i, w_i], a step and an observation cost O(out in (w_1 +
+    w_2)), a refresh O(w_1^3 + w_2^3) a block; memory 2 (w_1^2 + w_2^2) + w_1 w_2 a block.
+    """
+
+    estimators = ("gradient",)
+
+    lr: float | Tensor = option(default=3e-3, kw_only=False)
+    momentum: float = option(default=0.95)
+    damping: float = option(default=1e-4)
+    graft: Literal["adam", "adam-rows", "sgd"] | None = option(default=None)
+    power: float = option(
+        default=0.5,
+        above=0,
+        note="1 for the inverse, 0.5 for the inverse root",
+        meaning="Power of the inverse curvature; 0.5 divides by sqrt(V), as Adam.",
+    )
+    max_dim: int | None = option(
+        default=None, at_least=1, meaning="Longer dimensions are cut into blocks; None chooses."
+    )
+    merge_dims: int | None = option(
+        default=None,
+        at_least=1,
+        meaning="Neighbouring dimensions are merged up to this product; None: (out, in, rest).",
+    )
+
+    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
+        """A basis for each mode of a weight, in blocks that memory allows."""
+        return plan_eigenbasis(layer, options)

@@ -7,7 +7,7 @@ and the authors' public code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from minifisher.curvature import Plan
 from minifisher.linalg.dense import NO_CURVATURE, working_dtype
@@ -18,14 +18,13 @@ from minifisher.methods.mode_factors import (
     damped_power,
 )
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from minifisher.curvature import State
-    from minifisher.options import Params
     from minifisher.statistics.layers import Layer
 
 
@@ -87,56 +86,24 @@ class TNT(CurvatureOptimizer):
     w_2^2) a block of w_1 w_2 weights.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        *,
-        momentum: float = 0.9,
-        curvature_decay: float = 0.95,
-        damping: float = 0.1,
-        relative_damping: bool = True,
-        power: float = 1.0,
-        graft: str | None = "adam",
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        adaptive_damping: bool = False,
-        fisher: str = "sampled",
-        per_sample: bool = False,
-        max_dim: int | None = None,
-        merge_dims: int | None = None,
-        statistics_every: int | None = None,
-        inverse_every: int | None = None,
-        fold_bias: bool = False,
-        curvature_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-        shard_curvature: bool = False,
-        statistics_memory: int = 256 * 2**20,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "curvature_decay": curvature_decay,
-            "damping": damping,
-            "relative_damping": relative_damping,
-            "power": power,
-            "graft": graft,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "adaptive_damping": adaptive_damping,
-            "fisher": fisher,
-            "per_sample": per_sample,
-            "max_dim": max_dim,
-            "merge_dims": merge_dims,
-            "statistics_every": statistics_every,
-            "inverse_every": inverse_every,
-            "fold_bias": fold_bias,
-            "curvature_dtype": curvature_dtype,
-            "maximize": maximize,
-            "shard_curvature": shard_curvature,
-            "statistics_memory": statistics_memory,
-        }
-        super().__init__(params, options)
+    fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(default="sampled")
+    power: float = option(
+        default=1.0,
+        above=0,
+        note="1 for the inverse, 0.5 for the inverse root",
+        meaning="Power of the inverse curvature.",
+    )
+    per_sample: bool = option(
+        default=False, meaning="Average over the gradients of samples, instead of that of the mean loss."
+    )
+    max_dim: int | None = option(
+        default=None, at_least=1, meaning="Longer dimensions are cut into blocks; None chooses."
+    )
+    merge_dims: int | None = option(
+        default=None,
+        at_least=1,
+        meaning="Neighbouring dimensions are merged while their product is at most this; None: (out, rest).",
+    )
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """A covariance for each mode of a weight, in blocks that memory allows."""

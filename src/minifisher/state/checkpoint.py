@@ -1,4 +1,4 @@
-"""What a saved state must be to fit an optimizer: everything is checked before anything is changed."""
+"""Reading and writing the state of an optimizer; everything is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.distributed.collectives import as_distributed, is_distributed, local
+from minifisher.distributed.collectives import as_dtensor, is_distributed, local
 from minifisher.distributed.placement import whole_shape
-from minifisher.options import check_options
-from minifisher.stacking import initial_state
-from minifisher.step.layer_stack import OF_PARAMETER_SHAPE
+from minifisher.step.layer_stack import PARAMETER_SHAPED, initial_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from minifisher.curvature import Plan
-    from minifisher.distributed.placement import Seat
+    from minifisher.options import Option
     from minifisher.statistics.layers import Layer
+    from minifisher.step.layer_stack import Enrolled
 
     Group = dict[str, Any]
     Entry = dict[str, Any]
 
 FORMAT_VERSION = 1
-"""Of the state dict. It stands in every parameter group, where distributed checkpoints carry it along."""
-
-# What decides how parameters join to layers, and where counts are kept: it cannot change any more.
-_FIXED = ("fold_bias", "capturable")
+"""Of the state dict. It is stored in every parameter group, because distributed checkpoints keep those."""
 
 
 def merged_groups(
-    groups: Sequence[Group], state_dict: Mapping[str, Any], defaults: Mapping[str, Any]
+    groups: Sequence[Group],
+    state_dict: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    options: Mapping[str, Option],
 ) -> list[Group]:
-    """The present parameters with the saved options; an option the saved state does not know is as now."""
+    """The present parameters with the saved options; an option that was not saved has its default."""
     for part in ("state", "param_groups"):
         if part not in state_dict:
             raise ValueError(f"a saved optimizer state has {part!r}, this has {sorted(map(str, state_dict))}")
@@ -49,7 +48,7 @@ def merged_groups(
                 f"group {index} has {len(new['params'])} parameters in the saved state "
                 f"and {len(old['params'])} in the optimizer"
             )
-        for name in _FIXED:
+        for name in (name for name, declared in options.items() if declared.fixed):
             if name in old and new.get(name, old[name]) != old[name]:
                 raise ValueError(
                     f"group {index} was saved with {name}={new[name]!r}: make the optimizer with it, "
@@ -60,7 +59,8 @@ def merged_groups(
         for new, old in zip(saved, groups, strict=True)
     ]
     for group in merged:
-        check_options(group)
+        for name in options.keys() & group.keys() - {"params"}:
+            options[name].check(group[name])
     return merged
 
 
@@ -75,30 +75,28 @@ def _check_version(saved: Group, index: int) -> None:
         )
 
 
-def indices(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[Tensor, Any]:
+def parameter_keys(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[Tensor, Any]:
     """The key of each parameter in the saved state: a number, or its name in a distributed checkpoint."""
     pairs = zip(groups, state_dict["param_groups"], strict=True)
     return {p: key for group, saved in pairs for p, key in zip(group["params"], saved["params"], strict=True)}
 
 
 def read_entries(
-    seats: Mapping[Layer, Seat],
-    options: Mapping[Layer, Group],
-    saved: Mapping[Any, Entry],
-    keys: Mapping[Tensor, Any],
+    members: Iterable[Enrolled], saved: Mapping[Any, Entry], keys: Mapping[Tensor, Any]
 ) -> dict[Tensor, Entry]:
-    """The saved state of every parameter, copied to where and in the dtype in which a fresh one would be.
+    """A copy of the saved state of every parameter, on the device and in the dtype that a fresh state has.
 
-    A layer without a gradient so far may have none.
+    A layer that had no gradient so far may have no saved state.
     """
     read: dict[Tensor, Entry] = {}
-    for layer, seat in seats.items():
+    for member in members:
+        layer, options = member.layer, member.group
         found = [saved.get(keys[parameter]) for parameter in layer.parameters]
         if not any(found):
             continue
-        # A schedule that lowers the momentum to 0 leaves what there was.
-        momentum = options[layer]["momentum"] or any("momentum" in entry for entry in found if entry)
-        fresh = _wanted(layer, seat.plan, {**options[layer], "momentum": momentum})
+        # If a schedule lowered the momentum to 0, its buffers are still there.
+        momentum = options["momentum"] or any("momentum" in entry for entry in found if entry)
+        fresh = _wanted(layer, member.placement.plan, {**options, "momentum": momentum})
         for parameter, name, wanted, entry in zip(layer.parameters, _names(layer), fresh, found, strict=True):
             read[parameter] = _read(name, wanted, entry or {}, parameter.device)
     return read
@@ -131,7 +129,7 @@ def _value(parameter: str, name: str, wanted: Any, saved: Any, device: torch.dev
     if not isinstance(wanted, Tensor):
         return int(saved)
     if isinstance(saved, Tensor) and is_distributed(saved):
-        # A dimension of rows was unfolded, so that it is cut where the parameter is.
+        # `whole_shape` made two dimensions of the rows that stand for kernels.
         saved = local(saved)
         saved = saved.reshape(wanted.shape) if saved.numel() == wanted.numel() else saved
     if not isinstance(saved, Tensor) or saved.shape != wanted.shape:
@@ -144,7 +142,7 @@ def _value(parameter: str, name: str, wanted: Any, saved: Any, device: torch.dev
 
 
 def whole_entries(layer: Layer, plan: Plan, entries: Mapping[Tensor, Entry]) -> dict[Tensor, Entry]:
-    """The state of a layer cut in pieces, as distributed checkpoints want it: each knows of which whole."""
+    """The state of a sharded layer as DTensors, which distributed checkpoints can save and reshard."""
     return {
         parameter: {
             name: _whole(layer, plan, parameter, name, value) if isinstance(value, Tensor) else value
@@ -155,19 +153,19 @@ def whole_entries(layer: Layer, plan: Plan, entries: Mapping[Tensor, Entry]) -> 
 
 
 def _whole(layer: Layer, plan: Plan, parameter: Tensor, name: str, held: Tensor) -> Tensor:
-    if name in OF_PARAMETER_SHAPE:
-        return as_distributed(held, parameter, {d: d for d in range(parameter.ndim)}, parameter.shape)
+    if name in PARAMETER_SHAPED:
+        return as_dtensor(held, parameter, {d: d for d in range(parameter.ndim)}, parameter.shape)
     shape, axes = whole_shape(layer, plan, name)
     rows = local(layer.weight).shape[:2]
     if len(shape) > held.ndim:
         held = held.unflatten(0, rows)  # type: ignore[no-untyped-call]
-    return as_distributed(held, parameter, axes, shape)
+    return as_dtensor(held, parameter, axes, shape)
 
 
 def without_stacks(entries: Mapping[Tensor, Entry]) -> defaultdict[Tensor, Entry]:
-    """The same state in tensors of their own: pickle would write the whole stack for each of its slices."""
-    apart = {
+    """The same state, each tensor with memory of its own: pickle would write the whole stack for each view."""
+    copied = {
         parameter: {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
         for parameter, entry in entries.items()
     }
-    return defaultdict(dict, apart)
+    return defaultdict(dict, copied)

@@ -1,21 +1,29 @@
-"""What an optimizer chose for every weight, and what share of the parameters each structure covers."""
+"""What an optimizer reports: its choice for every weight, and counts of what went wrong."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from minifisher.callers import stacklevel_of_caller
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from minifisher.curvature import Plan
     from minifisher.statistics.layers import Layer
+    from minifisher.step.layer_stack import Enrolled
 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One weight: its structure, why, how often it is updated, and what its curvature takes."""
+    """One weight: its structure and the reason, how often it is updated, and the bytes of its curvature."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,7 +79,7 @@ class Description:
 
 
 def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
-    """What `plan` means for one layer of which the user wants `fisher`; nothing is allocated to find out."""
+    """One row of the description; no memory is allocated for it."""
     fell_back = fisher != "gradient" and plan.curvature.needs is BatchGradient
     state = plan.curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
     return LayerDescription(
@@ -100,3 +108,84 @@ def _row(layer: LayerDescription) -> tuple[str, ...]:
         str(layer.inverse_every),
         layer.reason,
     )
+
+
+# ---- counts ----
+
+
+@dataclass(eq=False)
+class Counters:
+    """Counts of what went wrong; each kind is warned of once. With `capturable` counts are tensors []."""
+
+    skipped: Any = 0
+    """Steps that were not taken because a gradient was not finite."""
+    fallbacks: Any = 0
+    """Layers that took the first-order step because their direction was not finite."""
+    frozen: int = 0
+    """Layers that stayed because their first-order step was not finite either."""
+
+    def skip(self) -> None:
+        """Count a step that was not taken."""
+        self.skipped += 1
+        if self.skipped == 1:
+            _warn(
+                "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
+                "optimizer.skipped_steps counts on, this warning is not repeated"
+            )
+
+    def add(self, fallbacks: int, frozen: int) -> None:
+        """Count the layers of one step."""
+        if fallbacks and not self.fallbacks:
+            _warn(
+                "the direction of a layer was not finite: it took the first-order step; raise the damping. "
+                'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated'
+            )
+        if frozen and not self.frozen:
+            _warn(
+                "neither the direction of a layer nor its first-order step was finite: its weights stay, and "
+                "its momentum is reset to zero; look for weights, or a weight_decay, out of range. "
+                'optimizer.diagnostics()["frozen_layers"] counts on, this warning is not repeated'
+            )
+        self.fallbacks += fallbacks
+        self.frozen += frozen
+
+    def move_to(self, device: torch.device) -> None:
+        """Count on a device, without asking the host."""
+        self.skipped, self.fallbacks = (
+            torch.tensor(int(count), device=device) for count in (self.skipped, self.fallbacks)
+        )
+
+    def report(self) -> dict[str, int]:
+        """All counts."""
+        return {
+            "skipped_steps": int(self.skipped),
+            "fallbacks": int(self.fallbacks),
+            "frozen_layers": self.frozen,
+        }
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
+
+
+def counts(entry: dict[str, Any]) -> dict[str, float]:
+    """Steps, observations, and every single number that the curvature keeps."""
+    counts: dict[str, float] = {"step": 0, "observations": 0}
+    for name, value in entry.items():
+        if name in counts or (isinstance(value, Tensor) and value.dtype == torch.int64):
+            counts[name] = int(value)
+        elif isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
+            counts[name] = float(value)
+    return counts
+
+
+def layers_by_name(
+    members: Iterable[Enrolled], groups: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, Layer]]:
+    """Every layer with its name, and with its group where two modules have layers of one name."""
+    members = list(members)
+    times = Counter(member.layer.name for member in members)
+    indices = {id(group): index for index, group in enumerate(groups)}
+    for member in members:
+        place = f" of group {indices[id(member.group)]}" if times[member.layer.name] > 1 else ""
+        yield member.layer.name + place, member.layer

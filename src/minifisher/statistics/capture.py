@@ -301,3 +301,46 @@ def _complete(passes: list[list[Pending]]) -> tuple[tuple[Call, ...], ...]:
                 together[call.inputs.shape[0], draw].append(Call(call.module, call.inputs, gradients))
         complete += [tuple(calls) for calls in together.values()]
     return tuple(complete)
+
+
+class Captures:
+    def __init__(self, layers, memory):
+        from minifisher.statistics.likelihood import LABELLED
+
+        self.c = {source: Capture(l, memory, source in LABELLED) for source, l in layers.items()}
+
+    def __bool__(self):
+        return bool(self.c)
+
+    def arm(self, is_due):
+        for c in self.c.values():
+            c.arm() if any(is_due(layer) for layer in c.layers) else c.disarm()
+
+    def disarm(self):
+        for c in self.c.values():
+            c.disarm()
+
+    def release(self):
+        for c in self.c.values():
+            c.release()
+
+    def forget_backward(self):
+        for c in self.c.values():
+            c.forget_backward()
+
+    def draw_labels(self, outputs, likelihood):
+        from minifisher.statistics.likelihood import LABELLED
+
+        for source, c in self.c.items():
+            if source in LABELLED and c.armed:
+                with torch.enable_grad():
+                    c.sample(*LABELLED[source](outputs, likelihood))
+
+    def collect(self, loss_scale):
+        out = {}
+        for source, c in self.c.items():
+            seen = c.seen
+            s = c.collect(loss_scale(captured=seen and source == "empirical"))
+            c.check_heard(s, source, seen)
+            out.update(s)
+        return out

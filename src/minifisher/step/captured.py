@@ -1,9 +1,9 @@
-"""A step that never asks the host: for CUDA graphs, and for compilers that want the step as one graph.
+"""The step of the recipe without a question to the host: for CUDA graphs, and for `torch.compile(opt.step)`.
 
-The same step as `Cohort.move` and `Cohort.apply`, with counts that are tensors, every branch a selection on
-the device, and no schedule: statistics and inverses every step. A gradient that is not finite changes
-nothing: state and weights are selected from before. A matrix that Cholesky cannot factorise gets no further
-attempts: its layer takes the first-order step.
+Counts are tensors, every branch is a selection on the device, and there is no schedule: statistics and
+inverses are computed in every step. If a gradient is not finite, state and weights are selected from before
+the step. A matrix that Cholesky cannot factorise is not tried again with more damping: its layer takes the
+first-order step.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.curvature import FirstOrder
+from minifisher.curvature import NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import GRAFTS
+from minifisher.step.first_order import GRAFTS, graft_length
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from minifisher.curvature import Plan
-    from minifisher.statistics.layers import Layer
-    from minifisher.step.layer_stack import Cohort
+    from minifisher.step.layer_stack import Enrolled, LayerStack
 
 
-def check_capturable(plans: Mapping[Layer, Plan], options: Mapping[str, Any], alone: bool) -> None:
+def check_capturable(members: Iterable[Enrolled], options: Mapping[str, Any]) -> None:
     """Raise ValueError where a recorded step could not be the step that was asked for."""
-    devices = sorted({str(layer.weight.device) for layer in plans})
+    members = list(members)
+    devices = sorted({str(member.layer.weight.device) for member in members})
+    alone = all(member.placement.alone for member in members)
     if len(devices) > 1 or not alone:
         place = "in several processes" if not alone else f"on {' and '.join(devices)}"
         raise ValueError(f"capturable=True records one device in one process, these parameters are {place}")
-    for layer, plan in plans.items():
-        obstacle = _obstacle(plan, options)
+    for member in members:
+        obstacle = _obstacle(member.plan, options)
         if obstacle:
-            raise ValueError(f"capturable=True and {layer.name}: {obstacle}")
+            raise ValueError(f"capturable=True and {member.layer.name}: {obstacle}")
 
 
 def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
@@ -49,7 +50,7 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
             f"a recorded step has no schedule, got statistics_every={plan.statistics_every} and "
             f"inverse_every={plan.inverse_every}: set both to 1"
         )
-    if not (plan.curvature.capturable or isinstance(plan.curvature, FirstOrder)):
+    if not (plan.curvature.capturable or isinstance(plan.curvature, NoCurvature)):
         return (
             f"the curvature chosen for it ({plan.structure}) decides on the host: "
             "that of MBF with power=1 and Cholesky does not"
@@ -57,12 +58,15 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
     return ""
 
 
-def take_step(
-    cohorts: Sequence[Cohort], gradients: Sequence[Tensor], scale: Tensor | None, overflow: Tensor | None
+def take_captured_step(
+    stacks: Sequence[LayerStack],
+    gradients: Sequence[Tensor],
+    scale: Tensor | None,
+    overflow: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Step on D of every cohort; returns the steps skipped (0 or 1), and the layers that fell back, [].
+    """Step on D of every stack; returns the steps skipped (0 or 1) and the layers that fell back, [].
 
-    `scale` is what a GradScaler multiplied the loss by, `overflow` positive where it found an infinity.
+    `scale` is what a GradScaler multiplied the loss by, `overflow` is positive where it found an infinity.
     """
     if scale is not None:
         gradients = [gradient / scale for gradient in gradients]
@@ -70,55 +74,54 @@ def take_step(
     usable = torch.isfinite(norms.square()).all()
     if overflow is not None:
         usable = usable & (overflow.sum() == 0)
-    fallen = [_step(cohort, gradient, usable) for cohort, gradient in zip(cohorts, gradients, strict=True)]
-    return (~usable).long(), torch.stack(fallen).sum()
+    fallbacks = [_step(stack, gradient, usable) for stack, gradient in zip(stacks, gradients, strict=True)]
+    return (~usable).long(), torch.stack(fallbacks).sum()
 
 
-def _step(cohort: Cohort, gradient: Tensor, usable: Tensor) -> Tensor:
-    before = {name: tensor.clone() for name, tensor in cohort.state.items()}
-    taken = cohort.step + usable
-    observations = cohort.observations + (usable & (cohort.plan.curvature.needs is not None))
+def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
+    before = {name: tensor.clone() for name, tensor in stack.state.items()}
+    taken = stack.step + usable
+    observations = stack.observations + (usable & (stack.curvature.needs is not None))
     # In float64: in float32 the first bias corrections would be off by 6e-5.
-    direction, first_order = _directions(cohort, gradient, taken.double(), observations.double())
-    update, fallen = _grafted(cohort, direction, first_order)
-    for name, tensor in cohort.state.items():
+    direction, first_order = _directions(stack, gradient, taken.double(), observations.double())
+    update, fallbacks = _with_length(stack, direction, first_order)
+    for name, tensor in stack.state.items():
         tensor.copy_(torch.where(usable, tensor, before[name]))
-    cohort.step.copy_(taken)
-    cohort.observations.copy_(observations)
-    _apply(cohort, update, usable)
-    return torch.where(usable, fallen, 0)
+    stack.step.copy_(taken)
+    stack.observations.copy_(observations)
+    _apply(stack, update, usable)
+    return torch.where(usable, fallbacks, 0)
 
 
 def _directions(
-    cohort: Cohort, gradient: Tensor, taken: Tensor, observations: Tensor
+    stack: LayerStack, gradient: Tensor, taken: Tensor, observations: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The direction P M, and the first-order step whose length it is to have."""
-    options, curvature, graft = cohort.options, cohort.plan.curvature, GRAFTS[cohort.options["graft"]]
+    options, curvature, graft, mu = stack.options, stack.curvature, stack.graft, stack.options["momentum"]
     if curvature.needs is not None:
-        # The decay of Cohort.corrected_decay; it rounds to the plain one long before the count saturates.
+        # As LayerStack.corrected_decay; rounding makes it the plain decay long before the count saturates.
         share = (1 - options["curvature_decay"]) / (1 - options["curvature_decay"] ** observations)
-        curvature.observe(cohort.state, BatchGradient(gradient), 1 - share)
-        curvature.refresh(cohort.state, options["damping"])
-    gradient = cohort.with_decay(gradient)
-    graft.advance(cohort.state, gradient, len(cohort.layers), taken, options["momentum"])
-    momentum = cohort.past(gradient)
-    first_order = graft.step(cohort.state, momentum, taken, options["momentum"])
+        curvature.observe(stack.state, BatchGradient(gradient), 1 - share)
+        curvature.refresh(stack.state, options["damping"])
+    gradient = stack.with_decay(gradient)
+    graft.update(stack.state, gradient, len(stack.layers), taken, mu)
+    momentum = stack.state["momentum"] if mu else gradient
+    first_order = graft.step(stack.state, momentum, taken, mu)
     if curvature.needs is None:
         return first_order, first_order
-    return curvature.precondition(cohort.state, momentum, options["damping"]), first_order
+    return curvature.precondition(stack.state, momentum, options["damping"]), first_order
 
 
-def _grafted(cohort: Cohort, direction: Tensor, first_order: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction with its length, the first-order step where it is not finite; the layers where."""
-    layers = len(cohort.layers)
-    norm, length = (_norm(stack, layers) for stack in (direction, first_order))
-    rescales = cohort.plan.curvature.needs is not None and GRAFTS[cohort.options["graft"]].rescales
-    factor = length / norm if rescales else torch.ones_like(norm)
-    usable = torch.isfinite(norm + factor)
-    # Where the first-order step is no number either the layer stays, and counts as well.
-    fallback = torch.where(torch.isfinite(length), first_order, 0)
-    update = torch.where(usable, direction * factor, fallback)
-    return update, (~usable & (length != 0)).sum()
+def _with_length(stack: LayerStack, direction: Tensor, first_order: Tensor) -> tuple[Tensor, Tensor]:
+    """The direction with its length, or the first-order step where that is not finite; and in how many layers."""
+    layers = len(stack.layers)
+    norm, first_order_norm = _norm(direction, layers), _norm(first_order, layers)
+    rescales = stack.curvature.needs is not None and stack.graft.rescales
+    length, usable, _ = graft_length(norm, first_order_norm, rescales)
+    # Where the first-order step is not finite either the layer stays, and counts as a fallback, too.
+    fallback = torch.where(torch.isfinite(first_order_norm), first_order, 0)
+    update = torch.where(usable, direction * length, fallback)
+    return update, (~usable & (first_order_norm != 0)).sum()
 
 
 def _norm(stack: Tensor, layers: int) -> Tensor:
@@ -129,10 +132,10 @@ def _norm(stack: Tensor, layers: int) -> Tensor:
     return norm
 
 
-def _apply(cohort: Cohort, update: Tensor, usable: Tensor) -> None:
+def _apply(stack: LayerStack, update: Tensor, usable: Tensor) -> None:
     """W <- (1 - lr weight_decay) W - lr update."""
-    options = cohort.options
+    options = stack.options
     decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
-    for parameter, part in cohort.moving(update):
+    for parameter, part in stack.local_parameters(update):
         moved = parameter * (1 - options["lr"] * decay) if decay else parameter
         parameter.copy_(torch.where(usable, moved - options["lr"] * part, parameter))

@@ -1,358 +1,303 @@
-"""Equal layers on their way through a step: statistics, curvature, direction, graft, update.
+"""Equal layers, stacked: what they keep between steps, and one tensor for all of them.
 
-Layers of one shape, plan and history are stacked, so that each verb is called once for all of them. What the
-optimizer keeps of a parameter is a slice of the stack.
+Layers of one shape, plan and history step together, so that each verb of their curvature is called once.
+Their entries in the optimizer's state are then views of the stack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minifisher.distributed.collectives import local
-from minifisher.distributed.placement import piece
-from minifisher.kernels.choose import add_scaled
+from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
-from minifisher.step.first_order import GRAFTS, norms, share_of_newest
+from minifisher.step.first_order import GRAFTS, norms
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     from minifisher.curvature import Curvature, Plan, State
-    from minifisher.distributed.placement import Seat
+    from minifisher.distributed.placement import Placement
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
+    Samples = Mapping[Layer, LayerSamples]
 
-# Tensors of the parameter's own shape that the engine and its grafts keep; the rest is the curvature's.
-OF_PARAMETER_SHAPE = frozenset(
-    {"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)}
-)
+PARAMETER_SHAPED = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
+"""Tensors of the state that the engine keeps for every parameter; all others are the curvature's."""
 
-# The bias correction has died out: an average that was warm-started goes on as a plain one.
 SATURATED = 1_000_000
+"""So many observations stand for a finished average, as after a warm start: no bias is corrected any more."""
+
+# Stacking copies the gradients once. For a weight with more entries that costs more than a call of its own.
+_LARGEST_STACKED = 65_536
+
+_COUNTS = frozenset({"step", "observations"})
+
+
+class Enrolled(NamedTuple):
+    """A layer that an optimizer trains, and all that was decided about it."""
+
+    layer: Layer
+    group: Options
+    """Its parameter group."""
+    plan: Plan
+    placement: Placement
 
 
 @dataclass(eq=False)
-class Cohort:
+class LayerStack:
     """Layers that step together; tensors are [*layer.shape], or [layers, *layer.shape] for more than one."""
 
     layers: list[Layer]
-    plan: Plan
     options: Options
+    placement: Placement
     state: State
-    step: Any  # taken so far; an int, or with `capturable` a tensor []
-    observations: Any  # averaged into the curvature so far, likewise
-    seat: Seat
+    entries: list[list[dict[str, Any]]]
+    """The entries in the optimizer's state: of every layer's weight, and of its bias where it is folded in."""
+    step: Any
+    """Steps taken so far: an int, or with `capturable` a tensor []."""
+    observations: Any
+    """Observations averaged into the curvature so far, likewise."""
+
+    def __post_init__(self) -> None:
+        self.plan: Plan = self.placement.plan
+        self.curvature: Curvature = self.plan.curvature
+        self.graft = GRAFTS[self.options["graft"]]
+        self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
+        self.pieces = [local_part(layer) for layer in self.layers]
+        shape = self.pieces[0].shape
+        self.rows = shape[0] if self.graft.by_rows and shape else None
+        self.lengths = len(self.layers) * (1 if self.rows is None else self.rows)
+        """How many lengths a graft gives: one for each layer, or one for each row."""
+
+    @property
+    def parameter_shaped(self) -> frozenset[str]:
+        """The names of what the engine keeps for every parameter."""
+        return PARAMETER_SHAPED & self.state.keys()
 
     @cached_property
-    def parameters(self) -> list[Tensor]:
-        """Every parameter of every layer, in order."""
-        return [parameter for layer in self.layers for parameter in layer.parameters]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What this process holds of every parameter."""
-        return [local(parameter) for parameter in self.parameters]
-
-    @cached_property
-    def _rows(self) -> int | None:
-        """Rows of a layer, as this process holds it, where each borrows a length; None: the layer does."""
-        shape = piece(self.layers[0]).shape
-        return shape[0] if GRAFTS[self.options["graft"]].by_rows and shape else None
-
-    @property
-    def parts(self) -> int:
-        """How many lengths are borrowed: one a layer, or one a row."""
-        return len(self.layers) * (1 if self._rows is None else self._rows)
-
-    @property
     def length_groups(self) -> tuple[Any, ...]:
-        """The ranks that hold the other pieces of what borrows one length."""
-        whole_rows = 0 if self._rows is not None else None
-        return tuple(group for dimension, group in self.seat.cuts if dimension != whole_rows)
+        """The ranks that hold the other pieces of what has one length."""
+        whole_rows = 0 if self.rows is not None else None
+        return tuple(group for dimension, group in self.placement.cuts if dimension != whole_rows)
 
     # ---- between the parameters and the stack ----
 
-    def gather(self, tensors: Iterable[Tensor]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
+        if len(tensors) == 1:
+            return local(tensors[0])
         iterator = iter(tensors)
         joined = [layer.join([local(next(iterator)) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack(joined) if len(joined) > 1 else joined[0]
 
     def scatter(self, stack: Tensor) -> list[Tensor]:
         """The inverse of `gather`, as views: one tensor a parameter."""
+        if len(self.parameters) == 1:
+            return [stack]
         parts = stack.unbind() if len(self.layers) > 1 else (stack,)
-        return [
-            tensor
-            for layer, part in zip(self.layers, parts, strict=True)
-            for tensor in piece(layer).split(part)
-        ]
+        return [t for piece, part in zip(self.pieces, parts, strict=True) for t in piece.split(part)]
+
+    def weights(self) -> Tensor:
+        """W."""
+        return self.gather(self.parameters)
 
     def gradient(self) -> Tensor:
-        """D; zero where only the weight or only the bias of a layer got one."""
-        gradient = self.gather(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
-        gradient = gradient.to(kept(gradient.dtype))
+        """D of what is minimised; zero where only the weight or only the bias of a layer has a gradient."""
+        gradient = self.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        gradient = gradient.to(state_dtype(gradient.dtype))
         gradient = -gradient if self.options["maximize"] else gradient
-        return self.with_decay(gradient) if self.plan.curvature.steps_by_mean else gradient
-
-    @property
-    def coupled_decay(self) -> float:
-        """The weight decay that joins the gradient; 0 where it is decoupled."""
-        decay: float = self.options["weight_decay"]
-        return 0.0 if self.options["decoupled_weight_decay"] else decay
+        return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
     def with_decay(self, gradient: Tensor) -> Tensor:
         """D + weight_decay W, unless the decay is decoupled."""
-        decay = self.coupled_decay
-        return gradient + decay * self.gather(self.tensors) if decay else gradient
+        decay = 0.0 if self.options["decoupled_weight_decay"] else self.options["weight_decay"]
+        return gradient + decay * self.weights() if decay else gradient
 
-    def past(self, gradient: Tensor) -> Tensor:
-        """M; without momentum the gradient that it would be."""
-        return self.state["momentum"] if self.options["momentum"] else gradient
-
-    def moving(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this process holds of every parameter, with its part of the stack; not of a frozen half."""
+    def local_parameters(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter that has a gradient, as this process holds it, with its part of the stack."""
         for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
             if parameter.grad is not None:
                 yield local(parameter), part
+
+    def per_length(self, numbers: Tensor) -> Tensor:
+        """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, 1, ...]."""
+        if self.lengths == 1 and self.rows is None:
+            return numbers.view(())
+        shape = [1] * len(self.layers[0].shape)
+        if self.rows is not None:
+            shape[0] = self.rows
+        return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
+
+    def norm_of(self, stack: Tensor) -> Tensor:
+        """The norm of every layer, or of every row where rows have lengths of their own, as `per_length`."""
+        return self.per_length(norms(stack, self.lengths))
+
+    def keep_counts(self) -> None:
+        """Write the counts into the optimizer's state."""
+        for weight, *biases in self.entries:
+            weight["observations"] = self.observations
+            weight["step"] = self.step
+            for bias in biases:
+                bias["step"] = self.step
 
     # ---- statistics and curvature ----
 
     @property
     def statistics_due(self) -> bool:
-        """Whether the coming step reads statistics."""
+        """Whether the coming step reads statistics: every T1 steps."""
         return bool(self.step % self.plan.statistics_every == 0)
-
-    def corrected_decay(self) -> float:
-        """The decay under which the average is bias-corrected as it runs.
-
-        The k-th observation weighs (1 - decay) / (1 - decay^k): the first counts whole, all sum to one.
-        """
-        decay: float = self.options["curvature_decay"]
-        if self.observations >= SATURATED:
-            return decay
-        return float(1 - (1 - decay) / (1 - decay ** (self.observations + 1)))
-
-    def observe(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples], decay: float) -> None:
-        """Average in what the backward pass told; nothing where it told nothing of these layers."""
-        if self.tells(samples):
-            self.observe_into(self.plan.curvature, self.state, gradient, samples, decay)
-            self.observations += 1
-
-    def tells(self, samples: Mapping[Layer, LayerSamples]) -> bool:
-        """Whether the backward pass told what the curvature needs."""
-        needs = self.plan.curvature.needs
-        return needs is BatchGradient or (
-            needs is not None and all(layer in samples for layer in self.layers)
-        )
-
-    def is_outdated(self, samples: Mapping[Layer, LayerSamples]) -> bool:
-        """Whether its layers part: only some were told of, or momentum is wanted of which nothing is kept."""
-        told = [layer in samples for layer in self.layers]
-        parts = any(told) and not all(told) and self.statistics_due
-        return parts or (bool(self.options["momentum"]) and "momentum" not in self.state)
-
-    def observe_into(
-        self,
-        curvature: Curvature,
-        state: State,
-        gradient: Tensor,
-        samples: Mapping[Layer, LayerSamples],
-        decay: float,
-    ) -> None:
-        """What the backward pass told, averaged into a state of the stack's shapes."""
-        if curvature.needs is BatchGradient:
-            curvature.observe(state, BatchGradient(gradient), decay)
-            return
-        for index, layer in enumerate(self.layers):
-            curvature.observe(self._of_layer(index, state), samples[layer], decay)
-
-    def observe_secants(self, secants: Mapping[Layer, Secant]) -> None:
-        """Average in how the layers' means moved with the step that was just taken."""
-        curvature = self.plan.curvature
-        for index, layer in enumerate(self.layers):
-            if layer in secants:
-                secant = secants[layer]
-                if self.options["maximize"]:
-                    secant = Secant(secant.output_change, -secant.gradient_change)
-                curvature.observe(self._of_layer(index, self.state), secant, self.options["curvature_decay"])
-
-    def _of_layer(self, index: int, state: State) -> State:
-        if len(self.layers) == 1:
-            return state
-        return {name: tensor[index] for name, tensor in state.items()}
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the coming step recomputes what the direction needs.
+        """Whether the coming step recomputes inverses: every T2 steps.
 
-        In the first `inverse_every` steps the statistics change fast: every observation counts (published).
+        In the first T2 steps the statistics change fast, so every observation is followed by a refresh, as in
+        the published code.
         """
         plan = self.plan
         every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
         is_first = self.observations == 1 and self.statistics_due
         return bool(self.observations) and (self.step % every == 0 or is_first)
 
-    def refresh(self) -> None:
-        """Recompute what the direction needs, where it is due."""
-        if self.refresh_due:
-            self.plan.curvature.refresh(self.state, self.options["damping"])
+    def corrected_decay(self) -> float:
+        """The decay that makes the running average free of bias.
 
-    # ---- direction, graft, update ----
-
-    def stride(self, gradient: Tensor, samples: Mapping[Layer, LayerSamples]) -> Move:
-        """Statistics, curvature and direction of layers that exchange nothing with other processes."""
-        fused = self._fused(gradient)
-        if fused is not None:
-            return fused
-        if self.statistics_due:
-            self.observe(gradient, samples, self.corrected_decay())
-        self.refresh()
-        return self.move(gradient)
-
-    def _fused(self, gradient: Tensor) -> Move | None:
-        """The same in one pass, where graft and curvature have one; None where they do not."""
-        options, curvature = self.options, self.plan.curvature
-        separate = not self.statistics_due or self.coupled_decay or self._rows
-        if curvature.needs is not BatchGradient or separate:
-            return None
-        first_order = GRAFTS[options["graft"]].as_pass(self.state, self.step + 1, options["momentum"])
-        if first_order is None:
-            return None
-        decay, damping = self.corrected_decay(), options["damping"]
-        advanced = curvature.advance(self.state, gradient, decay, damping, first_order)
-        if advanced is None:
-            return None
-        direction, *lengths = advanced
-        norm, first_order_norm = map(self._for_each, lengths)
-        self.step, self.observations = self.step + 1, self.observations + 1
-        move = Move(self, gradient, self.state["momentum"], direction, first_order_norm, fused=True)
-        self.settle(move, norm, first_order_norm)
-        return move
-
-    def move(self, gradient: Tensor) -> Move:
-        """M <- mu M + D, and the step that follows from it; the weights stay as they are.
-
-        The direction is P M, with the length of the graft's first-order step. A layer without curvature yet,
-        or whose direction is not finite, takes the first-order step itself.
+        The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
-        move = self.propose(gradient)
-        self.settle(move, *self.norms(move))
-        return move
+        decay: float = self.options["curvature_decay"]
+        if self.observations >= SATURATED:
+            return decay
+        return float(1 - (1 - decay) / (1 - decay ** (self.observations + 1)))
 
-    def propose(self, gradient: Tensor) -> Move:
-        """The direction and the first-order step, whose length it is to have."""
-        self.step += 1
-        of_loss, curvature = gradient, self.plan.curvature
-        if not curvature.steps_by_mean:
-            gradient = self.with_decay(gradient)
-        graft, mu = GRAFTS[self.options["graft"]], self.options["momentum"]
-        length = self._for_each(graft.advance(self.state, gradient, self.parts, self.step, mu))
-        momentum = self.past(gradient)
-        if not self.observations:
-            return Move(self, of_loss, momentum, self._first_order(momentum).clone(), length)
-        if curvature.steps_by_mean:
-            momentum = momentum * share_of_newest(mu, self.step)
-        direction = curvature.precondition(self.state, momentum, self.options["damping"])
-        return Move(self, of_loss, momentum, direction, length)
+    def has_statistics(self, samples: Samples) -> bool:
+        """Whether the backward pass brought what the curvature needs."""
+        needs = self.curvature.needs
+        return needs is BatchGradient or (
+            needs is not None and all(layer in samples for layer in self.layers)
+        )
 
-    def _first_order(self, momentum: Tensor) -> Tensor:
-        graft = GRAFTS[self.options["graft"]]
-        return graft.step(self.state, momentum, self.step, self.options["momentum"])
+    def observe(
+        self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float
+    ) -> None:
+        """Average the statistics of one backward pass into a state of the stack's shapes."""
+        if curvature.needs is BatchGradient:
+            curvature.observe(state, BatchGradient(gradient), decay)
+            return
+        for index, layer in enumerate(self.layers):
+            curvature.observe(self.state_of(index, state), samples[layer], decay)
 
-    def norms(self, move: Move) -> tuple[Tensor, Tensor]:
-        """Of the direction and of the first-order step, [] or [layers, 1, ...]; of rows, [rows, 1, ...]."""
-        return self._for_each(norms(move.direction, self.parts)), move.first_order_norm
+    def observe_secants(self, secants: Mapping[Layer, Secant]) -> None:
+        """Average in how far the means of the layers moved with the step that was just taken."""
+        for index, layer in enumerate(self.layers):
+            if layer in secants:
+                secant = secants[layer]
+                if self.options["maximize"]:
+                    secant = Secant(secant.output_change, -secant.gradient_change)
+                state = self.state_of(index, self.state)
+                self.curvature.observe(state, secant, self.options["curvature_decay"])
 
-    def settle(self, move: Move, norm: Tensor, first_order_norm: Tensor) -> None:
-        """The length; where it or the direction is not finite, the first-order step; else no step at all."""
-        rescales = bool(self.observations) and GRAFTS[self.options["graft"]].rescales
-        length = first_order_norm / norm if rescales else torch.ones_like(norm)
-        usable = torch.isfinite(norm + length)
-        if not usable.all():
-            held = ~(usable | torch.isfinite(first_order_norm))
-            # Where one of the two is zero it is no direction that was lost: a unit that is all but dead.
-            fallen = ~usable & ~held & (first_order_norm != 0) & (norm != 0)
-            move.fallen, move.held = (
-                int(where.view(len(self.layers), -1).any(1).sum()) for where in (fallen, held)
-            )
-            fallback = self._first_order(self.past(move.momentum)).masked_fill(held, 0)
-            move.direction = torch.where(usable, move.direction, fallback)
-            self._forget(held)
-            length = length.masked_fill(~usable, 1)
-        move.length = length
+    def state_of(self, index: int, state: State) -> State:
+        """The state of one layer, as views."""
+        if len(self.layers) == 1:
+            return state
+        return {name: tensor[index] for name, tensor in state.items()}
 
-    def _forget(self, held: Tensor) -> None:
-        """Averages that led to a number that is none would lead to it for ever: they start anew."""
-        for name in OF_PARAMETER_SHAPE & self.state.keys():
-            self.state[name].masked_fill_(held, 0)
-
-    def apply(self, move: Move, scale: Tensor | float = 1.0) -> None:
-        """W <- (1 - lr weight_decay) W - lr scale length direction."""
-        decay, rate = self.options["weight_decay"], float(self.options["lr"])
-        direction, length = move.direction, move.length * scale
-        if length.ndim:
-            direction, length = direction.mul_(length), length.new_ones(())
-        moving = list(self.moving(direction))
-        if decay and self.options["decoupled_weight_decay"]:
-            torch._foreach_mul_([parameter for parameter, _ in moving], 1 - rate * decay)
-        # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
-        for parameter, part in moving:
-            if move.fused:  # what follows a compiled pass is best in its threads
-                add_scaled(parameter, part, length, rate)
-            else:
-                parameter.addcmul_(part, length.to(part.dtype), value=-rate)
-
-    def _for_each(self, numbers: Tensor) -> Tensor:
-        """One number a part, [parts], as a factor of the stack: [] or [layers, 1, ...], with rows for a 1."""
-        shape = [1] * len(self.layers[0].shape)
-        if self._rows is not None:
-            shape[0] = self._rows
-        elif len(self.layers) == 1:
-            shape = []
-        return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
+    def must_be_rebuilt(self, samples: Samples) -> bool:
+        """Whether only some layers have new samples, or momentum was switched on and has no buffer yet."""
+        if self.options["momentum"] and "momentum" not in self.state:
+            return True
+        if not samples or len(self.layers) == 1:
+            return False
+        present = [layer in samples for layer in self.layers]
+        return any(present) and not all(present) and self.statistics_due
 
 
-@dataclass(eq=False)
-class Move:
-    """The step that a cohort is about to take: W <- W - lr length direction."""
-
-    cohort: Cohort
-    gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
-    momentum: Tensor  # M, or the mean of what it sums: what the direction was made from, likewise
-    direction: Tensor  # likewise
-    first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, 1, ...]
-    length: Tensor = field(init=False)  # [] or [layers, 1, ...]
-    fused: bool = False  # made by one compiled pass
-    fallen: int = 0  # layers that took the first-order step because their direction was not finite
-    held: int = 0  # layers that took none because neither was
-
-    def divergence(self) -> Tensor:
-        """lr^2 step^T P^-1 step: of a Fisher matrix, twice the step's Kullback-Leibler divergence."""
-        if not self.cohort.observations:
-            return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
-        rate = float(self.cohort.options["lr"])
-        return rate**2 * (self.length**2 * self.direction * self.momentum).sum()
-
-
-def clipped(moves: Sequence[Move], bound: float) -> Iterator[tuple[Move, Tensor | float]]:
-    """Every move with its scale: min(1, sqrt(bound / sum of divergences)) for those that have a curvature.
-
-    Ba, Grosse, Martens, "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
-    ICLR 2017.
-    """
-    # An inverse that rounding made indefinite can make one negative: it must not make room for others.
-    divergences = torch.stack([move.divergence().float() for move in moves]).clamp(min=0)
-    scale = (bound / divergences.sum().nan_to_num(nan=torch.inf)).sqrt().clamp(max=1)
-    return ((move, scale if move.cohort.observations else 1.0) for move in moves)
-
-
-def kept(dtype: torch.dtype) -> torch.dtype:
-    """Float16 has no room for a square of a gradient, nor for a direction: float32 in its place."""
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float32 for float16, which cannot hold the square of a gradient, nor a direction; else the dtype itself."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+# ---- the state of a layer, and stacks made of it ----
+
+
+def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
+    """The entries of a layer's parameters in the optimizer's state before the first step."""
+    names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
+    entries: dict[Tensor, dict[str, Any]] = {
+        parameter: {
+            "step": _zero_count(parameter, options),
+            **{
+                name: torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype)) for name in names
+            },
+        }
+        for parameter in layer.parameters
+    }
+    entries[layer.weight].update(
+        observations=_zero_count(layer.weight, options), **plan.curvature.init(local_part(layer))
+    )
+    return entries
+
+
+def add_momentum(layer: Layer, entries: Entries) -> None:
+    """M = 0 for a layer that had no momentum so far."""
+    for parameter in layer.parameters:
+        zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
+        entries[parameter].setdefault("momentum", zeros)
+
+
+def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
+    return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
+
+
+def form_stacks(enrolled: Iterable[Enrolled], entries: Entries, samples: Samples) -> list[LayerStack]:
+    """Stack equal layers; their entries in the optimizer's state become views of the stack.
+
+    Layers with samples are stacked apart from equal layers without, because they observe more from now on.
+    """
+    members: dict[object, list[Enrolled]] = defaultdict(list)
+    for member in enrolled:
+        key = _key(member, entries[member.layer.weight])
+        members[key, member.layer in samples].append(member)
+    return [_stack(equal, entries) for equal in members.values()]
+
+
+def _key(member: Enrolled, entry: dict[str, Any]) -> object:
+    layer, weight = member.layer, member.layer.weight
+    if weight.numel() > _LARGEST_STACKED:
+        return layer
+    history = int(entry["step"]), int(entry["observations"])
+    same_tensors = layer.shape, layer.bias is None, weight.dtype, weight.device
+    return member.placement, *same_tensors, id(member.group), history
+
+
+def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
+    first = members[0]
+    layers = [member.layer for member in members]
+    entry = entries[first.layer.weight]
+    of_layers = [[entries[parameter] for parameter in layer.parameters] for layer in layers]
+    # A copy, since layers that part later count on their own.
+    step, observations = (
+        c.clone() if isinstance(c, Tensor) else c for c in (entry["step"], entry["observations"])
+    )
+    stack = LayerStack(layers, first.group, first.placement, {}, of_layers, step, observations)
+    for name in entry:
+        if name in PARAMETER_SHAPED:
+            stack.state[name] = stack.gather([entries[parameter][name] for parameter in stack.parameters])
+            for parameter, view in zip(stack.parameters, stack.scatter(stack.state[name]), strict=True):
+                entries[parameter][name] = view
+        elif name not in _COUNTS:
+            tensors = [entries[layer.weight][name] for layer in layers]
+            stack.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+            for index, layer in enumerate(layers):
+                entries[layer.weight][name] = stack.state_of(index, stack.state)[name]
+    return stack

@@ -1,11 +1,14 @@
-"""Mixed precision around an optimizer: the scale of the loss undone, autocast kept out of the step."""
+"""Numbers around a step: finite gradients, the scale of the loss, and full precision."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from minifisher.distributed.collectives import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -13,21 +16,53 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from minifisher.statistics.layers import Layer
+    from minifisher.statistics.records import LayerSamples
 
-def overflowed(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler drives this step and found a gradient that is not finite."""
+
+def all_finite(layers: Iterable[Layer], samples: Iterable[LayerSamples]) -> bool:
+    """Whether every gradient is finite, and its square too, since the curvature averages squares."""
+    gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for layer in layers:
+        for parameter in layer.parameters:
+            if parameter.grad is not None:
+                _check_dense(layer.name, parameter.grad)
+                gradients[parameter.grad.device].append(local(parameter.grad))
+    norms = []
+    for tensors in gradients.values():
+        # Float16 ends at 65,504, the norm of such gradients does not.
+        halves = any(tensor.dtype == torch.float16 for tensor in tensors)
+        of_device = torch._foreach_norm(tensors, dtype=torch.float32 if halves else None)
+        norms.append(torch.stack([norm.float() for norm in of_device]))
+    return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
+        record.is_finite() for record in samples
+    )
+
+
+def _check_dense(name: str, gradient: Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"{name} has a sparse gradient ({gradient.layout}): use Embedding(sparse=False), "
+            "or give it to torch.optim.SparseAdam"
+        )
+
+
+def unscale(optimizer: Optimizer) -> bool:
+    """Undo what a GradScaler multiplied every `.grad` by; False if it found a gradient that is not finite.
+
+    It does nothing without a GradScaler, and only tells what was found after `scaler.unscale_(optimizer)`.
+    """
     found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def unscale(optimizer: Optimizer) -> None:
-    """Divides every `.grad` by the scale, unless `scaler.unscale_` did it before."""
+    if found is not None and bool(found):
+        return False
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    if scale is None:
-        return
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, 1 / scale.item())
+    if scale is not None:
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if gradients:
+            torch._foreach_mul_(gradients, 1 / scale.item())
+    return True
 
 
 def loss_scale(optimizer: Any, captured: bool) -> float:
@@ -46,9 +81,9 @@ def loss_scale(optimizer: Any, captured: bool) -> float:
 
 
 def full_precision(groups: Iterable[Mapping[str, Any]]) -> ExitStack:
-    """No autocast on the devices of the parameters, should `step` be called under it.
+    """Switch autocast off on the devices of the parameters.
 
-    Inverses and roots of what it rounds to half precision are those of another matrix.
+    Autocast would round matrices to half precision, and their inverses would be those of other matrices.
     """
     stack = ExitStack()
     for kind in {parameter.device.type for group in groups for parameter in group["params"]}:

@@ -1,0 +1,2 @@
+def stacklevel_of_caller():
+    return 5

@@ -1,0 +1,175 @@
+"""One step, as one page: from gradients and statistics to new weights.
+
+    F <- beta F + (1 - beta) E[d d^T]                                      every T1 steps
+    P <- (F + lambda I)^-power                                             every T2 steps
+    M <- mu M + D,  direction P M,  length |s| / |P M|                     every step
+    W <- (1 - lr weight_decay) W - lr length P M
+
+D is the gradient of the mini-batch, d what the curvature reads of it or of its samples, s the first-order
+step. `ranks` says what processes exchange: nothing (`Alone`), or averages, directions and lengths
+(`minifisher.distributed.ranks.Together`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from minifisher.curvature import FusedCurvature
+from minifisher.statistics.records import BatchGradient
+from minifisher.step.adaptive_damping import predicted_change
+from minifisher.step.first_order import newest_share
+from minifisher.step.update import Update, clip_divergence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from minifisher.step.layer_stack import LayerStack, Samples
+
+    Decays = Sequence[float | None]  # one a stack; None where no statistics are due
+
+
+class Ranks(Protocol):
+    """What the processes of a step exchange."""
+
+    finite: bool
+    """Whether this process's gradients are finite."""
+    one_by_one: bool
+    """Whether a stack may take its step before the next one computes its own: less memory is in use then."""
+    fuses: bool
+    """Whether a stack may use a fused kernel, which leaves no time for an exchange."""
+
+    def average_statistics(
+        self, stacks: Sequence[LayerStack], gradients: Sequence[Tensor], samples: Samples, decays: Decays
+    ) -> bool:
+        """Average the statistics of all ranks in; False, and no change, where one of them is not finite."""
+
+    def agree(self, updates: Sequence[Update]) -> bool:
+        """Complete directions and norms; False, and all as before, where a rank's gradient is not finite."""
+
+
+@dataclass
+class Alone:
+    """One process: nothing is exchanged."""
+
+    finite: bool
+    one_by_one = fuses = True
+
+    def average_statistics(
+        self, stacks: Sequence[LayerStack], gradients: Sequence[Tensor], samples: Samples, decays: Decays
+    ) -> bool:
+        """Average this process's statistics in."""
+        for stack, gradient, decay in zip(stacks, gradients, decays, strict=True):
+            if self.finite and decay is not None and stack.has_statistics(samples):
+                stack.observe(stack.curvature, stack.state, gradient, samples, decay)
+                stack.observations += 1
+        return self.finite
+
+    def agree(self, updates: Sequence[Update]) -> bool:
+        """There is nobody to object."""
+        return True
+
+
+@dataclass
+class StepTaken:
+    """What a step did, for those who report it."""
+
+    fallbacks: int = 0
+    """Layers that took the first-order step because their direction was not finite."""
+    frozen: int = 0
+    """Layers that stayed because their first-order step was not finite either."""
+    changes: list[tuple[Tensor, tuple[Any, ...]]] = field(default_factory=list)
+    """Predicted changes of the loss, each with the groups of ranks over which it is summed."""
+
+
+def take_step(
+    stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks, kl_clip: float | None, predicts: bool
+) -> StepTaken | None:
+    """Step all stacks; None, and nothing changed, where a gradient of any rank is not finite."""
+    taken = StepTaken()
+    alone = ranks.one_by_one and not kl_clip
+    for together in [[stack] for stack in stacks] if alone else [stacks]:
+        updates = compute_updates(together, samples, ranks)
+        if updates is None:
+            return None
+        if kl_clip and updates:
+            clip_divergence(updates, kl_clip)
+        for update in updates:
+            if predicts:
+                taken.changes.append((predicted_change(update), update.stack.placement.groups))
+            update.apply()
+            update.stack.keep_counts()
+            taken.fallbacks += update.fallbacks
+            taken.frozen += update.frozen
+    return taken
+
+
+def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks) -> list[Update] | None:
+    """The update of every stack; None, and nothing changed, where a gradient of any rank is not finite."""
+    # D; zero where it is not finite: the ranks then agree not to step.
+    gradients = [stack.gradient() if ranks.finite else torch.zeros_like(stack.gradient()) for stack in stacks]
+    # All of the below in one pass over memory, where a kernel can.
+    fused = [fused_update(*pair) if ranks.fuses else None for pair in zip(stacks, gradients, strict=True)]
+    rest = [index for index, update in enumerate(fused) if update is None]
+    # F <- beta F + (1 - beta) E[d d^T]
+    observers = [stacks[index] for index in rest]
+    decays = [stack.corrected_decay() if stack.statistics_due else None for stack in observers]
+    if not ranks.average_statistics(observers, [gradients[index] for index in rest], samples, decays):
+        return None
+    # P <- (F + lambda I)^-power
+    for stack in observers:
+        if stack.refresh_due:
+            stack.curvature.refresh(stack.state, stack.options["damping"])
+    # M <- mu M + D, |s|, P M
+    updates = [
+        update or compute_direction(*pair) for update, *pair in zip(fused, stacks, gradients, strict=True)
+    ]
+    if not ranks.agree(updates):
+        return None
+    # |s| / |P M|
+    for update in updates:
+        update.set_length()
+    return updates
+
+
+def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
+    """M <- mu M + D; the direction P M, and the norm of the first-order step.
+
+    A stack without an observation so far takes the first-order step itself.
+    """
+    state, curvature, graft, mu = stack.state, stack.curvature, stack.graft, stack.options["momentum"]
+    stack.step += 1
+    joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
+    first_order_norm = stack.per_length(graft.update(state, joined, stack.lengths, stack.step, mu))
+    momentum = state["momentum"] if mu else joined
+    if not stack.observations:
+        direction = graft.step(state, momentum, stack.step, mu).clone()
+    else:
+        if curvature.averages_momentum:
+            momentum = momentum * newest_share(mu, stack.step)
+        direction = curvature.precondition(state, momentum, stack.options["damping"])
+    return Update(stack, gradient, momentum, direction, stack.norm_of(direction), first_order_norm)
+
+
+def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
+    """The update by one fused kernel, statistics and momentum included; None where there is none for it."""
+    curvature, options, state = stack.curvature, stack.options, stack.state
+    if not isinstance(curvature, FusedCurvature) or curvature.needs is not BatchGradient:
+        return None
+    coupled_decay = options["weight_decay"] and not options["decoupled_weight_decay"]
+    if coupled_decay or stack.rows or not stack.statistics_due:
+        return None
+    first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
+    if first_order is None:
+        return None
+    fused = curvature.fused_step(state, gradient, stack.corrected_decay(), options["damping"], first_order)
+    if fused is None:
+        return None
+    direction, norm, first_order_norm = fused
+    stack.step, stack.observations = stack.step + 1, stack.observations + 1
+    norms = stack.per_length(norm), stack.per_length(first_order_norm)
+    return Update(stack, gradient, state["momentum"], direction, *norms, is_fused=True)

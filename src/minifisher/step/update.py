@@ -1,0 +1,101 @@
+"""The update of a stack of layers: W <- (1 - lr weight_decay) W - lr length direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from minifisher.kernels.choose import add_scaled
+from minifisher.step.first_order import graft_length
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from minifisher.step.layer_stack import LayerStack
+
+
+@dataclass(eq=False)
+class Update:
+    """What a stack is about to do to its weights."""
+
+    stack: LayerStack
+    gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
+    momentum: Tensor  # M, or the mean of past gradients: what the direction was made from, likewise
+    direction: Tensor  # P M, likewise
+    norm: Tensor  # of the direction, [] or [layers, rows | 1, 1, ...]
+    first_order_norm: Tensor  # of the step whose length it takes, likewise
+    is_fused: bool = False
+    """Whether a fused kernel made it."""
+    length: Tensor = field(init=False)  # the factor of the direction, likewise
+    scale: Tensor | float = 1.0
+    """A further factor, of `kl_clip`."""
+    fallbacks: int = 0
+    """Layers that take the first-order step because their direction is not finite."""
+    frozen: int = 0
+    """Layers that stay, because their first-order step is not finite either."""
+
+    def set_length(self) -> None:
+        """The length of the graft; the first-order step where that or the direction is not finite."""
+        stack = self.stack
+        rescales = stack.graft.rescales and bool(stack.observations)
+        self.length, usable, frozen = graft_length(self.norm, self.first_order_norm, rescales)
+        if not usable.all():
+            self._fall_back(usable, frozen)
+
+    def _fall_back(self, usable: Tensor, frozen: Tensor) -> None:
+        stack = self.stack
+        # Where one of the two norms is zero no direction was lost: that unit has no gradient.
+        fallen = ~usable & ~frozen & (self.first_order_norm != 0) & (self.norm != 0)
+        self.fallbacks, self.frozen = (
+            int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
+        )
+        mu = stack.options["momentum"]
+        momentum = stack.state["momentum"] if mu else self.momentum
+        step = stack.graft.step(stack.state, momentum, stack.step, mu)
+        self.direction = torch.where(usable, self.direction, step.masked_fill(frozen, 0))
+        self.length = self.length.masked_fill(~usable, 1)
+        # An average that has become NaN stays NaN: reset it to zero.
+        for name in stack.parameter_shaped:
+            stack.state[name].masked_fill_(frozen, 0)
+
+    def apply(self) -> None:
+        """W <- (1 - lr weight_decay) W - lr scale length direction."""
+        options = self.stack.options
+        decay, rate = options["weight_decay"], float(options["lr"])
+        direction, length = self.direction, self.length * self.scale
+        if length.ndim:
+            direction, length = direction.mul_(length), length.new_ones(())
+        pairs = list(self.stack.local_parameters(direction))
+        if decay and options["decoupled_weight_decay"]:
+            torch._foreach_mul_([parameter for parameter, _ in pairs], 1 - rate * decay)
+        # Both ways round alike, to the last bit: an eigenbasis of few samples would amplify a difference.
+        for parameter, part in pairs:
+            if self.is_fused:  # in the threads of the fused kernel, which still hold the cores
+                add_scaled(parameter, part, length, rate)
+            else:
+                parameter.addcmul_(part, length.to(part.dtype), value=-rate)
+
+    def divergence(self) -> Tensor:
+        """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step."""
+        if not self.stack.observations:
+            return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
+        rate = float(self.stack.options["lr"])
+        return rate**2 * (self.length**2 * self.direction * self.momentum).sum()
+
+
+def clip_divergence(updates: Sequence[Update], bound: float) -> None:
+    """Scale all updates that have a curvature by min(1, sqrt(bound / sum of their divergences)).
+
+    Ba, Grosse, Martens, "Distributed Second-Order Optimization using Kronecker-Factored Approximations",
+    ICLR 2017.
+    """
+    # Rounding can make an inverse indefinite and a divergence negative: that must not let other layers go
+    # further.
+    divergences = torch.stack([update.divergence().float() for update in updates]).clamp(min=0)
+    scale = (bound / divergences.sum().nan_to_num(nan=torch.inf)).sqrt().clamp(max=1)
+    for update in updates:
+        update.scale = scale if update.stack.observations else 1.0
