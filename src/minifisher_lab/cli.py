@@ -11,20 +11,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minifisher_lab import batches, data, processes
-from minifisher_lab.compare import Candidate, Plan
+from minifisher_lab import data
+from minifisher_lab.comparison.compare import Candidate, Plan
 from minifisher_lab.names import UnknownNameError, look_up
-from minifisher_lab.optimizers import choose, optimizers
+from minifisher_lab.presentation.session import run_plan, run_search
 from minifisher_lab.problems import PROBLEMS, Problem
-from minifisher_lab.runs import RunFolder
-from minifisher_lab.session import run_plan
-from minifisher_lab.train import Budget, Trainer
+from minifisher_lab.training import batches, processes
+from minifisher_lab.training.optimizers import choose, optimizers
+from minifisher_lab.training.runs import RunFolder
+from minifisher_lab.training.train import Budget, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from minifisher_lab.batches import Splits
-    from minifisher_lab.optimizers import Choice
+    from minifisher_lab.training.batches import Splits
+    from minifisher_lab.training.optimizers import Choice
 
 Value = TypeVar("Value")
 
@@ -262,13 +263,13 @@ def tune_command(
 ) -> None:
     """Search one optimizer's learning rate, and damping where it has one, with optuna."""
     _needs_one_process("tune")
-    from minifisher_lab import tune  # optuna is slow to import and needed here alone
+    from minifisher_lab.comparison.tune import Search  # optuna is slow to import and needed here alone
 
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
-    search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
+    search = Search(task, choice, _budget(task, seconds, epochs), trials)
     _check(task, (Candidate(choice, choice.rate),))
     splits = _splits(task, device)
-    study = tune.run(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
+    study = run_search(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
     _end_unless(search.completed(study))
 
 
@@ -302,7 +303,7 @@ def demo_command(
 ) -> None:
     """MBF with its defaults against AdamW at the best of three learning rates, on scikit-learn's digits."""
     _needs_one_process("demo")
-    from minifisher_lab import demo
+    from minifisher_lab.presentation import demo
 
     comparison = _valid(lambda: demo.plan(seconds))
     _end_unless(comparison.completed(demo.run(comparison, _run_folder(folder, "demo"), console)))

@@ -13,11 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 import minifisher
-from minifisher_lab import __main__, cli, demo
-from minifisher_lab.compare import Candidate
-from minifisher_lab.optimizers import choose
+from minifisher_lab import __main__, cli
+from minifisher_lab.comparison.compare import Candidate
+from minifisher_lab.presentation import demo
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Point, Run, RunFolder
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Point, Run, RunFolder
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from sklearn.isotonic import isotonic_regression
 
-from minifisher_lab.summary import rows
+from minifisher_lab.comparison.summary import rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from minifisher_lab.compare import Plan
-    from minifisher_lab.runs import Run
-    from minifisher_lab.summary import Row
+    from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.summary import Row
+    from minifisher_lab.training.runs import Run
 
     Floats = NDArray[np.float64]
 

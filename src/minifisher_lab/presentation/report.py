@@ -12,14 +12,17 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from minifisher_lab.summary import REFERENCE, Spread, all_rows, reference_row, rows
+from minifisher_lab.comparison.summary import REFERENCE, Spread, all_rows, reference_row, rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from minifisher_lab.compare import Plan
-    from minifisher_lab.runs import Run
-    from minifisher_lab.summary import Row
+    from optuna.trial import FrozenTrial
+
+    from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.summary import Row
+    from minifisher_lab.comparison.tune import Search
+    from minifisher_lab.training.runs import Run
 
 MEANING = (
     "Best loss: lowest training loss on a fixed slice of up to 2,000 training samples, mean ± standard "
@@ -62,6 +65,19 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
     for row in ranking:
         cells = _cells(row, reference, plan.problem.classifies)
         result.add_row(*cells, style="bold" if row is ranking[0] else "")
+    return result
+
+
+def trial_table(search: Search, best: Sequence[FrozenTrial]) -> Table:
+    """One line a trial, the best loss first."""
+    title = f"{search.choice.name} on {search.problem.name}, {search.budget} a trial"
+    result = Table("trial", title=title, title_justify="left", title_style="bold")
+    for name in ("best loss", *best[0].params):
+        result.add_column(name, justify="right")
+    for trial in best:
+        result.add_row(
+            str(trial.number), f"{trial.value:.5g}", *(f"{value:.3g}" for value in trial.params.values())
+        )
     return result
 
 

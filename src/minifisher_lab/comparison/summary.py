@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from minifisher_lab.runs import Run
+    from minifisher_lab.training.runs import Run
 
 REFERENCE = "adamw"
 """The optimizer whose best loss the others are timed to."""

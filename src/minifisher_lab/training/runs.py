@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from minifisher_lab import processes
+from minifisher_lab.training import processes
 
 if TYPE_CHECKING:
     from pathlib import Path

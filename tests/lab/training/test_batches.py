@@ -4,7 +4,7 @@ from itertools import islice
 
 import torch
 
-from minifisher_lab.batches import Samples, batches, crop
+from minifisher_lab.training.batches import Samples, batches, crop
 
 
 def _numbered(count: int) -> Samples:

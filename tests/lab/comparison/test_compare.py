@@ -9,22 +9,24 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from minifisher_lab import batches, compare, plots
-from minifisher_lab.compare import Candidate, Plan
-from minifisher_lab.optimizers import choose
+from minifisher_lab.comparison import compare
+from minifisher_lab.comparison.compare import Candidate, Plan
+from minifisher_lab.comparison.summary import rows
+from minifisher_lab.presentation import plots
+from minifisher_lab.presentation.session import run_plan
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Point, Run, RunFolder
-from minifisher_lab.session import run_plan
-from minifisher_lab.summary import rows
-from minifisher_lab.train import Budget, evaluate
+from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Point, Run, RunFolder
+from minifisher_lab.training.train import Budget, evaluate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from minifisher_lab.batches import Samples, Splits
     from minifisher_lab.problems import Problem
+    from minifisher_lab.training.batches import Samples, Splits
 
 
 def _plan(
@@ -137,7 +139,7 @@ def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
             raise KeyboardInterrupt
         return evaluate(problem, model, samples)
 
-    monkeypatch.setattr("minifisher_lab.train.evaluate", impatient)
+    monkeypatch.setattr("minifisher_lab.training.train.evaluate", impatient)
     plan = _plan(("sgd", 1e-2), epochs=0.2, seeds=1)
     runs, _ = _shown(plan, digits, RunFolder(tmp_path))
     assert [run.status for run in runs] == ["interrupted"]

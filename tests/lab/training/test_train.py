@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Run
-from minifisher_lab.train import Budget, Trainer, evaluate, rate_factor, state_bytes, train
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Run
+from minifisher_lab.training.train import Budget, Trainer, evaluate, rate_factor, state_bytes, train
 
 if TYPE_CHECKING:
-    from minifisher_lab.batches import Splits
     from minifisher_lab.problems import Problem
+    from minifisher_lab.training.batches import Splits
 
 PROBLEM = PROBLEMS["autoencoder-digits"]
 

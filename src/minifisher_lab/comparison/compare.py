@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from minifisher_lab.runs import Run
-from minifisher_lab.train import Trainer, train, warm_up
+from minifisher_lab.training.runs import Run
+from minifisher_lab.training.train import Trainer, train, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from minifisher_lab.batches import Splits
-    from minifisher_lab.optimizers import Choice
     from minifisher_lab.problems import Problem
-    from minifisher_lab.runs import Point, RunFolder
-    from minifisher_lab.train import Budget
+    from minifisher_lab.training.batches import Splits
+    from minifisher_lab.training.optimizers import Choice
+    from minifisher_lab.training.runs import Point, RunFolder
+    from minifisher_lab.training.train import Budget
 
 
 class Candidate(NamedTuple):

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minifisher
-from minifisher_lab import processes
-from minifisher_lab.batches import batches
-from minifisher_lab.runs import Point
+from minifisher_lab.training import processes
+from minifisher_lab.training.batches import batches
+from minifisher_lab.training.runs import Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import nn
 
-    from minifisher_lab.batches import Samples, Splits
-    from minifisher_lab.optimizers import Choice, Optimizer
     from minifisher_lab.problems import Problem
     from minifisher_lab.problems.problem import Schedule
-    from minifisher_lab.runs import Run
+    from minifisher_lab.training.batches import Samples, Splits
+    from minifisher_lab.training.optimizers import Choice, Optimizer
+    from minifisher_lab.training.runs import Run
 
 EVALUATION_SIZE = 2000
 """Samples of the fixed training slice that losses are compared on, and of the test slice along the way."""

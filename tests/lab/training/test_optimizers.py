@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import minifisher
-from minifisher_lab import optimizers as module
 from minifisher_lab.names import UnknownNameError
-from minifisher_lab.optimizers import choose, grid_around, optimizers
+from minifisher_lab.training import optimizers as module
+from minifisher_lab.training.optimizers import choose, grid_around, optimizers
 
 FIRST_ORDER = ("adamw", "adam", "adagrad", "rmsprop", "sgd", "muon")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from typing_extensions import Self
 
-    from minifisher_lab.runs import Run
+    from minifisher_lab.training.runs import Run
 
 MARKS = {"finished": "[green]✓[/]", "diverged": "[red]✗[/]", "interrupted": "[yellow]■[/]"}
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from minifisher_lab.report import note, spread, verdict
-from minifisher_lab.runs import Point, Run
-from minifisher_lab.summary import Spread, reference_row, rows
+from minifisher_lab.comparison.summary import Spread, reference_row, rows
+from minifisher_lab.presentation.report import note, spread, verdict
+from minifisher_lab.training.runs import Point, Run
 
 
 def _run(

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minifisher_lab import batches, report
-from minifisher_lab.compare import Candidate, Plan
-from minifisher_lab.optimizers import choose
+from minifisher_lab.comparison.compare import Candidate, Plan
+from minifisher_lab.presentation import report
+from minifisher_lab.presentation.session import run_plan
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.session import run_plan
-from minifisher_lab.train import Budget
+from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.train import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
 
-    from minifisher_lab.runs import Run, RunFolder
+    from minifisher_lab.training.runs import Run, RunFolder
 
 PROBLEM = "autoencoder-digits"
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from minifisher_lab import cli, processes
+from minifisher_lab import cli
+from minifisher_lab.training import processes
 
 ARGUMENTS = ("train", "autoencoder-digits", "--lr", "3e-3", "--epochs", "1", "--points", "4")
 
