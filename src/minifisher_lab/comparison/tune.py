@@ -1,4 +1,4 @@
-"""Optuna's search for one optimizer's learning rate, and damping where it has one, on one problem."""
+"""Search one optimizer's learning rate, and its damping if it has one, on one problem with optuna."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENDED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched: one optimizer on one problem, so many trials of one budget each."""
+    """What to search: one optimizer on one problem, with a number of trials of the same budget."""
 
     problem: Problem
     choice: Choice
@@ -36,7 +36,7 @@ class Search:
     points: int = 20
 
     def suggest(self, trial: optuna.Trial) -> tuple[float, dict[str, float]]:
-        """A learning rate within 30 of the default, and the choice's other ranges, on logarithmic scales."""
+        """A learning rate within a factor 30 of the default, and the other options, on logarithmic scales."""
         rate = trial.suggest_float("lr", self.choice.rate / 30, self.choice.rate * 30, log=True)
         options = {
             name: trial.suggest_float(name, low, high, log=True)

@@ -1,4 +1,4 @@
-"""What `make demo` shows: MBF with its defaults against a tuned AdamW, in equal seconds on real data."""
+"""The demo: MBF with its defaults against a tuned AdamW, in equal seconds on real data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 
 
 def plan(seconds: float) -> Plan:
-    """AdamW at each of its rates, and MBF at its default, over three seeds."""
+    """AdamW with each of its learning rates, and MBF with its default, over three seeds."""
     adamw, mbf = choose("adamw"), choose("mbf")
     candidates = (*(Candidate(adamw, rate) for rate in ADAMW_RATES), Candidate(mbf, mbf.rate))
     return Plan(PROBLEMS[PROBLEM], candidates, SEEDS, Budget(seconds=seconds), points=30)
@@ -36,7 +36,7 @@ def plan(seconds: float) -> Plan:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of torch's: the network is small, and a busy second core then disturbs no run."""
+    """Limit torch to one thread. The network is small, and a busy second core then does not slow a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def run(comparison: Plan, folder: RunFolder, console: Console) -> list[Run]:
-    """Run the demonstration and say in one sentence what came out."""
+    """Run the demo and print its result in one sentence."""
     console.print(_introduction(comparison), highlight=False)
     splits = batches.load(comparison.problem, torch.device("cpu"))
     runs = run_plan(comparison, splits, folder, console)

@@ -1,4 +1,4 @@
-"""Results for people and for programs: the table, the sentence under it, and the JSON."""
+"""Results as text: the tables, the notes below them, the verdict of the demo, and the JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEANING = (
 
 
 def spread(value: Spread, digits: int = 4) -> str:
-    """`mean ± deviation`, the mean with that many significant digits, the deviation with as many decimals."""
+    """`mean ± deviation`: the mean has `digits` significant digits, the deviation as many decimals."""
     if math.isnan(value.mean):
         return "-"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value.mean)))) if value.mean else digits
@@ -41,12 +41,12 @@ def spread(value: Spread, digits: int = 4) -> str:
 
 
 def number(value: float, form: str = ".1f") -> str:
-    """The number, or a dash where there is none."""
+    """The number, or a dash if it is nan."""
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 
 def table(plan: Plan, runs: Sequence[Run]) -> Table:
-    """One line an optimizer, the best loss first."""
+    """One line per optimizer, best loss first."""
     ranking = rows(runs)
     reference = reference_row(ranking)
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
@@ -69,7 +69,7 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
 
 
 def trial_table(search: Search, best: Sequence[FrozenTrial]) -> Table:
-    """One line a trial, the best loss first."""
+    """One line per trial, best loss first."""
     title = f"{search.choice.name} on {search.problem.name}, {search.budget} a trial"
     result = Table("trial", title=title, title_justify="left", title_style="bold")
     for name in ("best loss", *best[0].params):
@@ -82,7 +82,7 @@ def trial_table(search: Search, best: Sequence[FrozenTrial]) -> Table:
 
 
 def footnotes(runs: Sequence[Run]) -> str:
-    """What belongs under the table: remarks on single optimizers, and what the figures mean."""
+    """The text below the table: remarks on single optimizers, and the meaning of the columns."""
     remarks = [f"{row.optimizer}: {remark}." for row in rows(runs) if (remark := note(row))]
     return "\n".join((*remarks, MEANING.format(threads=_threads())))
 
@@ -123,7 +123,7 @@ def _seconds_to(row: Row, reference: Row) -> str:
 
 
 def note(row: Row) -> str:
-    """What the figures alone would hide: divergence, interruption, skipped steps, a rate at the edge."""
+    """What the columns do not show: divergence, interruption, skipped steps, a best rate at the edge."""
     skipped = sum(run.skipped_steps for run in row.runs)
     unfinished = sum(run.status == "interrupted" for run in row.runs)
     edge = "; a better one may lie outside" if row.at_edge else ""
@@ -141,7 +141,7 @@ def _listed(rates: Iterable[float]) -> str:
 
 
 def verdict(challenger: str, runs: Sequence[Run]) -> str:
-    """One sentence on the challenger against the reference, computed from the runs."""
+    """One sentence that compares the challenger with the reference, computed from the runs."""
     ranking = rows(runs)
     reference = reference_row(ranking)
     row = next((row for row in ranking if row.optimizer == challenger and row.counted), None)
@@ -170,14 +170,14 @@ def _tried(row: Row) -> str:
 
 
 def wins_over(row: Row, reference: Row) -> tuple[int, int]:
-    """In how many of the common seeds the row's best loss is the lower one."""
+    """In how many seeds the row's best loss is the lower one, and how many seeds both have."""
     targets = {run.seed: run.best_loss for run in reference.counted}
     common = [run for run in row.counted if run.seed in targets]
     return sum(run.best_loss < targets[run.seed] for run in common), len(common)
 
 
 def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
-    """Settings, machine, one entry for every optimizer and rate, and every run without its points."""
+    """The settings, the machine, the best and all rows, and every run without its points."""
     ranking = rows(runs)
     return {
         "problem": plan.problem.name,
@@ -197,7 +197,7 @@ def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where the seconds were measured."""
+    """The machine that the seconds were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": platform.processor() or platform.machine(),

@@ -40,7 +40,9 @@ def _shown(plan: Plan, splits: Splits, folder: RunFolder) -> tuple[list[Run], st
     return runs, console.export_text()
 
 
-def test_a_comparison_leaves_lines_results_plots_and_a_table(digits: Splits, tmp_path: Path) -> None:
+def test_a_comparison_writes_points_results_and_plots_and_prints_a_table(
+    digits: Splits, tmp_path: Path
+) -> None:
     plan = _plan(("adamw", 1e-3), ("adamw", 3e-3), ("sgd", 1e-2))
     runs, text = _shown(plan, digits, RunFolder(tmp_path))
     assert len(runs) == 6
@@ -117,7 +119,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert (tmp_path / "loss-seconds.png").exists()
 
 
-def test_ctrl_c_before_the_first_point_says_so(
+def test_ctrl_c_before_the_first_point_prints_a_message(
     digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -129,7 +131,7 @@ def test_ctrl_c_before_the_first_point_says_so(
     assert "before anything was measured" in text
 
 
-def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
+def test_ctrl_c_during_the_final_evaluation_interrupts_the_run(
     digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def impatient(problem: Problem, model: nn.Module, samples: Samples) -> tuple[float, float | None]:
@@ -144,7 +146,7 @@ def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
     assert not plan.completed(runs)
 
 
-def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_path: Path) -> None:
+def test_a_diverged_run_stays_in_points_table_and_results(digits: Splits, tmp_path: Path) -> None:
     runs, text = _shown(_plan(("adamw", 1e-3), ("sgd", 1e6), seeds=1), digits, RunFolder(tmp_path))
     assert "sgd: 1 of 1 diverged" in text
     last = (tmp_path / f"{runs[1].name}.jsonl").read_text().splitlines()[-1]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _lines(*losses: list[float]) -> tuple[Plan, list[Run]]:
-    """A plan with one run an optimizer, and the runs with these losses."""
+    """A plan with one run per optimizer, and runs with these losses."""
     names = ("adamw", "sgd")[: len(losses)]
     runs = [Run("p", name, 1e-3, 0, "finished") for name in names]
     for run, line in zip(runs, losses, strict=True):
@@ -30,13 +30,13 @@ def _lines(*losses: list[float]) -> tuple[Plan, list[Run]]:
 @pytest.mark.parametrize(
     "losses", [([9, 1, 0, 0],), ([9, 1, 0, 0], [9, 5, 4, 3]), ([0, 0], [0, 0]), ([2, 2],)], ids=str
 )
-def test_a_loss_of_zero_and_one_that_never_changes_can_be_drawn(
+def test_losses_that_reach_zero_or_never_change_can_be_plotted(
     losses: tuple[list[float], ...], tmp_path: Path
 ) -> None:
     assert all(path.exists() for path in plots.plot(*_lines(*losses), tmp_path))
 
 
-def test_a_line_that_comes_to_zero_leaves_the_axis_below_the_lowest_measured_loss() -> None:
+def test_the_axis_ends_at_the_lowest_positive_loss() -> None:
     ranking = rows(_lines([9, 1, 0, 0], [9, 5, 4, 3])[1])
     means = [plots.band(row, "seconds")[1] for row in ranking]
     bottom, top = plots.limits(ranking, means)
@@ -44,7 +44,7 @@ def test_a_line_that_comes_to_zero_leaves_the_axis_below_the_lowest_measured_los
     assert 5 < top < 9
 
 
-def test_labels_are_kept_apart_in_order_and_moved_little() -> None:
+def test_labels_keep_their_order_and_a_minimal_distance() -> None:
     placed = plots.spaced([0.5, 0.51, 0.1, 0.52, 0.99, 1.0], gap=0.05)
     assert all(b - a >= 0.05 - 1e-9 for a, b in pairwise(sorted(placed)))
     assert placed[2] == pytest.approx(0.1)

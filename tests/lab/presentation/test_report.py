@@ -14,7 +14,7 @@ def _run(optimizer: str, losses: list[float], *, seed: int = 0) -> Run:
     return Run("p", optimizer, 1e-3, seed, "finished", len(losses), float(len(losses)), 10, 80, points=points)
 
 
-def test_the_verdict_follows_the_figures() -> None:
+def test_the_verdict_follows_from_the_losses() -> None:
     better = [_run("mbf", [9, 4], seed=seed) for seed in (0, 1)]
     worse = [_run("adamw", [9, 5], seed=seed) for seed in (0, 1)]
     ahead = verdict("mbf", [*better, *worse])
@@ -36,5 +36,5 @@ def test_the_verdict_follows_the_figures() -> None:
         (math.nan, math.nan, "-"),
     ],
 )
-def test_figures_are_shown_with_four_digits(mean: float, deviation: float, shown: str) -> None:
+def test_a_mean_has_four_significant_digits(mean: float, deviation: float, shown: str) -> None:
     assert spread(Spread(mean, deviation)) == shown

@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_run_folders_never_overwrite_each_other(tmp_path: Path) -> None:
+def test_run_folders_never_replace_each_other(tmp_path: Path) -> None:
     assert len({RunFolder.create(tmp_path, "demo").path for _ in range(3)}) == 3
