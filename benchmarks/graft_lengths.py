@@ -12,11 +12,11 @@ import statistics
 
 import torch
 
-from minifisher_lab import batches
-from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Run
-from minifisher_lab.train import Budget, Trainer, train
+from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Run
+from minifisher_lab.training.train import Budget, Trainer, train
 
 GRAFTS = ("adam", "adam-rows")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from alternate import report
 
-from minifisher_lab.batches import Splits, load
-from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Run
-from minifisher_lab.train import Budget, Trainer, train
+from minifisher_lab.training.batches import Splits, load
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Run
+from minifisher_lab.training.train import Budget, Trainer, train
 
 DTYPES = (torch.float32, torch.bfloat16)
 

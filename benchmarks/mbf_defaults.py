@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from alternate import report
 
-from minifisher_lab import batches
-from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.train import Trainer, evaluate
+from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.train import Trainer, evaluate
 
 SETTINGS = (
     "mbf",

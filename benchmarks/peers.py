@@ -24,12 +24,12 @@ import torch
 from alternate import report
 from torch import nn
 
-from minifisher_lab.batches import load
-from minifisher_lab.compare import Candidate, Plan, compare
-from minifisher_lab.optimizers import Choice, choose
+from minifisher_lab.comparison.compare import Candidate, Plan, compare
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Point, Run, RunFolder
-from minifisher_lab.train import Budget
+from minifisher_lab.training.batches import load
+from minifisher_lab.training.optimizers import Choice, choose
+from minifisher_lab.training.runs import Point, Run, RunFolder
+from minifisher_lab.training.train import Budget
 
 OURS = ("adamw", "mbf", "kfac", "soap", "muon")
 OUR_RATES = (1e-3, 3e-3)

@@ -24,9 +24,9 @@ from alternate import report
 from torch import Tensor, nn
 
 import minifisher
-from minifisher_lab import batches
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.train import evaluate
+from minifisher_lab.training import batches
+from minifisher_lab.training.train import evaluate
 
 PROBLEM = PROBLEMS["autoencoder-mnist"]
 OFTEN = 5  # epochs that are measured one by one, then every so many: on all 60,000 images it costs seconds

@@ -1,4 +1,4 @@
-"""The command `minifisher`; without the laboratory's packages it says how to install them."""
+"""The command `minifisher`. If a package of the extra `lab` is missing, it says how to install it."""
 
 from __future__ import annotations
 

@@ -11,20 +11,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minifisher_lab import batches, data, processes
-from minifisher_lab.compare import Candidate, Plan
+from minifisher_lab import data
+from minifisher_lab.comparison.compare import Candidate, Plan
 from minifisher_lab.names import UnknownNameError, look_up
-from minifisher_lab.optimizers import choose, optimizers
+from minifisher_lab.presentation.session import run_plan, run_search
 from minifisher_lab.problems import PROBLEMS, Problem
-from minifisher_lab.runs import RunFolder
-from minifisher_lab.session import run_plan
-from minifisher_lab.train import Budget, Trainer
+from minifisher_lab.training import batches, processes
+from minifisher_lab.training.optimizers import choose, optimizers
+from minifisher_lab.training.runs import RunFolder
+from minifisher_lab.training.train import Budget, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from minifisher_lab.batches import Splits
-    from minifisher_lab.optimizers import Choice
+    from minifisher_lab.training.batches import Splits
+    from minifisher_lab.training.optimizers import Choice
 
 Value = TypeVar("Value")
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured-curvature optimizers for PyTorch: try them, compare them, tune them.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Bring the datasets to this machine.")
+data_app = typer.Typer(no_args_is_help=True, help="List and download the datasets.")
 app.add_typer(data_app, name="data")
 console = Console()
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
@@ -44,28 +45,26 @@ ProblemNames = Annotated[
 ]
 OptimizerName = Annotated[str, typer.Option(help="One of `minifisher optimizers`.")]
 OptimizerNames = Annotated[str, typer.Option("--optimizers", help="Names, separated by commas.")]
-Tune = Annotated[
-    bool, typer.Option("--tune", help="Five learning rates for each optimizer; the best counts.")
-]
+Tune = Annotated[bool, typer.Option("--tune", help="Try five learning rates for each optimizer.")]
 Rates = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=RATE,...", help="One optimizer's learning rates; may be repeated."),
+    typer.Option(metavar="NAME=RATE,...", help="Learning rates of one optimizer; may be repeated."),
 ]
 ProblemName = Annotated[str, typer.Argument(metavar="PROBLEM", help="One of `minifisher problems`.")]
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="One of `minifisher data list`.")]
-Seconds = Annotated[float | None, typer.Option(help="Training seconds a run, above 0.")]
+Seconds = Annotated[float | None, typer.Option(help="Training seconds per run, above 0.")]
 Epochs = Annotated[
-    float | None, typer.Option(help="Epochs a run, above 0; the problem's own number by default.")
+    float | None, typer.Option(help="Epochs per run, above 0; default: the problem's own number.")
 ]
-Folder = Annotated[Path, typer.Option(help="Where the run folder is made.")]
-Device = Annotated[str | None, typer.Option(help="A torch device; a GPU where there is one.")]
-# torch takes 64 bits of a seed; half of them leave room for what torchrun's processes add to it.
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the start and the batches.")]
-Points = Annotated[int, typer.Option(min=1, help="Logged steps a run.")]
+Folder = Annotated[Path, typer.Option(help="Parent folder of the new run folder.")]
+Device = Annotated[str | None, typer.Option(help="A torch device; default: a GPU if there is one.")]
+# torch accepts 64-bit seeds. Half of that range leaves room for the offset of each torchrun process.
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial weights and the batches.")]
+Points = Annotated[int, typer.Option(min=1, help="Logged points per run.")]
 
 
 def _valid(make: Callable[[], Value]) -> Value:
-    """What `make` returns; what it says against the arguments becomes the command line's error."""
+    """Call `make` and turn its ValueError into an error of the command line."""
     try:
         return make()
     except ValueError as error:
@@ -86,13 +85,13 @@ def _splits(problem: Problem, device: str | None) -> Splits:
 
 
 def _device(name: str) -> torch.device:
-    """The device, proven by one number: torch has its own exception for every way not to have one."""
+    """The device, tested by one computation. torch's exception depends on what is wrong with the device."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (AssertionError, ImportError, RuntimeError) as error:
         reason, default = shorten(str(error), 100), _default_device()
-        message = f"torch cannot compute on {name!r} ({reason}): leave --device out for {default}"
+        message = f"torch cannot compute on {name!r} ({reason}): omit --device to use {default}"
         raise typer.BadParameter(message) from error
     return device
 
@@ -100,13 +99,13 @@ def _device(name: str) -> torch.device:
 def _run_folder(parent: Path, label: str) -> RunFolder:
     try:
         return RunFolder.create(parent, label)
-    except OSError as error:  # a file stands there, no right to write, no room
-        message = f"no run folder can be made in --folder {parent}: {error.strerror}"
+    except OSError as error:  # the path is a file, is not writable, or the disk is full
+        message = f"cannot create a run folder in --folder {parent}: {error.strerror}"
         raise typer.BadParameter(message) from error
 
 
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
-    """Build every optimizer once, so that a wrong argument is answered before the first run."""
+    """Build every optimizer once, so that a wrong argument is reported before the first run."""
     _valid(lambda: processes.check_shares(problem.batch_size))
     for choice, rate in candidates:
         try:
@@ -126,7 +125,7 @@ def _budget(problem: Problem, seconds: float | None, epochs: float | None) -> Bu
 
 
 def _end_unless(completed: bool) -> None:
-    """End the command with the status of Ctrl-C where that cut its work short, when all is saved."""
+    """Exit with the status of Ctrl-C if Ctrl-C stopped the work; call this after the results are saved."""
     if not completed:
         raise typer.Exit(INTERRUPTED)
 
@@ -137,7 +136,7 @@ def _default_device() -> str:
 
 @app.command("problems")
 def list_problems() -> None:
-    """List the problems: network, batch size, epochs unless told otherwise, number of parameters."""
+    """List the problems: network, batch size, default number of epochs, number of parameters."""
     table = Table(box=None, header_style="bold")
     table.add_column("problem", no_wrap=True)
     table.add_column("what it is")
@@ -174,7 +173,7 @@ def train_command(
     folder: Folder = Path("runs"),
     device: Device = None,
 ) -> None:
-    """Train one problem with one optimizer; under torchrun its processes share every batch."""
+    """Train one problem with one optimizer. Under torchrun the processes share every batch."""
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
     candidate = Candidate(choice, choice.rate if lr is None else lr)
     plan = Plan(task, (candidate,), (seed,), _budget(task, seconds, epochs), points)
@@ -185,7 +184,7 @@ def train_command(
 
 
 def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
-    """Print what structure a method of minifisher gives each weight."""
+    """Print which structure a method of minifisher chooses for each weight."""
     optimizer = Trainer(problem, splits, candidate.choice, candidate.rate, seed=0).optimizer
     if hasattr(optimizer, "describe") and processes.rank() == 0:
         console.print(str(optimizer.describe()), highlight=False, markup=False, soft_wrap=True)
@@ -211,7 +210,7 @@ def compare_command(
     budgets = [_budget(task, seconds, epochs) for task in tasks]
     for task in tasks:
         _check(task, entrants)
-    loaded = [_splits(task, device) for task in tasks]  # what is missing is said before the first run
+    loaded = [_splits(task, device) for task in tasks]  # report missing data before the first run
     for task, budget, splits in zip(tasks, budgets, loaded, strict=True):
         plan = Plan(task, entrants, tuple(range(seeds)), budget, points)
         runs = run_plan(plan, splits, _run_folder(folder, f"{task.name}-compare"), console)
@@ -219,7 +218,7 @@ def compare_command(
 
 
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
-    """Every optimizer with its learning rates: those given, else its grid with `tune`, else its default."""
+    """Every optimizer with its learning rates: the given ones, else its grid if `tune`, else its default."""
     choices = {choice.name: choice for choice in map(choose, names.split(","))}
     given = _given(rates, choices)
     return tuple(
@@ -230,7 +229,10 @@ def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate,
 
 
 def _given(texts: Iterable[str], choices: dict[str, Choice]) -> dict[str, tuple[float, ...]]:
-    """Each named optimizer's rates; those that print alike are one, for so tables and files know a run."""
+    """The given rates of each optimizer.
+
+    Rates that print alike count once, because tables and files name a run by its printed rate.
+    """
     printed: dict[str, dict[str, float]] = {}
     for name, rates in (_rates(text, choices) for text in texts):
         for rate in rates:
@@ -254,7 +256,7 @@ def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...
 def tune_command(
     problem: ProblemName,
     optimizer: OptimizerName = "mbf",
-    trials: Annotated[int, typer.Option(min=1, help="How many settings are tried.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, help="Number of settings to try.")] = 20,
     seconds: Seconds = None,
     epochs: Epochs = None,
     folder: Folder = Path("runs"),
@@ -262,19 +264,19 @@ def tune_command(
 ) -> None:
     """Search one optimizer's learning rate, and damping where it has one, with optuna."""
     _needs_one_process("tune")
-    from minifisher_lab import tune  # optuna is slow to import and needed here alone
+    from minifisher_lab.comparison.tune import Search  # optuna is slow to import and needed here alone
 
     task, choice = _problem(problem), _valid(lambda: choose(optimizer))
-    search = tune.Search(task, choice, _budget(task, seconds, epochs), trials)
+    search = Search(task, choice, _budget(task, seconds, epochs), trials)
     _check(task, (Candidate(choice, choice.rate),))
     splits = _splits(task, device)
-    study = tune.run(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
+    study = run_search(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
     _end_unless(search.completed(study))
 
 
 @data_app.command("list")
 def list_data() -> None:
-    """List the datasets: where each comes from, and whether it is on this machine."""
+    """List the datasets: what each holds, where it comes from, and whether it is on this machine."""
     table = Table(
         "dataset", "here", "what it holds", "where it comes from", "licence", box=None, header_style="bold"
     )
@@ -285,7 +287,7 @@ def list_data() -> None:
 
 @data_app.command("get")
 def get_data(name: DataName) -> None:
-    """Fetch a dataset, prove it, and keep it."""
+    """Download a dataset, check it and store it."""
     _valid(lambda: look_up("dataset", name, dict.fromkeys(data.NAMES)))
     try:
         data.get(name)
@@ -297,12 +299,12 @@ def get_data(name: DataName) -> None:
 
 @app.command("demo")
 def demo_command(
-    seconds: Annotated[float, typer.Option(help="Training seconds a run; there are twelve runs.")] = 4.5,
+    seconds: Annotated[float, typer.Option(help="Training seconds per run; there are twelve runs.")] = 4.5,
     folder: Folder = Path("runs"),
 ) -> None:
-    """MBF with its defaults against AdamW at the best of three learning rates, on scikit-learn's digits."""
+    """Compare MBF with its defaults and AdamW with the best of three learning rates, on 8 x 8 digits."""
     _needs_one_process("demo")
-    from minifisher_lab import demo
+    from minifisher_lab.presentation import demo
 
     comparison = _valid(lambda: demo.plan(seconds))
     _end_unless(comparison.completed(demo.run(comparison, _run_folder(folder, "demo"), console)))

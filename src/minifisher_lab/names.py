@@ -1,4 +1,4 @@
-"""Looking things up by name, with the near ones at hand when a name is unknown."""
+"""Look up an entry by its name; the error for an unknown name lists similar names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Entry = TypeVar("Entry")
 
 
 class UnknownNameError(ValueError):
-    """A name that stands in no table; the message lists the near ones."""
+    """A name that is not in the table; the message lists similar names."""
 
 
 def look_up(kind: str, name: str, table: Mapping[str, Entry]) -> Entry:
-    """The entry of that name, or an error that lists the near names (all of them when none is near)."""
+    """The entry of that name. The error for an unknown name lists similar names, or else all names."""
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name.lower(), table, n=4, cutoff=0.5)

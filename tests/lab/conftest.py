@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from minifisher_lab import batches
 from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.training import batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from minifisher_lab.batches import Splits
+    from minifisher_lab.training.batches import Splits
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 import minifisher
-from minifisher_lab import __main__, cli, demo
-from minifisher_lab.compare import Candidate
-from minifisher_lab.optimizers import choose
+from minifisher_lab import __main__, cli
+from minifisher_lab.comparison.compare import Candidate
+from minifisher_lab.presentation import demo
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Point, Run, RunFolder
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Point, Run, RunFolder
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -46,7 +47,7 @@ def test_problems_and_optimizers_list_every_name() -> None:
         assert all(name in output for name in names)
 
 
-def test_train_leaves_a_run_folder(tmp_path: Path) -> None:
+def test_train_writes_a_run_folder(tmp_path: Path) -> None:
     code, output = _invoke(
         *(
             "train",
@@ -102,7 +103,7 @@ def test_ctrl_c_ends_the_whole_command_with_the_table_so_far(tmp_path: Path) -> 
         (("demo",), "results.json"),
     ],
 )
-def test_ctrl_c_has_a_status_of_its_own_and_loses_nothing(
+def test_ctrl_c_exits_with_130_and_keeps_the_results(
     command: tuple[str, ...], kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def impatient(folder: RunFolder, run: Run, point: Point) -> None:
@@ -131,7 +132,7 @@ def test_a_rate_or_an_optimizer_given_twice_runs_once(rates: tuple[str, ...]) ->
     )
 
 
-def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
+def test_tune_writes_its_trials(tmp_path: Path) -> None:
     code, output = _invoke(
         *(
             "tune",
@@ -176,14 +177,14 @@ def test_tune_searches_and_keeps_its_trials(tmp_path: Path) -> None:
         (("data", "get", "minst"), "did you mean mnist"),
     ],
 )
-def test_wrong_arguments_get_an_answer_that_helps(arguments: tuple[str, ...], expected: str) -> None:
+def test_wrong_arguments_get_a_helpful_message(arguments: tuple[str, ...], expected: str) -> None:
     code, output = _invoke(*arguments)
     assert code == 2
     assert expected in output
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
-def test_a_device_that_torch_cannot_compute_on_is_an_error_of_the_command_line(device: str) -> None:
+def test_an_unusable_device_is_a_command_line_error(device: str) -> None:
     code, output = _invoke("train", "cnn-digits", "--optimizer", "sgd", "--device", device)
     assert code == 2
     assert f"cannot compute on '{device}'" in output
@@ -193,17 +194,19 @@ def test_a_device_that_torch_cannot_compute_on_is_an_error_of_the_command_line(d
     "command", [("train", "autoencoder-digits"), ("tune", "autoencoder-digits"), ("demo",)]
 )
 @pytest.mark.parametrize("inside", ["", "deeper"])
-def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(
+def test_a_folder_that_cannot_be_created_is_an_error_before_the_first_run(
     command: tuple[str, ...], inside: str, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("")
     code, output = _invoke(*command, "--folder", tmp_path / "taken" / inside)
     assert code == 2
-    assert "no run folder can be made in" in output
+    assert "cannot create a run folder in" in output
     assert "Not a directory" in output
 
 
-def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_for_missing_data_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MINIFISHER_DATA", str(tmp_path))
     code, output = _invoke(
         "compare", "autoencoder-mnist", "--optimizers", "adamw", "--folder", tmp_path / "runs"
@@ -219,7 +222,7 @@ def test_data_list_shows_every_dataset() -> None:
     assert all(name in output for name in ("digits", "mnist", "cifar10"))
 
 
-def test_data_get_of_an_embedded_set_is_ready_at_once() -> None:
+def test_data_get_needs_no_download_for_an_embedded_dataset() -> None:
     code, output = _invoke("data", "get", "digits")
     assert code == 0
     assert "digits is ready" in output

@@ -1,4 +1,4 @@
-"""Real datasets for the laboratory: `load` what is on this machine, `get` what is not."""
+"""The datasets: `get` fetches one to this machine, `load` reads it."""
 
 from minifisher_lab.data.fetch import by_hand as by_hand
 from minifisher_lab.data.fetch import get as get

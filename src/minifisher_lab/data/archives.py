@@ -1,4 +1,4 @@
-"""Reading archives in memory: nothing is unpacked to disk, nothing in them is run."""
+"""Read archives in memory: nothing is unpacked to disk, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNREADABLE = (
 
 
 def contents(folder: Path, members: str) -> Files:
-    """The files of a folder and of the archives in it whose path ends with the expression `members`."""
+    """The files in a folder and in its archives whose path ends with the regular expression `members`."""
     found: Files = {}
     wanted = re.compile(f"(?:^|.*/)(?:{members})")
     for file in sorted(folder.rglob("*")):
@@ -33,7 +33,7 @@ def contents(folder: Path, members: str) -> Files:
             except UNREADABLE as error:
                 raise WrongData(f"{file.name} cannot be read: {error}") from error
     if not found:
-        raise WrongData(f"none of the files that are needed ({members})")
+        raise WrongData(f"none of the files needed was found ({members})")
     return found
 
 
@@ -62,10 +62,8 @@ def _from_tar(archive: tarfile.TarFile, wanted: re.Pattern[str]) -> Files:
 
 
 def named(files: Files, name: str) -> bytes:
-    """The one file of this name, in whatever folder it lies."""
+    """The only file of this name, in any folder."""
     found = [data for path, data in files.items() if path.rpartition("/")[2] == name]
     if len(found) != 1:
-        raise WrongData(
-            f"{len(found)} files named {name} where there should be one; found {sorted(files)[:20]}"
-        )
+        raise WrongData(f"{len(found)} files named {name} instead of one; found {sorted(files)[:20]}")
     return found[0]

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: the official pickled batches, and CIFAR-10 as one image a row of a large PNG."""
+"""CIFAR-10 and CIFAR-100: the official pickled batches, and CIFAR-10 as large PNGs with one image per row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 def _official(files: Files, names: Sequence[str], label_key: str) -> tuple[Array, Array]:
     batches = [pickles.loads(named(files, name)) for name in names]
     if not all(isinstance(batch, dict) and {"data", label_key} <= batch.keys() for batch in batches):
-        raise WrongData(f"no CIFAR batches: {', '.join(names)} lack data or {label_key}")
+        raise WrongData(f"not CIFAR batches: {', '.join(names)} lack data or {label_key}")
     inputs = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     targets = np.concatenate([batch[label_key] for batch in batches])
     return inputs.astype(np.uint8), targets.astype(np.uint8)
@@ -37,13 +37,13 @@ def _decode_png(files: Files) -> Arrays:
     train = np.concatenate([_rows(named(files, f"{name}.png")) for name in BATCHES])
     test = _rows(named(files, "test_batch.png"))
     return _arrays(
-        (train, _labels(named(files, "train_lables.json"))),  # so spelled in the package
+        (train, _labels(named(files, "train_lables.json"))),  # spelled so in the package
         (test, _labels(named(files, "test_lables.json"))),
     )
 
 
 def _rows(data: bytes) -> Array:
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ten thousand images in one are no bomb
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the PNG is large, but no attack
     try:
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # [N, 1024, 3]
     except OSError as error:

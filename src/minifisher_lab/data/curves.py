@@ -7,7 +7,7 @@ import numpy as np
 from minifisher_lab.data.records import Array, Arrays
 
 TRAINING, TEST, SIDE = 20_000, 10_000, 28
-STEPS = 96  # points read along a curve: at most 0.6 pixels apart
+STEPS = 96  # points drawn along a curve, at most 0.6 pixels apart
 MARGIN, HALF_WIDTH = 3, 0.75  # pixels; ink fades over one pixel at the edge of the stroke
 
 
@@ -32,7 +32,7 @@ def _images(count: int, generator: np.random.Generator) -> Array:
         for offset in np.ndindex(3, 3):
             pixel = near + np.array(offset) - 1
             distance = np.sqrt(((pixel - point) ** 2).sum(1))
-            place = number, pixel[:, 0], pixel[:, 1]  # each image once, so that no write is lost
+            place = number, pixel[:, 0], pixel[:, 1]  # one pixel per image, so no two writes collide
             ink[place] = np.maximum(ink[place], HALF_WIDTH + 0.5 - distance)
     images: Array = (255 * ink.clip(0, 1)).round().astype(np.uint8)[:, None]
     return images

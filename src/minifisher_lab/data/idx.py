@@ -14,14 +14,14 @@ UNSIGNED_BYTES = 8
 
 
 def parse(data: bytes) -> npt.NDArray[np.uint8]:
-    """One IDX file of unsigned bytes, packed with gzip or not."""
+    """One IDX file of unsigned bytes, compressed with gzip or not."""
     plain = _unpacked(data)
     if len(plain) < 4 or plain[:2] != b"\0\0" or plain[2] != UNSIGNED_BYTES:
-        raise WrongData(f"no IDX file of unsigned bytes: it starts with {plain[:4]!r}")
+        raise WrongData(f"not an IDX file of unsigned bytes: it starts with {plain[:4]!r}")
     start = 4 + 4 * plain[3]
     shape = np.frombuffer(plain[4:start], ">u4").astype(int)
     if len(plain) - start != shape.prod():
-        raise WrongData(f"IDX file announces {shape.tolist()} and holds {len(plain) - start} bytes")
+        raise WrongData(f"IDX file announces shape {shape.tolist()} but holds {len(plain) - start} bytes")
     return np.frombuffer(plain, np.uint8, offset=start).reshape(shape)
 
 

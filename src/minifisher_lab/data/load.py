@@ -1,4 +1,4 @@
-"""Loading a dataset that is on this machine."""
+"""Load a dataset that is on this machine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from minifisher_lab.data.table import ENTRIES, Entry, find
 
 
 def load(name: str, *, seed: int = 0) -> Dataset:
-    """Images scaled to [0, 1]; `seed` chooses the draws of curves and faces and changes nothing else.
+    """The images, scaled to [0, 1]. `seed` is used only for curves and faces, which are drawn at random.
 
-    Raises DataMissing where the data has not been fetched.
+    Raises DataMissing if the data has not been fetched.
     """
     entry = _of_kind(name, "images")
     arrays = entry.finish(_stored(entry), seed)
@@ -52,7 +52,7 @@ class Row:
 
 
 def catalogue() -> tuple[Row, ...]:
-    """What there is, where it comes from, and what of it is on this machine."""
+    """One row per dataset: what it holds, where it comes from, and whether it is on this machine."""
     return tuple(
         Row(
             entry.name,

@@ -1,4 +1,4 @@
-"""Old pickles of numbers, read without trust: any name outside a short list is refused."""
+"""Read old pickles of numbers safely: any class or function outside a short list is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DAMAGE = (
 
 
 class SparseRows:
-    """Stands in for scipy.sparse.csr_matrix, whose insides change between releases: keeps its attributes."""
+    """Replaces scipy.sparse.csr_matrix, whose attributes change between releases; keeps the pickled ones."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the attributes that the pickle holds."""
@@ -53,7 +53,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def loads(data: bytes) -> Any:
-    """What a pickle of Python 2 holds, if that is arrays, sparse matrices, lists and dictionaries."""
+    """The content of a Python 2 pickle of arrays, sparse matrices, lists and dictionaries."""
     try:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except WrongData:

@@ -22,8 +22,10 @@ def _decode(files: Files, name: str) -> Arrays:
     test = np.loadtxt(named(files, f"ind.{name}.test.index").decode().splitlines(), dtype=np.int64, ndmin=1)
     known, first_test = len(part["y"]), len(part["ally"])
     if test.min() != first_test or len(test) != len(part["ty"]):
-        raise WrongData(f"{len(part['ty'])} test nodes after {first_test} others; the index disagrees")
-    # The test nodes of CiteSeer leave gaps: nodes without features, label or place in a split.
+        raise WrongData(
+            f"the test index does not fit {len(part['ty'])} test nodes from number {first_test} on"
+        )
+    # CiteSeer's test node numbers have gaps. The missing nodes have no features and no label.
     nodes = int(test.max()) + 1
     features = np.zeros((nodes, part["allx"].state["_shape"][1]), np.float32)
     targets = np.full(nodes, -1, np.int64)

@@ -1,4 +1,4 @@
-"""Progress of a fetch: a callback, by default a bar on the terminal."""
+"""The progress of a fetch: a callback or, by default, a bar on the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, 
 from rich.progress import Progress as RichProgress
 
 Progress: TypeAlias = Callable[[str, int, "int | None"], None]
-"""Called with what is being done, the bytes so far, and the bytes in all where they are known."""
+"""Called with the current step, the bytes so far, and the total bytes or None if unknown."""
 
 
 @contextmanager
 def shown(progress: Progress | None) -> Iterator[Progress]:
-    """The caller's own callback, or a bar on the terminal, or one line a step where there is no terminal."""
+    """The given callback; without one a bar on the terminal; without a terminal one line per step."""
     if progress is not None:
         yield progress
         return
@@ -58,20 +58,20 @@ def _reporter(bar: RichProgress) -> Progress:
 
 
 class Bar:
-    """The face of a progress bar that pooch talks to."""
+    """A progress bar with the methods that pooch calls."""
 
     def __init__(self, step: str, progress: Progress) -> None:
         self.step, self.progress = step, progress
         self.total = self.done = 0
 
     def update(self, size: int) -> None:
-        """`size` more bytes have come."""
+        """`size` more bytes have arrived."""
         self.done += size
         self.progress(self.step, self.done, self.total or None)
 
     def reset(self) -> None:
-        """Pooch counts once more from zero at the end."""
+        """Restart at zero: at the end pooch counts all bytes once more."""
         self.done = 0
 
     def close(self) -> None:
-        """The bar belongs to the whole fetch, which ends it."""
+        """Do nothing: `shown` closes the bar at the end of the fetch."""

@@ -1,4 +1,4 @@
-"""What loading a dataset gives: plain frozen records of numpy arrays."""
+"""The records that loading a dataset returns, the types in between, and the errors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[np.generic]
 Arrays: TypeAlias = dict[str, Array]
-"""The decoded arrays of one dataset by name: what is checked and stored."""
+"""The decoded arrays of one dataset by name. These are checked and stored."""
 
 Files: TypeAlias = dict[str, bytes]
-"""What a source delivered: contents by path."""
+"""The files of a source: contents by path."""
 
 
 class WrongData(ValueError):  # noqa: N818 - the name says what it is
-    """Files that are not what they should be: broken, of another kind, or with other contents.
+    """The files are damaged, or have another format or other contents than expected.
 
-    A decoder may raise any ValueError; this one says more.
+    A decoder may raise any ValueError. This one has a clearer message.
     """
 
 
@@ -42,7 +42,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and their labels; `classes` is 0 where there are none, and the targets are then all zero."""
+    """Images and their labels. A dataset without labels has `classes` 0 and only zeros as targets."""
 
     name: str
     classes: int
@@ -54,7 +54,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Graph:
-    """A citation network with the public split; a node that is in no list has target -1."""
+    """A citation network with the public split. A node without a label has target -1."""
 
     name: str
     classes: int

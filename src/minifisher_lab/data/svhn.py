@@ -16,12 +16,9 @@ def _decode(files: Files) -> Arrays:
     arrays: Arrays = {}
     for part in ("train", "test"):
         content = _content(named(files, f"{part}_32x32.mat"))
-        arrays[f"{part}_inputs"] = np.ascontiguousarray(
-            content["X"].transpose(3, 2, 0, 1)
-        )  # from [H, W, C, N]
-        arrays[f"{part}_targets"] = (content["y"].reshape(-1) % 10).astype(
-            np.uint8
-        )  # the digit 0 is labelled 10
+        # The file has the images as [H, W, C, N], and the digit 0 has the label 10.
+        arrays[f"{part}_inputs"] = np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1))
+        arrays[f"{part}_targets"] = (content["y"].reshape(-1) % 10).astype(np.uint8)
     return arrays
 
 
@@ -29,7 +26,7 @@ def _content(data: bytes) -> Arrays:
     try:
         content: Arrays = loadmat(io.BytesIO(data), variable_names=["X", "y"])
     except (MatReadError, ValueError, NotImplementedError, OSError) as error:
-        raise WrongData(f"no MATLAB 5 file: {error}") from error
+        raise WrongData(f"not a MATLAB 5 file: {error}") from error
     if not {"X", "y"} <= content.keys():
         raise WrongData("the MATLAB file lacks the variables X and y")
     return content

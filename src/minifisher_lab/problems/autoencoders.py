@@ -1,4 +1,4 @@
-"""Deep autoencoders: ReLU, linear code and output, the decoder mirrors the encoder."""
+"""Deep autoencoders with ReLU; code and output are linear, and the decoder mirrors the encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minifisher_lab.problems.problem import Problem
 
 
 def autoencoder(widths: tuple[int, ...]) -> nn.Sequential:
-    """Fully connected layers widths[0]-...-widths[-1]-...-widths[0]; ReLU but at the code and the output."""
+    """Fully connected layers widths[0]-...-widths[-1]-...-widths[0]; no ReLU at the code and the output."""
     layers: list[nn.Module] = [nn.Flatten()]
     for half in (widths, widths[::-1]):
         for inputs, outputs in pairwise(half):

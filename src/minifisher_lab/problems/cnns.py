@@ -44,7 +44,7 @@ VGG_WIDTHS: dict[int, tuple[int | Literal["pool"], ...]] = {
 
 
 def convolutions(channels: int, widths: Sequence[int | Literal["pool"]]) -> list[nn.Module]:
-    """3x3 convolutions with bias, batch norm and ReLU, one a width; "pool" halves the image."""
+    """3x3 convolutions with bias, batch norm and ReLU, one per width; "pool" halves the image."""
     layers: list[nn.Module] = []
     for width in widths:
         if width == "pool":
@@ -64,7 +64,7 @@ def five_layer(channels: int, width: int, classes: int) -> nn.Sequential:
 def vgg(
     depth: int, channels: int, classes: int, *, image: int = 32, hidden: Sequence[int] = ()
 ) -> nn.Sequential:
-    """VGG (Simonyan, Zisserman 2015) with batch norm; no dropout, since K-BFGS runs a batch twice.
+    """VGG (Simonyan, Zisserman 2015) with batch norm; no dropout, because K-BFGS evaluates a batch twice.
 
     28x28 images are padded to 32x32, so that five halvings leave one position.
     """
@@ -76,7 +76,7 @@ def vgg(
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and an option-A shortcut: strided, new channels zero (He et al. 2016, 4.2)."""
+    """Two 3x3 convolutions and an option-A shortcut: strided, new channels are zero (He et al. 2016, 4.2)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -154,6 +154,6 @@ CNNS = (
     _large("vgg11", _VGG11, "cifar10", partial(vgg, 11, 3, 10), "crop and flip"),
     _large("vgg16", _VGG16, "cifar10", partial(vgg, 16, 3, 10, hidden=_WIDE), "crop and flip"),
     _large("vgg16", _VGG16, "cifar100", partial(vgg, 16, 3, 100, hidden=_WIDE), "crop and flip"),
-    # A mirrored house number is another one: SVHN is cropped and not flipped.
+    # SVHN is cropped but not flipped, because a mirrored house number is a different number.
     _large("vgg16", _VGG16, "svhn", partial(vgg, 16, 3, 10, hidden=_WIDE), "crop"),
 )

@@ -1,4 +1,4 @@
-"""What a problem is: a network, its data, and the likelihood that fixes loss and metric."""
+"""A problem: a network, its data, and the likelihood that determines the loss and the metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Augmentation = Literal["none", "crop", "crop and flip"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network to train on named data; the likelihood decides the loss, the target and the metric."""
+    """A network and the name of its data. The likelihood determines the loss, the target and the metric."""
 
     name: str
     description: str

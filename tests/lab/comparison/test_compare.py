@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,22 +8,23 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from minifisher_lab import batches, compare, plots
-from minifisher_lab.compare import Candidate, Plan
-from minifisher_lab.optimizers import choose
+from minifisher_lab.comparison import compare
+from minifisher_lab.comparison.compare import Candidate, Plan
+from minifisher_lab.presentation import plots
+from minifisher_lab.presentation.session import run_plan
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Point, Run, RunFolder
-from minifisher_lab.session import run_plan
-from minifisher_lab.summary import rows
-from minifisher_lab.train import Budget, evaluate
+from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Run, RunFolder
+from minifisher_lab.training.train import Budget, evaluate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from minifisher_lab.batches import Samples, Splits
     from minifisher_lab.problems import Problem
+    from minifisher_lab.training.batches import Samples, Splits
 
 
 def _plan(
@@ -40,7 +40,9 @@ def _shown(plan: Plan, splits: Splits, folder: RunFolder) -> tuple[list[Run], st
     return runs, console.export_text()
 
 
-def test_a_comparison_leaves_lines_results_plots_and_a_table(digits: Splits, tmp_path: Path) -> None:
+def test_a_comparison_writes_points_results_and_plots_and_prints_a_table(
+    digits: Splits, tmp_path: Path
+) -> None:
     plan = _plan(("adamw", 1e-3), ("adamw", 3e-3), ("sgd", 1e-2))
     runs, text = _shown(plan, digits, RunFolder(tmp_path))
     assert len(runs) == 6
@@ -117,7 +119,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert (tmp_path / "loss-seconds.png").exists()
 
 
-def test_ctrl_c_before_the_first_point_says_so(
+def test_ctrl_c_before_the_first_point_prints_a_message(
     digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -129,7 +131,7 @@ def test_ctrl_c_before_the_first_point_says_so(
     assert "before anything was measured" in text
 
 
-def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
+def test_ctrl_c_during_the_final_evaluation_interrupts_the_run(
     digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def impatient(problem: Problem, model: nn.Module, samples: Samples) -> tuple[float, float | None]:
@@ -137,14 +139,14 @@ def test_ctrl_c_while_the_whole_test_set_is_measured_interrupts_the_run(
             raise KeyboardInterrupt
         return evaluate(problem, model, samples)
 
-    monkeypatch.setattr("minifisher_lab.train.evaluate", impatient)
+    monkeypatch.setattr("minifisher_lab.training.train.evaluate", impatient)
     plan = _plan(("sgd", 1e-2), epochs=0.2, seeds=1)
     runs, _ = _shown(plan, digits, RunFolder(tmp_path))
     assert [run.status for run in runs] == ["interrupted"]
     assert not plan.completed(runs)
 
 
-def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_path: Path) -> None:
+def test_a_diverged_run_stays_in_points_table_and_results(digits: Splits, tmp_path: Path) -> None:
     runs, text = _shown(_plan(("adamw", 1e-3), ("sgd", 1e6), seeds=1), digits, RunFolder(tmp_path))
     assert "sgd: 1 of 1 diverged" in text
     last = (tmp_path / f"{runs[1].name}.jsonl").read_text().splitlines()[-1]
@@ -154,41 +156,3 @@ def test_a_diverged_run_stays_in_lines_table_and_results(digits: Splits, tmp_pat
         "adamw": "finished",
         "sgd": "diverged",
     }
-
-
-def test_run_folders_never_overwrite_each_other(tmp_path: Path) -> None:
-    assert len({RunFolder.create(tmp_path, "demo").path for _ in range(3)}) == 3
-
-
-def _lines(*losses: list[float]) -> tuple[Plan, list[Run]]:
-    """A plan with one run an optimizer, and the runs with these losses."""
-    entrants = [(name, 1e-3) for name in ("adamw", "sgd")[: len(losses)]]
-    runs = [Run("p", name, rate, 0, "finished") for name, rate in entrants]
-    for run, line in zip(runs, losses, strict=True):
-        run.points += [Point(i, i, i, loss, loss, loss, None) for i, loss in enumerate(line)]
-    return _plan(*entrants, seeds=1), runs
-
-
-@pytest.mark.parametrize(
-    "losses", [([9, 1, 0, 0],), ([9, 1, 0, 0], [9, 5, 4, 3]), ([0, 0], [0, 0]), ([2, 2],)], ids=str
-)
-def test_a_loss_of_zero_and_one_that_never_changes_can_be_drawn(
-    losses: tuple[list[float], ...], tmp_path: Path
-) -> None:
-    assert all(path.exists() for path in plots.plot(*_lines(*losses), tmp_path))
-
-
-def test_a_line_that_comes_to_zero_leaves_the_axis_below_the_lowest_measured_loss() -> None:
-    ranking = rows(_lines([9, 1, 0, 0], [9, 5, 4, 3])[1])
-    means = [plots.band(row, "seconds")[1] for row in ranking]
-    bottom, top = plots.limits(ranking, means)
-    assert bottom == 1
-    assert 5 < top < 9
-
-
-def test_labels_are_kept_apart_in_order_and_moved_little() -> None:
-    placed = plots.spaced([0.5, 0.51, 0.1, 0.52, 0.99, 1.0], gap=0.05)
-    assert all(b - a >= 0.05 - 1e-9 for a, b in pairwise(sorted(placed)))
-    assert placed[2] == pytest.approx(0.1)
-    assert placed[[0, 1, 3]] == pytest.approx([0.46, 0.51, 0.56])
-    assert placed[[4, 5]] == pytest.approx([0.95, 1.0])

@@ -1,4 +1,4 @@
-"""Fetching: every source against stand-ins on this machine, and what is left behind when one fails."""
+"""Fetching: every source against a local server or a fake command, and what files a failure leaves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def decode(files: dict[str, bytes]) -> dict[str, np.ndarray]:
 
 
 PLAIN = Format(r"payload\.bin", decode)
-PROOF = Sha256(store.digest({"x": np.frombuffer(PAYLOAD, np.uint8)}))
+CHECK = Sha256(store.digest({"x": np.frombuffer(PAYLOAD, np.uint8)}))
 
 
 def quiet(_step: str, _done: int, _total: int | None) -> None:
@@ -105,9 +105,9 @@ def official(address: str, known: str | None = None) -> Official:
     return Official((address,), (("payload.bin", known),))
 
 
-def enrol(monkeypatch, *fetched, proof=PROOF) -> None:
+def enrol(monkeypatch, *fetched, check=CHECK) -> None:
     routes = tuple(Route(source, PLAIN) for source in fetched)
-    monkeypatch.setattr(table, "ENTRIES", (Entry("tiny", "bytes", "none", routes=routes, proof=proof),))
+    monkeypatch.setattr(table, "ENTRIES", (Entry("tiny", "bytes", "none", routes=routes, check=check),))
 
 
 def test_official_files(server, monkeypatch, cache, tmp_path):
@@ -123,7 +123,7 @@ def test_official_files(server, monkeypatch, cache, tmp_path):
     assert left_behind(tmp_path) == [str(path)]
 
 
-def test_what_is_there_is_not_fetched_again(server, monkeypatch):
+def test_a_stored_dataset_is_not_fetched_again(server, monkeypatch):
     serve(server, "/payload.bin", PAYLOAD)
     enrol(monkeypatch, official(server.address))
     first = data.get("tiny", progress=quiet).stat()
@@ -132,7 +132,7 @@ def test_what_is_there_is_not_fetched_again(server, monkeypatch):
     assert (first.st_ino, first.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
 
 
-def test_the_second_address_serves_when_the_first_does_not(server, monkeypatch, cache):
+def test_the_second_address_is_used_if_the_first_fails(server, monkeypatch, cache):
     serve(server, "/mirror/payload.bin", PAYLOAD)
     addresses = server.address + "gone/", server.address + "mirror/"
     enrol(monkeypatch, Official(addresses, (("payload.bin", None),)))
@@ -168,7 +168,7 @@ def test_an_interrupted_download_leaves_nothing(server, monkeypatch, tmp_path):
     assert left_behind(tmp_path) == []
 
 
-def test_an_interrupted_write_leaves_what_was_there(monkeypatch, tmp_path):
+def test_an_interrupted_write_keeps_the_old_file(monkeypatch, tmp_path):
     path = store.write("tiny", {"x": np.arange(3)})
 
     def fail(file, **_):
@@ -190,7 +190,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one():
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip"])
-def test_a_damaged_cache_says_so(harm):
+def test_a_damaged_cache_file_is_reported(harm):
     path = store.write("tiny", {"x": np.arange(1000)})
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
@@ -216,7 +216,7 @@ def test_the_digest_tells_arrays_apart():
     assert store.digest({"y": plain["y"], "x": strided}) == store.digest(plain)
 
 
-def test_the_message_lists_what_was_tried_and_what_can_be_done(server, monkeypatch, cache):
+def test_the_message_lists_what_was_tried_and_what_to_do(server, monkeypatch, cache):
     monkeypatch.setenv("PATH", "")
     unreachable = Official(("http://nowhere.invalid/data/", server.address), (("payload.bin", None),))
     enrol(monkeypatch, unreachable, Npm("some-package", "1.0"), Apt("other-package"))
@@ -237,7 +237,7 @@ def test_the_message_lists_what_was_tried_and_what_can_be_done(server, monkeypat
         assert part in str(caught.value)
 
 
-def test_files_brought_by_hand(monkeypatch):
+def test_files_in_the_by_hand_folder(monkeypatch):
     enrol(monkeypatch, official("http://nowhere.invalid/"))
     data.by_hand("tiny").mkdir(parents=True)
     (data.by_hand("tiny") / "payload.bin").write_bytes(b"wrong")
@@ -257,7 +257,7 @@ def client(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def clients(tmp_path, monkeypatch):
-    """A folder of stand-in commands, first on the path."""
+    """A folder of fake commands, first on the path."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     return tmp_path / "bin"
 
@@ -338,7 +338,7 @@ def wheel(name: str) -> bytes:
 
 @pytest.fixture
 def index(server, monkeypatch):
-    """The real pip, told to ask a package index on this machine."""
+    """A package index on this machine, which the real pip is told to use."""
     for variable in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -360,7 +360,7 @@ def test_pip_wheel(index, monkeypatch):
     assert data.get("tiny", progress=quiet).exists()
 
 
-def test_pip_source_archive_is_read_and_not_run(index, monkeypatch, tmp_path):
+def test_pip_source_archive_is_read_and_not_executed(index, monkeypatch, tmp_path):
     stream = io.BytesIO()
     trace = tmp_path / "trace"
     with tarfile.open(fileobj=stream, mode="w:gz") as archive:
@@ -414,10 +414,10 @@ def test_wrong_data_from_one_source_moves_on_to_the_next(server, monkeypatch):
     assert data.get("tiny", progress=quiet).exists()
 
 
-def test_the_proof_names_both_digests():
-    with pytest.raises(WrongData, match=f"not {PROOF.expected}"):
-        PROOF({"x": np.zeros(1)})
+def test_the_check_names_both_digests():
+    with pytest.raises(WrongData, match=f"not {CHECK.expected}"):
+        CHECK({"x": np.zeros(1)})
 
 
-def test_python_is_this_python_where_it_has_pip():
+def test_pip_runs_in_this_python_if_it_has_pip():
     assert sources._pip() in ([sys.executable, "-m", "pip"], ["pip"])

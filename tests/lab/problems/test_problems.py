@@ -33,7 +33,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
-def test_parameters_are_as_many_as_published(name: str, count: int) -> None:
+def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
     assert PROBLEMS[name].parameters() == count
 
 
@@ -64,7 +64,7 @@ def test_outputs_fit_the_images_and_the_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_data_has_a_name_that_can_be_fetched(name: str) -> None:
+def test_every_problem_names_a_dataset(name: str) -> None:
     assert PROBLEMS[name].data in data.NAMES
 
 

@@ -1,4 +1,4 @@
-"""What `make demo` shows: MBF with its defaults against a tuned AdamW, in equal seconds on real data."""
+"""The demo: MBF with its defaults against a tuned AdamW, in equal seconds on real data."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minifisher_lab import batches, report
-from minifisher_lab.compare import Candidate, Plan
-from minifisher_lab.optimizers import choose
+from minifisher_lab.comparison.compare import Candidate, Plan
+from minifisher_lab.presentation import report
+from minifisher_lab.presentation.session import run_plan
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.session import run_plan
-from minifisher_lab.train import Budget
+from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.train import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
 
-    from minifisher_lab.runs import Run, RunFolder
+    from minifisher_lab.training.runs import Run, RunFolder
 
 PROBLEM = "autoencoder-digits"
 ADAMW_RATES = (1e-3, 3e-3, 1e-2)
@@ -27,7 +28,7 @@ SEEDS = (0, 1, 2)
 
 
 def plan(seconds: float) -> Plan:
-    """AdamW at each of its rates, and MBF at its default, over three seeds."""
+    """AdamW with each of its learning rates, and MBF with its default, over three seeds."""
     adamw, mbf = choose("adamw"), choose("mbf")
     candidates = (*(Candidate(adamw, rate) for rate in ADAMW_RATES), Candidate(mbf, mbf.rate))
     return Plan(PROBLEMS[PROBLEM], candidates, SEEDS, Budget(seconds=seconds), points=30)
@@ -35,7 +36,7 @@ def plan(seconds: float) -> Plan:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of torch's: the network is small, and a busy second core then disturbs no run."""
+    """Limit torch to one thread. The network is small, and a busy second core then does not slow a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -46,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def run(comparison: Plan, folder: RunFolder, console: Console) -> list[Run]:
-    """Run the demonstration and say in one sentence what came out."""
+    """Run the demo and print its result in one sentence."""
     console.print(_introduction(comparison), highlight=False)
     splits = batches.load(comparison.problem, torch.device("cpu"))
     runs = run_plan(comparison, splits, folder, console)

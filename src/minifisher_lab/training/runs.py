@@ -1,4 +1,4 @@
-"""What is measured: points along a run, the run, and the folder that keeps them as JSON."""
+"""The record of a run: its logged points, its totals, and the folder that stores them as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from minifisher_lab import processes
+from minifisher_lab.training import processes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,27 +19,27 @@ Status = Literal["running", "finished", "diverged", "interrupted"]
 
 @dataclass(frozen=True)
 class Point:
-    """One logged step. `seconds` counts training alone; evaluation stands outside the clock."""
+    """One logged point. `seconds` counts training only, not evaluation."""
 
     step: int
     epoch: float
     seconds: float
     batch_loss: float
-    """Mean of the mini-batch losses since the last logged step."""
+    """The mean of the mini-batch losses since the last point."""
     train_loss: float
-    """The loss on the fixed slice of the training set: what runs are compared by."""
+    """The loss on the fixed slice of the training set. Runs are compared by it."""
     test_loss: float
     test_accuracy: float | None
 
     @property
     def finite(self) -> bool:
-        """Whether the run is still alive."""
+        """Whether both training losses are finite, so that the run can go on."""
         return math.isfinite(self.batch_loss) and math.isfinite(self.train_loss)
 
 
 @dataclass
 class Run:
-    """One optimizer with one learning rate from one seed, as far as it came."""
+    """One optimizer with one learning rate and one seed, and what was measured so far."""
 
     problem: str
     optimizer: str
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, fit for a file."""
+        """The run's name, usable as a file name."""
         return re.sub(r"[^\w.=+-]+", "-", f"{self.optimizer}-lr{self.rate:g}-seed{self.seed}")
 
     @property
@@ -66,12 +66,12 @@ class Run:
         return min((point.train_loss for point in self.points if point.finite), default=math.inf)
 
     def seconds_to(self, loss: float) -> float | None:
-        """The training seconds at the first logged step at or below `loss`."""
+        """The training seconds at the first point whose training loss is at or below `loss`."""
         return next((point.seconds for point in self.points if point.train_loss <= loss), None)
 
 
 def without_infinities(value: Any) -> Any:
-    """The same value with null for what JSON has no number for."""
+    """The same value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -83,15 +83,15 @@ def without_infinities(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that receives one JSON line a logged step, and the results."""
+    """A folder for the results and for one file per run, with one JSON line per point."""
 
     path: Path
 
     @classmethod
     def create(cls, parent: Path, label: str) -> RunFolder:
-        """A new folder, named by the time and the label, that no earlier one is overwritten by.
+        """Create a new folder named by the time and the label; it never replaces an older one.
 
-        Of processes that train together the first one alone makes it and writes into it.
+        Under torchrun only the first process creates the folder and writes into it.
         """
         stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{label}"
         names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
@@ -114,11 +114,11 @@ class RunFolder:
 
 
 class Nowhere(RunFolder):
-    """Keeps nothing."""
+    """A run folder that writes nothing: for all torchrun processes but the first."""
 
     def log(self, run: Run, point: Point) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def write(self, name: str, content: dict[str, Any]) -> Path:
-        """Nothing."""
+        """Write nothing."""
         return self.path / name

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import minifisher
-from minifisher_lab import optimizers as module
 from minifisher_lab.names import UnknownNameError
-from minifisher_lab.optimizers import choose, grid_around, optimizers
+from minifisher_lab.training import optimizers as module
+from minifisher_lab.training.optimizers import choose, grid_around, optimizers
 
 FIRST_ORDER = ("adamw", "adam", "adagrad", "rmsprop", "sgd", "muon")
 
@@ -16,7 +16,7 @@ def _model() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
-def test_first_order_rivals_are_torchs_own_and_step(name: str) -> None:
+def test_first_order_optimizers_come_from_torch_and_step(name: str) -> None:
     model = _model()
     choice = choose(name)
     optimizer = choice.build(model, lr=choice.rate)
@@ -40,7 +40,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert [w.ndim for group in adamw.param_groups for w in group["params"]] == [1, 1]
 
 
-def test_every_method_of_minifisher_can_be_named() -> None:
+def test_every_method_of_minifisher_has_a_name() -> None:
     assert set(minifisher.METHODS) <= set(optimizers())
 
 
@@ -72,12 +72,12 @@ def test_an_alias_is_one_row_and_takes_further_arguments(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("name", "near"), [("adamm", "adam"), ("SGD", "sgd"), ("rms_prop", "rmsprop")])
-def test_an_unknown_name_lists_the_near_ones(name: str, near: str) -> None:
+def test_an_unknown_name_lists_similar_ones(name: str, near: str) -> None:
     with pytest.raises(UnknownNameError, match=rf"{name}.*did you mean.*\b{near}\b"):
         choose(name)
 
 
-def test_a_name_near_to_nothing_lists_all() -> None:
+def test_an_unknown_name_without_similar_ones_lists_all() -> None:
     with pytest.raises(UnknownNameError, match="there are: adamw, adam"):
         choose("zzzzzz")
 
@@ -88,6 +88,6 @@ def test_an_argument_without_a_value_is_refused() -> None:
 
 
 @pytest.mark.parametrize("spec", ["mbf:lr=0.5", "mbf-sampled:damping=1:lr=0.5", "sgd:lr=0.5"])
-def test_a_learning_rate_after_the_name_is_refused_with_the_option_that_sets_it(spec: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{spec}' fixes lr.*--lr NAME=0\.5 .*--lr 0\.5 "):
+def test_a_learning_rate_after_the_name_is_refused_and_the_right_option_named(spec: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{spec}' sets lr.*--lr NAME=0\.5 .*--lr 0\.5 "):
         choose(spec)

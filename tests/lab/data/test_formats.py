@@ -1,4 +1,4 @@
-"""Each loader reads small files written here in the real format, and refuses what is broken."""
+"""Each decoder reads small files that the test writes in the real format, and refuses damaged ones."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_idx(pack, dash, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"<html>not found</html>", "no IDX file"),
-        (b"", "no IDX file"),
+        (b"<html>not found</html>", "not an IDX file"),
+        (b"", "not an IDX file"),
         (idx_file(random_bytes(3, 5, 4))[:-1], "announces"),
         (gzip.compress(idx_file(random_bytes(3, 5, 4)))[:-9], "damaged gzip"),
-        (b"\0\0\x0d\x01" + struct.pack(">If", 1, 2.0), "no IDX file"),  # floats
+        (b"\0\0\x0d\x01" + struct.pack(">If", 1, 2.0), "not an IDX file"),  # floats
     ],
 )
 def test_idx_refuses(data, message):
@@ -171,7 +171,7 @@ def test_cifar10_png(tmp_path):
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_the_two_readings_of_cifar10_agree():
+def test_the_two_formats_of_cifar10_agree():
     images = random_bytes(6, 32, 32, 3)
     pickled, drawn = {}, {"train_lables.json": b"[0, 1, 2, 3, 4]", "test_lables.json": b"[5]"}
     for number, name in enumerate([f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]):
@@ -237,11 +237,11 @@ def test_orl_undoes_a_text_transfer():
     columns[[0, 40, 41, 42, -1]] = 4, 8, 5, 6, 4
     smooth = np.add.outer(np.arange(HEIGHT), columns).astype(np.uint8)
     images[0, 0], images[3, 4] = smooth, smooth + 20 * (smooth == 13)
-    assert smooth.tobytes().count(b"\r\n") == 1  # a pair that no transfer made, among many line feeds
+    assert smooth.tobytes().count(b"\r\n") == 1  # a pair in the original pixels, among many line feeds
     assert smooth.tobytes().count(b"\n") > 50
     assert images[3, 4].tobytes().count(b"\r\n") == 0
     for key, image in (("x/s4/5.pgm", images[3, 4]), ("x/s1/1.pgm", images[0, 0])):
-        # As the tools do it: a line feed that has its carriage return is left alone.
+        # The transfer leaves a line feed alone that already follows a carriage return.
         files[key] = pgm(image).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     np.testing.assert_array_equal(ORL.decode(files)["images"], images)
 
@@ -283,7 +283,7 @@ def test_planetoid():
     arrays = planetoid("tiny").decode(files)
     np.testing.assert_array_equal(arrays["features"], features)
     np.testing.assert_array_equal(arrays["targets"], labels)
-    assert arrays["edges"].tolist() == [[0, 0, 0], [1, 2, 512]]  # once each, no loops
+    assert arrays["edges"].tolist() == [[0, 0, 0], [1, 2, 512]]  # each edge once, no self-loops
     assert (arrays["train"].tolist(), arrays["test"].tolist()) == ([0, 1, 2, 3], [512, 510, 513])
     assert arrays["validation"].tolist() == list(range(4, 504))
 
@@ -309,14 +309,14 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, protocol):
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, protocol):
     trace = tmp_path / "trace"
     data = pickle.dumps([1, Malicious(os.mkdir, str(trace))], protocol)
     with pytest.raises(WrongData, match=r"posix\.mkdir|nt\.mkdir"):
         pickles.loads(data)
     assert not trace.exists()
     pickle.loads(data)
-    assert trace.exists()  # the trap works where nothing is refused
+    assert trace.exists()  # an ordinary unpickler does execute it
 
 
 @pytest.mark.parametrize("call", [eval, getattr, np.load, pickle.loads])

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from minifisher_lab.optimizers import choose
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.runs import Run
-from minifisher_lab.train import Budget, Trainer, evaluate, rate_factor, state_bytes, train
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.runs import Run
+from minifisher_lab.training.train import Budget, Trainer, evaluate, rate_factor, state_bytes, train
 
 if TYPE_CHECKING:
-    from minifisher_lab.batches import Splits
     from minifisher_lab.problems import Problem
+    from minifisher_lab.training.batches import Splits
 
 PROBLEM = PROBLEMS["autoencoder-digits"]
 
@@ -37,7 +37,7 @@ def test_training_lowers_the_loss(digits: Splits, name: str, rate: float) -> Non
     assert last.batch_loss < 0.75 * first.batch_loss
 
 
-def test_points_are_spread_over_the_budget_and_end_with_it(digits: Splits) -> None:
+def test_points_are_evenly_spaced_and_the_last_one_is_at_the_end(digits: Splits) -> None:
     run = _run(digits, "sgd", 1e-2)
     assert [point.step for point in run.points] == [0, 7, 14, 21, 28, 35, 42, 49, 56]
     assert run.points[-1].epoch == 4
@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_recorded(digits: Splits) 
     assert math.isfinite(run.best_loss)
 
 
-def test_a_budget_in_seconds_counts_training_alone(digits: Splits) -> None:
+def test_a_budget_in_seconds_counts_only_training(digits: Splits) -> None:
     run = Run(PROBLEM.name, "sgd", 1e-2, 0)
     train(run, Trainer(PROBLEM, digits, choose("sgd"), 1e-2, 0), digits, Budget(seconds=0.2), points=4)
     assert run.seconds >= 0.2
@@ -76,7 +76,7 @@ def test_state_bytes_counts_nested_tensors_and_shared_storage_once() -> None:
     assert state_bytes({"w": {"a": shared, "view": shared[:5], "list": [torch.zeros(3)], "step": 3}}) == 52
 
 
-def test_evaluation_is_the_mean_over_samples_and_leaves_the_network_training(digits: Splits) -> None:
+def test_evaluation_is_the_mean_over_samples_and_restores_training_mode(digits: Splits) -> None:
     model = PROBLEM.build(seed=0)
     samples = digits.test.slice(101)
     with torch.no_grad():

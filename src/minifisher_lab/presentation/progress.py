@@ -1,4 +1,4 @@
-"""What a person sees while runs go on: bars with loss and time left, and a line for every run that ended."""
+"""Progress bars with the loss and the remaining time, and a line for every run that has ended."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from typing_extensions import Self
 
-    from minifisher_lab.runs import Run
+    from minifisher_lab.training.runs import Run
 
 MARKS = {"finished": "[green]✓[/]", "diverged": "[red]✗[/]", "interrupted": "[yellow]■[/]"}
 
 
 class PairOfBars:
-    """Two bars: the run that goes on and all runs together."""
+    """Two bars: one for the current run, one for all runs together."""
 
     def __init__(self, console: Console, total: int, kind: str) -> None:
         self.progress = Progress(
@@ -51,7 +51,7 @@ class PairOfBars:
         self.progress.stop()
 
     def begin(self, title: str) -> None:
-        """Begin one bar anew."""
+        """Restart the bar of the current run."""
         self.progress.reset(self.one, total=1.0, description=title, loss="")
 
     def advance(self, spent: float, loss: float) -> None:
@@ -60,7 +60,7 @@ class PairOfBars:
         self.progress.update(self.every, completed=self.done + spent)
 
     def finish(self, line: str) -> None:
-        """Fill one bar and leave a line behind."""
+        """Complete the bar of the current run and print a line."""
         self.done += 1
         self.progress.update(self.one, completed=1.0)
         self.progress.update(self.every, completed=float(self.done))
@@ -71,11 +71,11 @@ class RunBars(PairOfBars):
     """The bars of a comparison."""
 
     def warming(self, optimizer: str) -> None:
-        """Name the optimizer that takes its first steps."""
+        """Name the optimizer that takes its warm-up steps."""
         self.progress.update(self.one, description=f"warming up {optimizer}")
 
     def started(self, run: Run) -> None:
-        """Begin a run's bar."""
+        """Restart the bar for a new run."""
         self.begin(f"{run.optimizer}  lr {run.rate:g}  seed {run.seed}")
 
     def moved(self, run: Run, spent: float, loss: float) -> None:
@@ -83,7 +83,7 @@ class RunBars(PairOfBars):
         self.advance(spent, loss)
 
     def ended(self, run: Run) -> None:
-        """Leave one line behind."""
+        """Print a line for the run."""
         parts = [f"{MARKS[run.status]} {run.optimizer:<13} lr {run.rate:<6g} seed {run.seed}"]
         parts.append(f"loss {run.best_loss:<7.5g}")
         if run.test_accuracy is not None:
@@ -95,19 +95,19 @@ class RunBars(PairOfBars):
 
 
 class Silence:
-    """Shows nothing of a comparison: the part of a process that only trains along."""
+    """Shows nothing of a comparison: for all torchrun processes but the first."""
 
     def warming(self, optimizer: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def started(self, run: Run) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def moved(self, run: Run, spent: float, loss: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def ended(self, run: Run) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class TrialBars(PairOfBars):
@@ -122,7 +122,7 @@ class TrialBars(PairOfBars):
         self.advance(spent, loss)
 
     def ended(self, trial: FrozenTrial) -> None:
-        """Leave one line behind and go on to the next."""
+        """Print a line for the trial and restart the bar for the next one."""
         settings = "  ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
         outcome = "cut short" if trial.value is None else f"best loss {trial.value:.5g}"
         self.finish(f"trial {trial.number:<3} {settings}   {trial.user_attrs.get('status', '')} {outcome}")

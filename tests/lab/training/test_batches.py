@@ -4,14 +4,14 @@ from itertools import islice
 
 import torch
 
-from minifisher_lab.batches import Samples, batches, crop
+from minifisher_lab.training.batches import Samples, batches, crop
 
 
 def _numbered(count: int) -> Samples:
     return Samples(torch.arange(float(count)).reshape(count, 1, 1, 1), torch.arange(count))
 
 
-def test_a_pass_shows_every_sample_once_in_an_order_drawn_from_the_seed() -> None:
+def test_an_epoch_has_every_sample_once_in_an_order_drawn_from_the_seed() -> None:
     def order(seed: int) -> list[int]:
         stream = batches(_numbered(12), 4, seed, "none")
         return torch.cat([targets for _, targets in islice(stream, 6)]).tolist()

@@ -1,4 +1,4 @@
-"""What the runs of one problem say: every optimizer's best learning rate, means and spreads over seeds."""
+"""Summarise the runs of one problem: each optimizer's best learning rate, and means over seeds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from minifisher_lab.runs import Run
+    from minifisher_lab.training.runs import Run
 
 REFERENCE = "adamw"
-"""The optimizer whose best loss the others are timed to."""
+"""The optimizer that the others are compared with: how many seconds they need to reach its best loss."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds with the sample standard deviation, nan of a single one."""
+    """A mean over seeds with the sample standard deviation, which is nan for a single seed."""
 
     mean: float
     deviation: float
@@ -39,11 +39,11 @@ class Row:
     rate: float
     runs: tuple[Run, ...]
     tried: tuple[float, ...]
-    """All learning rates that this optimizer was given."""
+    """All learning rates that were tried with this optimizer."""
 
     @property
     def counted(self) -> tuple[Run, ...]:
-        """The finished runs; before any has finished, the interrupted ones."""
+        """The finished runs or, if none has finished, the interrupted ones."""
         finished = tuple(run for run in self.runs if run.status == "finished")
         return finished or tuple(run for run in self.runs if run.status == "interrupted" and run.points)
 
@@ -69,13 +69,13 @@ class Row:
 
     @property
     def step_time(self) -> float:
-        """Seconds of a whole training step, over all counted runs."""
+        """The mean seconds of a training step over all counted runs."""
         steps = sum(run.steps for run in self.counted)
         return sum(run.seconds for run in self.counted) / steps if steps else math.nan
 
     @property
     def state_per_parameter(self) -> float:
-        """Optimizer state in bytes a parameter."""
+        """Optimizer state in bytes per parameter."""
         return Spread.of(run.state_bytes / run.parameters for run in self.counted if run.state_bytes).mean
 
     @property
@@ -84,7 +84,10 @@ class Row:
         return len(self.tried) > 1 and self.rate in (min(self.tried), max(self.tried))
 
     def seconds_to_reference(self, reference: Row) -> tuple[float, int, int]:
-        """Mean seconds to the reference's best loss on the same seed, of how many of how many seeds."""
+        """The mean seconds until a run reaches the reference's best loss on the same seed.
+
+        Also the number of runs that reach it, and the number of seeds that both have.
+        """
         targets = {run.seed: run.best_loss for run in reference.counted}
         times = [run.seconds_to(targets[run.seed]) for run in self.counted if run.seed in targets]
         reached = [time for time in times if time is not None]
@@ -95,7 +98,10 @@ class Row:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """One row an optimizer, best first: its rate with the fewest diverged runs, then the lowest mean loss."""
+    """One row per optimizer, with its best learning rate, best row first.
+
+    The best row has the fewest diverged runs and, among those, the lowest mean loss.
+    """
     every = all_rows(runs)
     names = dict.fromkeys(row.optimizer for row in every)
     best = [min((row for row in every if row.optimizer == name), key=_order) for name in names]
@@ -113,7 +119,7 @@ def all_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def reference_row(table: Sequence[Row]) -> Row | None:
-    """The row that the others are timed to, if that optimizer took part and has a result."""
+    """The row of the reference optimizer, if it took part and has a result."""
     return next((row for row in table if row.optimizer == REFERENCE and row.counted), None)
 
 

@@ -1,4 +1,4 @@
-"""One training loop for every optimizer, with a clock that counts training alone."""
+"""One training loop for every optimizer, with a clock that counts training only."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minifisher
-from minifisher_lab import processes
-from minifisher_lab.batches import batches
-from minifisher_lab.runs import Point
+from minifisher_lab.training import processes
+from minifisher_lab.training.batches import batches
+from minifisher_lab.training.runs import Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import nn
 
-    from minifisher_lab.batches import Samples, Splits
-    from minifisher_lab.optimizers import Choice, Optimizer
     from minifisher_lab.problems import Problem
     from minifisher_lab.problems.problem import Schedule
-    from minifisher_lab.runs import Run
+    from minifisher_lab.training.batches import Samples, Splits
+    from minifisher_lab.training.optimizers import Choice, Optimizer
+    from minifisher_lab.training.runs import Run
 
 EVALUATION_SIZE = 2000
-"""Samples of the fixed training slice that losses are compared on, and of the test slice along the way."""
+"""The size of the fixed training slice that runs are compared on, and of the test slice used during a run."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: after so many training seconds, or after so many epochs; one of the two."""
+    """When a run ends: after a number of training seconds or a number of epochs. Give one of the two."""
 
     seconds: float | None = None
     epochs: float | None = None
@@ -44,7 +44,7 @@ class Budget:
                 raise ValueError(f"{name} must be above 0, got {value:g}")
 
     def spent(self, seconds: float, epochs: float) -> float:
-        """The spent fraction, 1 at the end."""
+        """The fraction of the budget that is spent, 1 at the end."""
         if self.seconds is not None:
             return min(1.0, seconds / self.seconds)
         assert self.epochs is not None
@@ -55,7 +55,7 @@ class Budget:
 
 
 class Clock:
-    """A stop watch for `with`; on an accelerator it waits for the queued work."""
+    """A stopwatch, used as `with clock:`. On an accelerator it waits until the queued work is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,7 +74,7 @@ class Clock:
 
 
 def rate_factor(schedule: Schedule, spent: float) -> float:
-    """The learning rate as a fraction of the first, by the spent fraction of the budget.
+    """The learning rate as a fraction of the initial one, when a fraction `spent` of the budget is spent.
 
     linear: 1 - spent; steps: x 0.1 after 30, 60 and 90 % (every 60 of 200 epochs: Ren, Goldfarb 2021).
     """
@@ -84,7 +84,7 @@ def rate_factor(schedule: Schedule, spent: float) -> float:
 
 
 def state_bytes(state: Any) -> int:
-    """The bytes of all tensors in an optimizer's state; a tensor that is held twice counts once."""
+    """The bytes of all tensors in an optimizer's state; shared storage counts once."""
     return sum({storage.data_ptr(): storage.nbytes() for storage in _storages(state)}.values())
 
 
@@ -101,7 +101,7 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
 
 @torch.no_grad()
 def evaluate(problem: Problem, model: nn.Module, samples: Samples) -> tuple[float, float | None]:
-    """The mean loss and, of a classifier, the accuracy in per cent, in evaluation mode."""
+    """The mean loss and, for a classifier, the accuracy in per cent, in evaluation mode."""
     model.eval()
     loss, hits = 0.0, 0
     for inputs, targets in zip(
@@ -115,7 +115,7 @@ def evaluate(problem: Problem, model: nn.Module, samples: Samples) -> tuple[floa
 
 
 class Trainer:
-    """A network, an optimizer and a stream of batches: everything that one run moves forward."""
+    """The network, the optimizer and the stream of batches of one run."""
 
     def __init__(self, problem: Problem, splits: Splits, choice: Choice, rate: float, seed: int) -> None:
         self.problem = problem
@@ -130,7 +130,7 @@ class Trainer:
         self.stream = batches(splits.train, size, seed, problem.augmentation)
 
     def step(self, spent: float) -> float:
-        """One step on the next batch; its loss before the step. Several processes share the batch."""
+        """Take one step on the next batch, shared by all processes, and return the loss before the step."""
         inputs, targets = map(processes.share, next(self.stream))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rate_factor(self.problem.schedule, spent)
@@ -148,7 +148,7 @@ class Trainer:
 
 
 def warm_up(problem: Problem, splits: Splits, choice: Choice, steps: int = 3) -> None:
-    """A few steps on a network that is thrown away, so that no run pays for compilation or allocation."""
+    """Take a few steps on a throwaway network, so that no run is charged for compilation or allocation."""
     trainer = Trainer(problem, splits, choice, choice.rate, seed=0)
     for _ in range(steps):
         trainer.step(spent=0.0)
@@ -164,10 +164,11 @@ def train(
     log: Callable[[Run, Point], None] = lambda run, point: None,
     watch: Callable[[float, float], None] = lambda spent, loss: None,
 ) -> None:
-    """Train until the budget is spent or the loss is no longer finite, filling `run` as it goes.
+    """Train until the budget is spent or the loss is no longer finite, and record everything in `run`.
 
-    `points` evenly spaced logged steps go to `log`; `watch` hears the spent fraction and the batch loss
-    a few times a second. Both, and every evaluation, stand outside the clock, which is the first process's.
+    `log` receives `points` evenly spaced points. `watch` receives the spent fraction and the batch loss a few
+    times a second. The clock stops during both and during evaluation. Under torchrun the first process's
+    clock decides.
     """
     slices = splits.train.slice(EVALUATION_SIZE), splits.test.slice(EVALUATION_SIZE)
     clock = Clock(trainer.device)
@@ -203,4 +204,5 @@ def _conclude(run: Run, trainer: Trainer, splits: Splits) -> None:
     run.state_bytes = state_bytes(dict(trainer.optimizer.state))
     run.skipped_steps = int(getattr(trainer.optimizer, "skipped_steps", 0))
     run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
-    run.status = "finished" if run.points[-1].finite else "diverged"  # last: Ctrl-C may come in between
+    # The status is set last, because Ctrl-C may interrupt the evaluation.
+    run.status = "finished" if run.points[-1].finite else "diverged"

@@ -1,7 +1,7 @@
-"""Processes that train together: `torchrun` starts them, and each takes its share of every batch.
+"""Data-parallel training: `torchrun` starts the processes, and each takes its share of every batch.
 
-The batch of a problem is that of all processes together, so that a run has the same steps on any number of
-them. What a network averages over its own batch (batch norm) it averages over the share that it sees.
+A problem's batch size is the total over all processes, so the number of processes does not change the steps.
+Batch norm is the exception: it averages over the share of one process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """The process group that torchrun's environment variables ask for; nothing where they do not."""
+    """Join the process group that torchrun announces in the environment; without torchrun do nothing."""
     if started() == 1:
         yield
         return
@@ -31,18 +31,18 @@ def joined() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if enough_gpus() else "gloo")
     try:
         yield
-        dist.barrier()  # the first process still writes when the others are done
+        dist.barrier()  # wait for the first process, which still writes its results
     finally:
         dist.destroy_process_group()
 
 
 def started() -> int:
-    """How many processes torchrun says that it started; 1 without it."""
+    """How many processes torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def enough_gpus() -> bool:
-    """Whether every process of this machine has a GPU of its own."""
+    """Whether there is a GPU for each process on this machine."""
     return torch.cuda.is_available() and torch.cuda.device_count() >= _local("WORLD_SIZE", 1)
 
 
@@ -51,17 +51,17 @@ def _local(name: str, alone: int) -> int:
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process; number 0 prints and writes."""
+    """The number of this process; only number 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def replicate(model: nn.Module, seed: int) -> nn.Module:
-    """The model with its gradients averaged over all processes, which from here on draw unlike numbers."""
+    """Average the model's gradients over all processes, and seed each process differently from here on."""
     if world_size() == 1:
         return model
     if rank() > 0:
@@ -71,16 +71,16 @@ def replicate(model: nn.Module, seed: int) -> nn.Module:
 
 
 def check_shares(size: int) -> None:
-    """Raise ValueError where a batch cannot be dealt out in equal shares, whose means average to its own."""
+    """Raise ValueError unless all shares are equal, so that the mean of their losses is the batch loss."""
     if size % world_size():
         raise ValueError(
-            f"a batch of {size} samples cannot be dealt out equally to {world_size()} processes: "
+            f"a batch of {size} samples cannot be split equally between {world_size()} processes: "
             f"start a number of processes that divides {size}"
         )
 
 
 def share(batch: Tensor) -> Tensor:
-    """The samples of a batch that are this process's, [N / processes, ...]."""
+    """This process's samples of a batch, [N / processes, ...]."""
     return batch.chunk(world_size())[rank()]
 
 
@@ -90,7 +90,7 @@ def mean(value: float) -> float:
 
 
 def of_first(value: float) -> float:
-    """What the first process has."""
+    """The value of the first process."""
     return _summed(value if rank() == 0 else 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Results for people and for programs: the table, the sentence under it, and the JSON."""
+"""Results as text: the tables, the notes below them, the verdict of the demo, and the JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from minifisher_lab.summary import REFERENCE, Spread, all_rows, reference_row, rows
+from minifisher_lab.comparison.summary import REFERENCE, Spread, all_rows, reference_row, rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from minifisher_lab.compare import Plan
-    from minifisher_lab.runs import Run
-    from minifisher_lab.summary import Row
+    from optuna.trial import FrozenTrial
+
+    from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.summary import Row
+    from minifisher_lab.comparison.tune import Search
+    from minifisher_lab.training.runs import Run
 
 MEANING = (
     "Best loss: lowest training loss on a fixed slice of up to 2,000 training samples, mean ± standard "
@@ -29,7 +32,7 @@ MEANING = (
 
 
 def spread(value: Spread, digits: int = 4) -> str:
-    """`mean ± deviation`, the mean with that many significant digits, the deviation with as many decimals."""
+    """`mean ± deviation`: the mean has `digits` significant digits, the deviation as many decimals."""
     if math.isnan(value.mean):
         return "-"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value.mean)))) if value.mean else digits
@@ -38,12 +41,12 @@ def spread(value: Spread, digits: int = 4) -> str:
 
 
 def number(value: float, form: str = ".1f") -> str:
-    """The number, or a dash where there is none."""
+    """The number, or a dash if it is nan."""
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 
 def table(plan: Plan, runs: Sequence[Run]) -> Table:
-    """One line an optimizer, the best loss first."""
+    """One line per optimizer, best loss first."""
     ranking = rows(runs)
     reference = reference_row(ranking)
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
@@ -65,8 +68,21 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
     return result
 
 
+def trial_table(search: Search, best: Sequence[FrozenTrial]) -> Table:
+    """One line per trial, best loss first."""
+    title = f"{search.choice.name} on {search.problem.name}, {search.budget} a trial"
+    result = Table("trial", title=title, title_justify="left", title_style="bold")
+    for name in ("best loss", *best[0].params):
+        result.add_column(name, justify="right")
+    for trial in best:
+        result.add_row(
+            str(trial.number), f"{trial.value:.5g}", *(f"{value:.3g}" for value in trial.params.values())
+        )
+    return result
+
+
 def footnotes(runs: Sequence[Run]) -> str:
-    """What belongs under the table: remarks on single optimizers, and what the figures mean."""
+    """The text below the table: remarks on single optimizers, and the meaning of the columns."""
     remarks = [f"{row.optimizer}: {remark}." for row in rows(runs) if (remark := note(row))]
     return "\n".join((*remarks, MEANING.format(threads=_threads())))
 
@@ -107,7 +123,7 @@ def _seconds_to(row: Row, reference: Row) -> str:
 
 
 def note(row: Row) -> str:
-    """What the figures alone would hide: divergence, interruption, skipped steps, a rate at the edge."""
+    """What the columns do not show: divergence, interruption, skipped steps, a best rate at the edge."""
     skipped = sum(run.skipped_steps for run in row.runs)
     unfinished = sum(run.status == "interrupted" for run in row.runs)
     edge = "; a better one may lie outside" if row.at_edge else ""
@@ -125,7 +141,7 @@ def _listed(rates: Iterable[float]) -> str:
 
 
 def verdict(challenger: str, runs: Sequence[Run]) -> str:
-    """One sentence on the challenger against the reference, computed from the runs."""
+    """One sentence that compares the challenger with the reference, computed from the runs."""
     ranking = rows(runs)
     reference = reference_row(ranking)
     row = next((row for row in ranking if row.optimizer == challenger and row.counted), None)
@@ -154,14 +170,14 @@ def _tried(row: Row) -> str:
 
 
 def wins_over(row: Row, reference: Row) -> tuple[int, int]:
-    """In how many of the common seeds the row's best loss is the lower one."""
+    """In how many seeds the row's best loss is the lower one, and how many seeds both have."""
     targets = {run.seed: run.best_loss for run in reference.counted}
     common = [run for run in row.counted if run.seed in targets]
     return sum(run.best_loss < targets[run.seed] for run in common), len(common)
 
 
 def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
-    """Settings, machine, one entry for every optimizer and rate, and every run without its points."""
+    """The settings, the machine, the best and all rows, and every run without its points."""
     ranking = rows(runs)
     return {
         "problem": plan.problem.name,
@@ -181,7 +197,7 @@ def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where the seconds were measured."""
+    """The machine that the seconds were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": platform.processor() or platform.machine(),

@@ -1,4 +1,4 @@
-"""Data in memory as tensors: batches in a seeded order, augmentation, fixed slices to evaluate on."""
+"""Data in memory as tensors: batches in a seeded order, augmentation, and fixed slices for evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Samples:
         return len(self.targets)
 
     def slice(self, size: int) -> Samples:
-        """A fixed random subset, the same in every run whatever its seed."""
+        """A fixed random subset; it does not depend on the seed of a run."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:size]
         return Samples(self.inputs[chosen], self.targets[chosen])
 
@@ -44,7 +44,7 @@ class Splits:
 
 
 def load(problem: Problem, device: torch.device) -> Splits:
-    """The problem's data on the device; images of a classifier are standardised by channel."""
+    """The problem's data on the device; images for a classifier are standardised per channel."""
     dataset = data.load(problem.data)
     train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
     if problem.classifies:
@@ -59,7 +59,7 @@ def load(problem: Problem, device: torch.device) -> Splits:
 def batches(
     samples: Samples, size: int, seed: int, augmentation: Augmentation
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full batches without end; every pass goes through the samples in a new order drawn from the seed."""
+    """An endless stream of full batches; each epoch takes the samples in a new order drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(samples), generator=generator).to(samples.inputs.device)
@@ -71,7 +71,7 @@ def batches(
 
 
 def crop(images: Tensor, generator: torch.Generator, *, flip: bool, border: int = 4) -> Tensor:
-    """Each image cut at random from itself with a zero border, [N, C, H, W]; `flip` mirrors half of them."""
+    """Pad each image [N, C, H, W] with zeros and crop it at random; `flip` mirrors half of the images."""
     count, _, height, width = images.shape
     top, left = torch.randint(0, 2 * border + 1, (2, count, 1), generator=generator)
     rows, columns = top + torch.arange(height), left + torch.arange(width)

@@ -39,7 +39,7 @@ class MuonWithAdamW:
         return {weight: state for optimizer in self.optimizers for weight, state in optimizer.state.items()}
 
     def step(self, closure: Callable[[], Any]) -> Any:
-        """One evaluation of the closure, then one step of each."""
+        """Evaluate the closure once, then take one step with each optimizer."""
         loss = closure()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -51,7 +51,7 @@ Optimizer: TypeAlias = "torch.optim.Optimizer | MuonWithAdamW"
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer that can be named: how it is built, its default learning rate and its tuning grid."""
+    """An optimizer by name: how to build it, its default learning rate and its tuning grid."""
 
     name: str
     description: str
@@ -59,7 +59,7 @@ class Choice:
     rate: float
     grid: tuple[float, ...]
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """What `minifisher tune` searches beside the learning rate, on a logarithmic scale."""
+    """What `minifisher tune` searches in addition to the learning rate, on a logarithmic scale."""
 
 
 def _first_order(
@@ -102,7 +102,7 @@ def _method(name: str, method: type[minifisher.CurvatureOptimizer]) -> Choice:
 
 
 def optimizers() -> dict[str, Choice]:
-    """Every optimizer by name: first order, then minifisher's methods, then the aliases of those."""
+    """Every optimizer by name: first-order optimizers, then minifisher's methods, then the aliases."""
     table = {choice.name: choice for choice in FIRST_ORDER}
     table |= {name: _method(name, method) for name, method in minifisher.METHODS.items()}
     aliases = {name: spec for name, spec in ALIASES.items() if spec.partition(":")[0] in table}
@@ -110,7 +110,7 @@ def optimizers() -> dict[str, Choice]:
 
 
 def choose(spec: str) -> Choice:
-    """The optimizer that `spec` names, with the arguments it fixes: mbf, or mbf:power=0.5:graft=None."""
+    """The optimizer that `spec` names, with its fixed arguments: mbf, or mbf:power=0.5:graft=None."""
     return _with_options(spec, optimizers())
 
 
@@ -120,11 +120,11 @@ def _with_options(spec: str, table: Mapping[str, Choice]) -> Choice:
     if not pairs:
         return choice
     options = dict(map(_option, pairs))
-    if "lr" in options:  # every build is given lr=, which would win over this one
+    if "lr" in options:  # the lr that `build` receives would override it
         rate = options["lr"]
         raise ValueError(
-            f"{spec.strip()!r} fixes lr, which is no argument of a name: "
-            f"give --lr NAME={rate} to compare, --lr {rate} to train"
+            f"{spec.strip()!r} sets lr, but a name cannot set the learning rate: "
+            f"use compare --lr NAME={rate} or train --lr {rate} instead"
         )
     shown = ", ".join(f"{key}={value}" for key, value in options.items())
     return replace(

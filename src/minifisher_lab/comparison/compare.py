@@ -1,21 +1,21 @@
-"""Fair comparison: the same starts, batches and budget for every optimizer, runs interleaved by seed."""
+"""Fair comparison: every optimizer gets the same initial weights, batches and budget, seed by seed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from minifisher_lab.runs import Run
-from minifisher_lab.train import Trainer, train, warm_up
+from minifisher_lab.training.runs import Run
+from minifisher_lab.training.train import Trainer, train, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from minifisher_lab.batches import Splits
-    from minifisher_lab.optimizers import Choice
     from minifisher_lab.problems import Problem
-    from minifisher_lab.runs import Point, RunFolder
-    from minifisher_lab.train import Budget
+    from minifisher_lab.training.batches import Splits
+    from minifisher_lab.training.optimizers import Choice
+    from minifisher_lab.training.runs import Point, RunFolder
+    from minifisher_lab.training.train import Budget
 
 
 class Candidate(NamedTuple):
@@ -26,10 +26,10 @@ class Candidate(NamedTuple):
 
 
 class Watcher(Protocol):
-    """Who is told how a comparison goes on."""
+    """Receives the progress of a comparison."""
 
     def warming(self, optimizer: str) -> None:
-        """An optimizer takes its first steps, outside every clock."""
+        """An optimizer takes its warm-up steps, which are not timed."""
 
     def started(self, run: Run) -> None:
         """A run begins."""
@@ -38,12 +38,12 @@ class Watcher(Protocol):
         """A run has spent that fraction of its budget."""
 
     def ended(self, run: Run) -> None:
-        """A run is over; its status says how."""
+        """A run has ended; its status says how."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared on one problem."""
+    """What to compare on one problem."""
 
     problem: Problem
     candidates: tuple[Candidate, ...]
@@ -52,19 +52,22 @@ class Plan:
     points: int = 50
 
     def order(self) -> Iterator[tuple[int, Candidate]]:
-        """Seed by seed, so that drift of the machine hits all alike; each begins with another candidate."""
+        """The runs in order: seed by seed, each seed starting with the next candidate.
+
+        If the machine becomes slower or faster over time, all candidates are affected alike.
+        """
         for index, seed in enumerate(self.seeds):
             turn = index % len(self.candidates)
             for candidate in self.candidates[turn:] + self.candidates[:turn]:
                 yield seed, candidate
 
     def completed(self, runs: Sequence[Run]) -> bool:
-        """Whether all runs of the plan came to their own end: no Ctrl-C."""
+        """Whether every run of the plan ended by itself, not by Ctrl-C."""
         return len(runs) == len(self.seeds) * len(self.candidates) and runs[-1].status != "interrupted"
 
 
 def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> list[Run]:
-    """Every run of the plan; Ctrl-C ends the comparison and keeps what was measured."""
+    """Carry out every run of the plan. Ctrl-C ends the comparison and keeps what was measured."""
     runs: list[Run] = []
     try:
         for choice in {candidate.choice.name: candidate.choice for candidate in plan.candidates}.values():

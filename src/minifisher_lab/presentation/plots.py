@@ -1,4 +1,4 @@
-"""Loss against seconds and against epochs: every optimizer's mean line and spread, named at its end."""
+"""Plots of the loss against seconds and epochs: each optimizer's mean and range over seeds, with its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from sklearn.isotonic import isotonic_regression
 
-from minifisher_lab.summary import rows
+from minifisher_lab.comparison.summary import rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from minifisher_lab.compare import Plan
-    from minifisher_lab.runs import Run
-    from minifisher_lab.summary import Row
+    from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.summary import Row
+    from minifisher_lab.training.runs import Run
 
     Floats = NDArray[np.float64]
 
 Axis = Literal["seconds", "epoch"]
 
-# Okabe and Ito's palette is told apart in every common colour blindness; a name keeps its colour.
+# Okabe and Ito's palette, made for colour-blind readers. These optimizers have one colour in all plots.
 OWN_COLOURS = {
     "mbf": "#D55E00",
     "adamw": "#0072B2",
@@ -48,7 +48,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def plot(plan: Plan, runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write loss-seconds.png and loss-epochs.png; nothing where no run has two points."""
+    """Write loss-seconds.png and loss-epochs.png; write nothing if no run has two points."""
     ranking = [row for row in rows(runs) if any(len(run.points) > 1 for run in row.counted)]
     if not ranking:
         return []
@@ -60,7 +60,7 @@ def plot(plan: Plan, runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def band(row: Row, axis: Axis) -> tuple[Floats, Floats, Floats, Floats]:
-    """Positions, mean, lowest and highest training loss over the seeds, as far as all its runs reach."""
+    """Positions up to the end of the shortest run, and there the mean, lowest and highest training loss."""
     curves = [
         np.array([(getattr(point, axis), point.train_loss) for point in run.points if point.finite])
         for run in row.counted
@@ -105,20 +105,22 @@ def _colours(ranking: Sequence[Row]) -> dict[str, str]:
 
 
 def limits(ranking: Sequence[Row], means: Sequence[Floats]) -> tuple[float, float]:
-    """The lowest loss, and the median one after the first fall, where all lines are one.
+    """The ends of the loss axis.
 
-    A line that comes to 0, which no logarithmic axis has, leaves it below the lowest loss measured above 0.
+    The bottom is the lowest mean, but not below the lowest positive loss, because the axis is logarithmic.
+    The top is the median of the means after a twelfth of the axis: the steep start looks the same for all.
     """
     points = (point for row in ranking for run in row.counted for point in run.points if point.finite)
     floor = min((point.train_loss for point in points if point.train_loss > 0), default=1.0)
     bottom = max(floor, min(float(mean.min()) for mean in means))
     top = float(np.median([mean[len(mean) // 12] for mean in means]))
-    return bottom, max(top, 1.001 * bottom)  # a loss that never changes has an axis, too
+    return bottom, max(top, 1.001 * bottom)  # a constant loss needs an axis of positive height
 
 
 def _frame(axes: Axes, bottom: float, top: float, right: float) -> None:
-    """A logarithmic loss axis and nothing around it."""
-    axes.set_ylim(bottom * (bottom / top) ** 0.06, top)  # before the scale, which looks for losses above 0
+    """Draw a logarithmic loss axis without a frame."""
+    # Set the limits before the scale: without limits a logarithmic scale searches for positive losses.
+    axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
     axes.set_yscale("log")
     axes.set_xlim(0, right)
     wide = top > 10 * bottom
@@ -132,7 +134,10 @@ def _frame(axes: Axes, bottom: float, top: float, right: float) -> None:
 
 
 def _labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.052) -> None:
-    """Name every line at its end, at least `gap` of the height apart, with a thin lead to the end."""
+    """Label every line at its end, with labels at least `gap` of the height apart.
+
+    A thin line connects each label with the end that it names.
+    """
     bottom, top = axes.get_ylim()
     heights = [np.log(max(loss, bottom) / bottom) / np.log(top / bottom) for _, loss, _, _ in ends]
     for (x, loss, text, colour), height in zip(ends, spaced(heights, gap), strict=True):
@@ -158,9 +163,10 @@ def _labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: floa
 
 
 def spaced(heights: Sequence[float], gap: float) -> Floats:
-    """The heights, moved as little as keeps them within 0 and 1, in order and `gap` apart.
+    """Move the heights as little as possible, so that they are `gap` apart and in [0, 1], in the same order.
 
-    Least squares under order: with i the rank, h_i - i gap must not fall, which is isotonic regression.
+    This is least squares under a constraint: with i the rank, h_i - i gap must not decrease with i. Isotonic
+    regression solves it.
     """
     order = np.argsort(heights)
     steps = gap * np.arange(len(heights))

@@ -1,4 +1,4 @@
-"""Datasets as they are loaded: embedded, generated, and fetched for real where a source answers."""
+"""Loading datasets: embedded, generated, and really fetched if a source answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_digits_need_no_fetch(empty_cache):
+def test_digits_need_no_download(empty_cache):
     digits = data.load("digits")
     assert digits.train_inputs.shape == (1437, 1, 8, 8)
     assert digits.test_inputs.shape == (360, 1, 8, 8)
@@ -45,8 +45,8 @@ def test_curves_are_seeded_and_anti_aliased(monkeypatch):
     assert (one.classes, one.train_targets.max()) == (0, 0)
 
 
-def test_a_curve_is_the_distance_to_its_points():
-    """Against the plain formula over all pixels of a few images."""
+def test_ink_depends_on_the_distance_to_the_curve():
+    """Compare a few images with the plain formula over all pixels."""
     generator = np.random.default_rng(3)
     images = curves._images(4, np.random.default_rng(3))
     control = generator.uniform(3, 24, (3, 4, 2)).astype(np.float32).astype(float)
@@ -70,7 +70,7 @@ def test_faces_views(monkeypatch):
         np.testing.assert_array_equal(shown, np.repeat(views[f"{part}_targets"][:, None] * 6, 625, 1))
 
 
-def test_faces_are_seeded_and_turned_both_ways(monkeypatch):
+def test_faces_are_seeded_and_rotated_both_ways(monkeypatch):
     monkeypatch.setattr(faces, "VIEWS", 40)
     ramp = np.broadcast_to(np.arange(92, dtype=np.uint8) + 60, (40, 10, 112, 92))
     one, again, other = (faces.draw({"images": ramp}, seed)["test_inputs"].astype(int) for seed in (0, 0, 1))
@@ -93,19 +93,19 @@ def test_bilinear_is_exact_on_a_plane():
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in ENTRIES if entry.kind == "images" and entry.routes])
-def test_what_is_missing_says_how_to_get_it(empty_cache, name):
+def test_the_message_for_missing_data_says_how_to_get_it(empty_cache, name):
     with pytest.raises(data.DataMissing, match=f"minifisher data get {name}"):
         data.load(name)
 
 
-def test_an_unknown_name_lists_the_near_ones():
+def test_an_unknown_name_lists_similar_ones():
     with pytest.raises(ValueError, match="did you mean fashion-mnist"):
         data.load("fasion-mnist")
     with pytest.raises(ValueError, match="known are digits, mnist"):
         data.get("qqq")
 
 
-def test_each_kind_names_its_loader():
+def test_the_wrong_loader_names_the_right_one():
     with pytest.raises(ValueError, match="load_graph"):
         data.load("cora")
     with pytest.raises(ValueError, match="load_text"):
@@ -128,7 +128,7 @@ def test_graph_and_text_from_the_cache(empty_cache):
     assert data.load_text("shakespeare").documents == ("ab", "cde")
 
 
-def test_the_catalogue_says_what_is_there(empty_cache):
+def test_the_catalogue_shows_which_datasets_are_present(empty_cache):
     before = {row.name: row.present for row in data.catalogue()}
     assert tuple(before) == data.NAMES
     assert {name for name, present in before.items() if present} == {"digits", "curves"}
@@ -137,11 +137,11 @@ def test_the_catalogue_says_what_is_there(empty_cache):
     assert all(row.holds and row.source and row.licence for row in data.catalogue())
 
 
-def test_every_fetched_set_has_a_proof():
+def test_every_fetched_dataset_has_a_check():
     for entry in ENTRIES:
         if entry.routes:
-            assert isinstance(entry.proof, Sha256 | Counts)
-            assert not isinstance(entry.proof, Sha256) or len(bytes.fromhex(entry.proof.expected)) == 32
+            assert isinstance(entry.check, Sha256 | Counts)
+            assert not isinstance(entry.check, Sha256) or len(bytes.fromhex(entry.check.expected)) == 32
 
 
 def test_counts_check_shapes_and_labels():
@@ -170,7 +170,7 @@ def test_counts_check_shapes_and_labels():
     ],
 )
 def test_real_data(name, mean, deviation, counts):
-    """Into the user's own cache: fetched once, quick afterwards."""
+    """Uses the user's own cache, so that the data is fetched only once."""
     try:
         data.get(name)
     except data.DataUnavailable as error:

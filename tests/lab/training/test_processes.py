@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from minifisher_lab import cli, processes
+from minifisher_lab import cli
+from minifisher_lab.training import processes
 
 ARGUMENTS = ("train", "autoencoder-digits", "--lr", "3e-3", "--epochs", "1", "--points", "4")
 
 
 def _train(folder: Path, count: int, optimizer: str) -> tuple[list[dict[str, Any]], str]:
-    """The logged points of the only run that was written, and all that was printed."""
+    """The logged points of the only run folder, and the printed output."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
     command = (*(torchrun if count > 1 else ()), "-m", "minifisher_lab", *ARGUMENTS)
     result = subprocess.run(
@@ -34,7 +35,7 @@ def _train(folder: Path, count: int, optimizer: str) -> tuple[list[dict[str, Any
 
 
 @pytest.mark.parametrize("optimizer", ["mbf", "mbf:fisher=empirical:shard_curvature=True"])
-def test_torchrun_trains_as_one_process_does(tmp_path: Path, optimizer: str) -> None:
+def test_two_processes_train_like_one(tmp_path: Path, optimizer: str) -> None:
     (points, _), (shared, printed) = (_train(tmp_path / str(n), n, optimizer) for n in (1, 2))
     assert printed.count("Best loss:") == printed.count("MBF: 233,574 parameters") == 1
     assert [point["step"] for point in shared] == [point["step"] for point in points]
@@ -43,15 +44,15 @@ def test_torchrun_trains_as_one_process_does(tmp_path: Path, optimizer: str) -> 
     assert shared[-1]["train_loss"] < 0.8 * shared[0]["train_loss"]
 
 
-def test_a_batch_that_cannot_be_dealt_out_equally(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_cannot_be_split_equally_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="100 samples cannot be dealt out equally to 3 processes"):
+    with pytest.raises(ValueError, match="100 samples cannot be split equally between 3 processes"):
         processes.check_shares(100)
     processes.check_shares(99)
 
 
 @pytest.mark.parametrize("command", [("tune", "autoencoder-digits"), ("demo",)])
-def test_what_runs_in_one_process_says_so(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_and_demo_refuse_torchrun(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 2

@@ -1,0 +1,1 @@
+"""Compare optimizers fairly, search their settings, and average the runs over seeds."""

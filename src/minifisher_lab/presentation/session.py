@@ -1,0 +1,57 @@
+"""Run a comparison or a search under progress bars, then print its results and write them to files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minifisher_lab.comparison.compare import compare
+from minifisher_lab.presentation import plots, report
+from minifisher_lab.presentation.progress import RunBars, Silence, TrialBars
+from minifisher_lab.training import processes
+
+if TYPE_CHECKING:
+    import optuna
+    from rich.console import Console
+
+    from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.tune import Search
+    from minifisher_lab.training.batches import Splits
+    from minifisher_lab.training.runs import Run, RunFolder
+
+
+def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) -> list[Run]:
+    """Run the plan under progress bars, write results.json, print the table and draw the plots.
+
+    Under torchrun every process runs the plan, but only the first prints and writes.
+    """
+    if processes.rank() > 0:
+        return compare(plan, splits, folder, Silence())
+    with RunBars(console, len(plan.seeds) * len(plan.candidates), "runs") as bars:
+        runs = compare(plan, splits, folder, bars)
+    if not any(run.points for run in runs):
+        console.print("Stopped before anything was measured.")
+        return runs
+    results = folder.write("results.json", report.as_json(plan, runs))
+    console.print()
+    console.print(report.table(plan, runs))
+    console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
+    written = [results, *plots.plot(plan, runs, folder.path)]  # plots last: a failure loses no results
+    console.print(f"{folder.path}/ holds {', '.join(path.name for path in written)} and one .jsonl a run.")
+    return runs
+
+
+def run_search(search: Search, splits: Splits, folder: RunFolder, console: Console) -> optuna.Study:
+    """Run the search under progress bars, then print its best settings and where all trials are."""
+    with TrialBars(console, search.trials) as bars:
+        study = search.run(splits, folder, bars.ended, bars.moved)
+    best = search.finished(study)
+    if not best:
+        console.print("No trial ran to its end.")
+        return study
+    console.print(report.trial_table(search, best[:5]))
+    arguments = ", ".join(f"{name}={value:.3g}" for name, value in best[0].params.items())
+    console.print(
+        f"Best: {search.choice.name} with {arguments}. All trials: {folder.path / 'trials.json'}",
+        highlight=False,
+    )
+    return study
