@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_touches_nothing(name, bad):
 def test_equal_layers_step_as_each_would_alone(name, monkeypatch):
     results = []
     for entries in (65_536, 0):  # weights above this size are never stacked
-        monkeypatch.setattr("minifisher.stacking._STACKED_ENTRIES", entries)
+        monkeypatch.setattr("minifisher.step.layer_stack._LARGEST_STACKED", entries)
         module = network()
         train(module, minifisher.METHODS[name](module, lr=1e-2), 8)
         results.append(flat(module))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch.nn import functional
 
 from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
 from minifisher.kernels import choose as compiled
-from minifisher.step.layer_stack import Cohort, clipped
+from minifisher.methods.kfac import KroneckerFactors
+from minifisher.step.update import clip_divergence
 
 INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(16) % 3
@@ -269,13 +272,15 @@ def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
 def test_inverses_are_made_when_they_are_due_and_never_between(monkeypatch, every, inverse_every):
     module = network()
     optimizer = KFAC(module, statistics_every=every, inverse_every=inverse_every)
-    refreshed, refresh = [], Cohort.refresh
+    refreshed, refresh = [], KroneckerFactors.refresh
+    first_shape = module[0].weight.flatten(1).shape[0], module[0].weight.flatten(1).shape[1] + 1
 
-    def spy(cohort):
-        refreshed.extend([cohort.step] * (cohort.refresh_due and cohort.layers[0].name == "0.weight"))
-        refresh(cohort)
+    def spy(curvature, state, damping):
+        if curvature.block_shape == first_shape:
+            refreshed.append(optimizer.state[module[0].weight]["step"])
+        refresh(curvature, state, damping)
 
-    monkeypatch.setattr(Cohort, "refresh", spy)
+    monkeypatch.setattr(KroneckerFactors, "refresh", spy)
     train(module, optimizer, 41)
     started = [step for step in range(41) if step % every == 0 and step < inverse_every]
     assert refreshed == sorted({*started, *range(0, 41, inverse_every)})
@@ -285,13 +290,13 @@ def test_inverses_are_made_when_they_are_due_and_never_between(monkeypatch, ever
 
 
 def test_a_negative_divergence_makes_no_room_for_others_and_no_nan():
-    class Fake:
-        def __init__(self, divergence):
-            self.cohort, self.divergence = self, lambda: torch.tensor(divergence)
-            self.observations = 1
-
     def scale(*divergences):
-        return float(next(clipped([Fake(d) for d in divergences], 0.25))[1])
+        updates = [
+            SimpleNamespace(divergence=partial(torch.tensor, d), stack=SimpleNamespace(observations=1))
+            for d in divergences
+        ]
+        clip_divergence(updates, 0.25)
+        return float(updates[0].scale)
 
     assert scale(1.0) == scale(1.0, -0.9) == 0.5
     assert scale(-1.0) == scale(0.0) == 1.0

@@ -621,7 +621,7 @@ def test_where_even_the_first_order_step_is_no_number_the_layer_stays_and_is_cou
         assert torch.equal(wild, before[0])
     assert torch.isfinite(tame).all()
     assert not torch.equal(tame, before[1])
-    assert opt.diagnostics()["held_layers"] == 2
+    assert opt.diagnostics()["frozen_layers"] == 2
     assert not heard  # the second time
     with torch.no_grad():
         wild.fill_(1.0)  # momentum and averages have kept nothing of it

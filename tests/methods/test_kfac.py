@@ -63,7 +63,7 @@ def read(case: Problem, likelihood: str = "categorical", steps: int = 1, **optio
         Read(
             layer, plan.curvature, {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)}
         )
-        for layer, plan in opt._plans.items()
+        for layer, (_, _, plan, _) in opt._enrolled.items()
         if isinstance(plan.curvature, KroneckerFactors)
     ]
 
@@ -483,7 +483,7 @@ def test_kl_clip_bounds_the_divergence_over_all_layers(graft):
 
     def divergence(opt: KFAC, moved: dict[str, Tensor]) -> float:
         total = 0.0
-        for layer, plan in opt._plans.items():
+        for layer, (_, _, plan, _) in opt._enrolled.items():
             if isinstance(plan.curvature, KroneckerFactors):
                 state = {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)}
                 inverse = dense_preconditioner(plan.curvature, state, layer, opt.defaults["damping"])
@@ -509,7 +509,7 @@ def test_equal_layers_step_together_as_they_step_alone():
             opt.zero_grad()
             functional.cross_entropy(module(torch.randn(6, 4).double()), torch.randint(4, (6,))).backward()
             opt.step()
-        assert len(opt._cohorts) == len(groups)
+        assert len(opt._stacks) == len(groups)
         return module
 
     torch.testing.assert_close(towers(True).state_dict(), towers(False).state_dict())

@@ -68,7 +68,7 @@ def test_factors_equal_brute_force_for_every_kind_of_layer(name, per_sample, max
     samples = per_sample_gradients(one.module, one.loss, one.inputs, one.targets)
     one.mean_loss().backward()
     optimizer.step()
-    for layer in optimizer._layers:
+    for layer in optimizer._enrolled:
         own = (
             samples[layer.weight]
             if layer.reads_samples and per_sample
@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_the_mean_loss_for_sampled_labels(name):
     outputs = one.module(one.inputs).flatten(1)
     torch.manual_seed(3)
     mean = sampled_loss(outputs, "categorical") / len(outputs)
-    weights = [layer.weight for layer in optimizer._layers if layer.reads_samples]
+    weights = [layer.weight for layer in optimizer._enrolled if layer.reads_samples]
     expected = torch.autograd.grad(mean, weights)
     outputs = one.module(one.inputs).flatten(1)
     torch.manual_seed(3)
@@ -229,7 +229,7 @@ def test_a_folded_bias_is_one_more_input():
     samples = per_sample_gradients(one.module, one.loss, one.inputs, one.targets)
     one.mean_loss().backward()
     optimizer.step()
-    layer = next(iter(optimizer._layers))
+    layer = next(iter(optimizer._enrolled))
     assert layer.bias is not None
     expected = moment(joined(layer, samples).mean(0), 1)
     torch.testing.assert_close(optimizer.state[layer.weight]["factor_1"][0], expected)

@@ -229,19 +229,19 @@ def test_the_prediction_is_that_of_the_dense_damped_model(monkeypatch, method, o
     """q(u) = D^T u + u^T P^-1 u / 2 of every method, the matrix P found column by column."""
     pairs = []
 
-    def spy(move, scale):
-        cohort, shape = move.cohort, move.gradient.shape
-        columns = torch.eye(move.gradient.numel(), dtype=move.gradient.dtype)
-        curvature, damping = cohort.plan.curvature, cohort.options["damping"]
+    def spy(update):
+        stack, shape = update.stack, update.gradient.shape
+        columns = torch.eye(update.gradient.numel(), dtype=update.gradient.dtype)
+        curvature, damping = stack.curvature, stack.options["damping"]
         dense = torch.stack(
-            [curvature.precondition(cohort.state, c.view(shape), damping).flatten() for c in columns]
+            [curvature.precondition(stack.state, c.view(shape), damping).flatten() for c in columns]
         )
-        step = (-cohort.options["lr"] * scale * move.length * move.direction).flatten()
-        model = move.gradient.flatten() @ step + 0.5 * step @ torch.linalg.solve(dense, step)
-        pairs.append((adaptive.predicted_change(move, scale), model))
+        step = (-stack.options["lr"] * update.scale * update.length * update.direction).flatten()
+        model = update.gradient.flatten() @ step + 0.5 * step @ torch.linalg.solve(dense, step)
+        pairs.append((adaptive.predicted_change(update), model))
         return pairs[-1][0]
 
-    monkeypatch.setattr("minifisher.optimizer.predicted_change", spy)
+    monkeypatch.setattr("minifisher.step.recipe.predicted_change", spy)
     torch.manual_seed(0)
     layer, inputs, targets = nn.Linear(4, 3, bias=False).double(), torch.randn(64, 4), torch.randn(64, 3)
     optimizer = minifisher.METHODS[method](layer, lr=0.3, adaptive_damping=True, **options)
