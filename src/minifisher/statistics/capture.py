@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 
+from minifisher.callers import stacklevel_of_caller
 from minifisher.statistics.calls import Passes, Pending, edges_below, fasten, may_be_answered
 from minifisher.statistics.compiled_hooks import (
     forget_compiled_code,
@@ -20,15 +21,17 @@ from minifisher.statistics.compiled_hooks import (
     place_of,
     tap,
 )
+from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.positions import batched
 from minifisher.statistics.samples import Call, CapturedSamples
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from minifisher.statistics.layers import Layer
+    from minifisher.statistics.records import LayerSamples
 
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
@@ -48,6 +51,71 @@ _SILENT_BECAUSE = {
 }  # by whether labels are drawn
 
 
+class Captures:
+    """The captures of one optimizer, one for each estimator that reads samples; false where there is none.
+
+    `arm` turns hooks on for the coming step, `collect` hands over the samples that the step's backward passes
+    left. The hooks of one estimator are turned on together, as soon as one of its layers is due: a compiled
+    model then has two graphs, and not one for every set of layers.
+    """
+
+    def __init__(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> None:
+        self.by_estimator = {
+            estimator: Capture(layers, memory, estimator in LABELLED)
+            for estimator, layers in layers_by_estimator.items()
+            if any(layer.reads_samples for layer in layers)
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self.by_estimator)
+
+    def arm(self, is_due: Callable[[Layer], bool]) -> None:
+        """Turn hooks on where the coming step reads statistics of a layer, and off elsewhere."""
+        for capture in self.by_estimator.values():
+            if any(is_due(layer) for layer in capture.layers):
+                capture.arm()
+            else:
+                capture.disarm()
+
+    def disarm(self) -> None:
+        """Turn all hooks off; what was captured so far stays until `collect`."""
+        for capture in self.by_estimator.values():
+            capture.disarm()
+
+    def draw_labels(self, outputs: Tensor, likelihood: str) -> None:
+        """Run the extra backward pass of the estimators whose labels come from the model, where armed."""
+        for estimator, capture in self.by_estimator.items():
+            if estimator in LABELLED and capture.armed:
+                with torch.enable_grad():
+                    capture.sample(*LABELLED[estimator](outputs, likelihood))
+
+    def forget_backward(self) -> None:
+        """Forget the gradients of earlier backward passes, because every `.grad` was cleared."""
+        for capture in self.by_estimator.values():
+            capture.forget_backward()
+
+    def collect(self, loss_scale: Callable[[bool], float]) -> dict[Layer, LayerSamples]:
+        """Hand over the samples of every layer that has some, and forget them.
+
+        `loss_scale(captured)` returns what the training loss was multiplied by; `captured` says whether there
+        are output gradients to divide by it. Raises RuntimeError where `draw_labels` should have been
+        called, and warns where a layer has a gradient but no samples.
+        """
+        collected: dict[Layer, LayerSamples] = {}
+        for estimator, capture in self.by_estimator.items():
+            seen = capture.seen
+            samples = capture.collect(loss_scale(seen and estimator == "empirical"))
+            capture.check_heard(samples, estimator, seen)
+            collected.update(samples)
+        return collected
+
+    def release(self) -> None:
+        """Remove all hooks for good."""
+        for capture in self.by_estimator.values():
+            capture.release()
+        self.by_estimator.clear()
+
+
 class Capture:
     """Keeps inputs and output gradients of layers between `arm` and `collect`.
 
@@ -62,6 +130,8 @@ class Capture:
 
     def __init__(self, layers: Iterable[Layer], memory: int, sampled: bool = False) -> None:
         self._layers = {module: layer for layer in layers for module in layer.modules}
+        self.layers = tuple(dict.fromkeys(self._layers.values()))
+        """The layers whose samples it reads."""
         self._memory = memory
         self._sampled = sampled
         self._draws = False
@@ -80,11 +150,6 @@ class Capture:
         # Also when the optimizer is thrown away while armed.
         self._release = weakref.finalize(self, hooks.close)
         self._release.atexit = False
-
-    @property
-    def layers(self) -> list[Layer]:
-        """The layers whose samples it reads."""
-        return list(dict.fromkeys(self._layers.values()))
 
     @property
     def armed(self) -> bool:
@@ -173,7 +238,7 @@ class Capture:
             self._reported.update(silent)
             names = ", ".join(layer.name for layer in silent)
             message = _SILENT.format(names, *_SILENT_BECAUSE[self._sampled])
-            warnings.warn(message, RuntimeWarning, stacklevel=8)  # whoever called optimizer.step
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
 
     def _forget(self) -> None:
         self._passes.clear()
@@ -301,46 +366,3 @@ def _complete(passes: list[list[Pending]]) -> tuple[tuple[Call, ...], ...]:
                 together[call.inputs.shape[0], draw].append(Call(call.module, call.inputs, gradients))
         complete += [tuple(calls) for calls in together.values()]
     return tuple(complete)
-
-
-class Captures:
-    def __init__(self, layers, memory):
-        from minifisher.statistics.likelihood import LABELLED
-
-        self.c = {source: Capture(l, memory, source in LABELLED) for source, l in layers.items()}
-
-    def __bool__(self):
-        return bool(self.c)
-
-    def arm(self, is_due):
-        for c in self.c.values():
-            c.arm() if any(is_due(layer) for layer in c.layers) else c.disarm()
-
-    def disarm(self):
-        for c in self.c.values():
-            c.disarm()
-
-    def release(self):
-        for c in self.c.values():
-            c.release()
-
-    def forget_backward(self):
-        for c in self.c.values():
-            c.forget_backward()
-
-    def draw_labels(self, outputs, likelihood):
-        from minifisher.statistics.likelihood import LABELLED
-
-        for source, c in self.c.items():
-            if source in LABELLED and c.armed:
-                with torch.enable_grad():
-                    c.sample(*LABELLED[source](outputs, likelihood))
-
-    def collect(self, loss_scale):
-        out = {}
-        for source, c in self.c.items():
-            seen = c.seen
-            s = c.collect(loss_scale(captured=seen and source == "empirical"))
-            c.check_heard(s, source, seen)
-            out.update(s)
-        return out
