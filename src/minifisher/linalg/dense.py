@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from minifisher.linalg.damping import LEAST_SCALE
+
 _ESCALATIONS = 6  # damping grows tenfold each time: a million-fold in all, then the matrix is given up
 
-
-# The least scale that damping is relative to. What never had a gradient has no scale of its own; its
-# direction is zero whatever it is divided by, as long as the quotient is finite.
-NO_CURVATURE = 1e-30
+NO_CURVATURE = LEAST_SCALE  # until every method calls minifisher.linalg.damping
 
 
 def pivot_share(dtype: torch.dtype) -> float:
