@@ -10,11 +10,26 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from minifisher.linalg.first_order import FirstOrderPass
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import Statistics
 
     State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FirstOrderStep:
+    """The step of SGD with momentum or of Adam, for a pass over the weight that computes it too.
+
+    M <- mu M + D, and with a second moment V <- beta V + (1 - beta) D^2; the step is scale M, or
+    scale M / (sqrt(V) + epsilon).
+    """
+
+    momentum_decay: float  # mu
+    momentum: Tensor  # M, [..., *layer.shape]
+    second_moment: Tensor | None = None  # V, the same shape
+    second_moment_decay: float = 0.0  # beta
+    epsilon: float = 0.0
+    scale: float = 1.0  # bias corrections of Adam
 
 
 class Curvature(ABC):
@@ -61,7 +76,7 @@ class Curvature(ABC):
         return None
 
     def advance(
-        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderPass
+        self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """In one pass what the graft does to M, `observe` of the batch gradient, and `precondition` of M.
 

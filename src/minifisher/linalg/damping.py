@@ -13,11 +13,10 @@ direction zero; any positive scale gives the right quotient, zero, where a zero 
 
 
 def curvature_scale(block_mean: Tensor, layer_mean: Tensor) -> Tensor:
-    """The scale c of relative damping, lambda = damping * c: c = (block_mean + layer_mean) / 2, at least 1e-30.
+    """The scale c = (block_mean + layer_mean) / 2, at least 1e-30, of relative damping lambda = damping * c.
 
-    Both means are those of the diagonal of the curvature matrix (its mean eigenvalue), over one block and over
-    the whole layer; their shapes are broadcast against each other. The layer's mean is in it so that a block
-    without curvature, such as a dead unit's, is damped by half as much as the average block instead of not at
-    all. Returns a new tensor.
+    Each mean is that of the diagonal of the curvature matrix, over one block and over the whole layer. The
+    two shapes are broadcast. With the layer's mean, a block without curvature, such as that of a dead unit,
+    is still damped. Returns a new tensor.
     """
     return (block_mean + layer_mean).mul_(0.5).clamp_min_(LEAST_SCALE)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.kernels.choose import advance_adam, fits_compiled
+from minifisher.curvature import FirstOrderStep
+from minifisher.kernels.choose import adam_step_norm, suits_numba
 from minifisher.kernels.scratch import scratch_like
-from minifisher.linalg.first_order import FirstOrderPass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +47,9 @@ class Graft:
         """The first-order method's step, before the learning rate."""
         return direction
 
-    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderPass | None:
+    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
         """`advance` in numbers, for a pass that does more; None where it cannot be told so."""
-        return FirstOrderPass(momentum, state["momentum"]) if momentum else None
+        return FirstOrderStep(momentum, state["momentum"]) if momentum else None
 
 
 class MomentumGraft(Graft):
@@ -68,9 +68,10 @@ class AdamGraft(Graft):
         """Also v <- beta_2 v + (1 - beta_2) D^2."""
         scale, epsilon = self._corrected(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
-        if momentum and isinstance(count, int) and fits_compiled(*tensors):
+        if momentum and isinstance(count, int) and suits_numba(*tensors):
             d, m, v = (tensor.view(parts, -1) for tensor in tensors)
-            return advance_adam(d, m, v, mu=momentum, decay=ADAM_DECAY, epsilon=epsilon).mul_(scale)
+            norm = adam_step_norm(d, m, v, momentum_decay=momentum, moment_decay=ADAM_DECAY, epsilon=epsilon)
+            return norm.mul_(scale)
         direction = _advance_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
@@ -82,12 +83,12 @@ class AdamGraft(Graft):
         step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
         return step
 
-    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderPass | None:
+    def as_pass(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
         """Adam's."""
         if not momentum:
             return None
         scale, epsilon = self._corrected(count, momentum)
-        return FirstOrderPass(momentum, state["momentum"], state["second_moment"], ADAM_DECAY, epsilon, scale)
+        return FirstOrderStep(momentum, state["momentum"], state["second_moment"], ADAM_DECAY, epsilon, scale)
 
     def _corrected(self, count: Any, momentum: float) -> tuple[Any, Any]:
         """Both bias corrections moved out of the root: scale M / (sqrt(v) + epsilon)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import piece
-from minifisher.kernels.choose import add_scaled
+from minifisher.kernels.choose import subtract_scaled
 from minifisher.statistics.records import BatchGradient, Secant
 from minifisher.step.first_order import GRAFTS, norms, share_of_newest
 
@@ -305,7 +305,7 @@ class Cohort:
         # The same operation either way, to the last bit: an eigenbasis of few samples amplifies it.
         for parameter, part in moving:
             if move.fused:  # what follows a compiled pass is best in its threads
-                add_scaled(parameter, part, length, rate)
+                subtract_scaled(parameter, part, length, rate)
             else:
                 parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
