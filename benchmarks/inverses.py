@@ -16,7 +16,7 @@ from alternate import CLOCKS, alternate, compare, report
 from torch import Tensor
 
 from minifisher.linalg.dense import add_to_diagonal, inverse_power
-from minifisher.linalg.warm import newton_schulz_inverse
+from minifisher.linalg.newton import newton_schulz_inverse
 
 WIDTHS = (32, 64, 128, 256, 512)
 BATCHES = (1, 8)

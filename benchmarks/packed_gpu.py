@@ -16,9 +16,9 @@ import torch
 from alternate import report
 from torch import Tensor
 
-LANES = 16
+BLOCKS_PER_TILE = 16
 NUMBERS = {"decay": 0.95, "damping": 0.1, "relative": True}
-FIRST_ORDER = {"mu": 0.9, "moment_decay": 0.999, "epsilon": 1e-8}
+FIRST_ORDER = {"momentum_decay": 0.9, "moment_decay": 0.999, "epsilon": 1e-8}
 
 
 def tensors(rows: int, blocks: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -26,7 +26,9 @@ def tensors(rows: int, blocks: int, width: int, dtype: torch.dtype) -> dict[str,
     entries = width * (width + 1) // 2
     weight = partial(torch.randn, rows, blocks * width, device="cuda")
     return {
-        "packed": torch.zeros(rows, blocks // LANES, entries, LANES, dtype=dtype, device="cuda"),
+        "packed": torch.zeros(
+            rows, blocks // BLOCKS_PER_TILE, entries, BLOCKS_PER_TILE, dtype=dtype, device="cuda"
+        ),
         "gradient": weight(),
         "momentum": weight(),
         "moment": weight().square(),
@@ -66,11 +68,11 @@ def milliseconds(call: Callable[[], object], turns: int) -> float:
 
 
 def measure(rows: int, blocks: int, width: int, dtype: torch.dtype, turns: int) -> dict[str, Any]:
-    from minifisher.kernels import packed_triton as leaf
+    from minifisher.kernels import packed_triton
 
     torch.manual_seed(0)
     state = tensors(rows, blocks, width, dtype)
-    step = partial(leaf.advance, **state, width=width, **NUMBERS, **FIRST_ORDER)
+    step = partial(packed_triton.fused_step, **state, width=width, **NUMBERS, **FIRST_ORDER)
     direction, *_ = step()
     whole = dense(state, width)
     expected = reference(whole, state["momentum"], state["means"])

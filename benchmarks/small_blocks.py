@@ -25,7 +25,6 @@ from torch import Tensor
 
 from minifisher.kernels import packed
 from minifisher.linalg.blocks import BlockReading
-from minifisher.linalg.first_order import FirstOrderPass
 
 BLOCKS_OF_A_ROW = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,14 +40,24 @@ def fused(rows: int, width: int, dtype: torch.dtype) -> tuple[Callable[[], objec
     state = torch.zeros(tiling.shape, dtype=dtype)
     gradient, momentum, moment = (weight(rows, width) for _ in range(3))
     moment.square_()
-    first_order = FirstOrderPass(0.9, momentum, moment, 0.999, 1e-8)
     means = torch.ones(1)
 
     def step() -> object:
-        done = packed.advance(
-            state, gradient, means, first_order, tiling, decay=0.95, damping=0.1, relative=True
+        done = packed.fused_step(
+            state,
+            gradient,
+            momentum,
+            moment,
+            means,
+            tiling,
+            decay=0.95,
+            damping=0.1,
+            relative=True,
+            momentum_decay=0.9,
+            moment_decay=0.999,
+            epsilon=1e-8,
         )
-        assert done is not None, "no leaf fits: install the extra `fast`"
+        assert done is not None, "no compiled kernel: install the extra `fast`"
         return done
 
     # F, M and V are read and written, D is read, the direction written.

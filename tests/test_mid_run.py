@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
-from minifisher.kernels import choose as compiled
+from minifisher.kernels import choose
 from minifisher.methods.kfac import KroneckerFactors
 from minifisher.step.update import clip_divergence
 
@@ -250,19 +250,19 @@ def test_a_warm_start_without_a_batch_is_refused(batches):
 # ---- an installation that cannot be written to ----
 
 
-@pytest.mark.skipif(not compiled.INSTALLED, reason="needs numba")
+@pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="needs numba")
 def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
-    from minifisher.kernels import jit as _jit
+    from minifisher.kernels import jit
 
-    compile_ = _jit.numba.njit
+    compile_ = jit.numba.njit
 
     def without_folder(cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return compile_(**options)
 
-    monkeypatch.setattr(_jit.numba, "njit", without_folder)
-    assert _jit.compiled(lambda number: number + 1)(1) == 2
+    monkeypatch.setattr(jit.numba, "njit", without_folder)
+    assert jit.compiled(lambda number: number + 1)(1) == 2
 
 
 # ---- the schedule ----

@@ -124,7 +124,7 @@ class Option:
         elif self.below is not None:
             wanted = f"in [{self.at_least or 0:g}, {self.below:g})"
         elif self.above is not None:
-            wanted = f"> {self.above:g} and finite"
+            wanted = f"> {self.above:g}" if self.note else f"finite and > {self.above:g}"
         else:
             wanted = f"finite and >= {self.at_least or 0:g}"
         return wanted + none + (f": {self.note}" if self.note else "")

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minifisher.kernels import choose as compiled
-from minifisher.kernels.threads import in_parts
-from minifisher.step import first_order as graft
+from minifisher.kernels import choose
+from minifisher.kernels.threads import run_parallel
+from minifisher.step import first_order
 
-needs_numba = pytest.mark.skipif(not compiled.INSTALLED, reason="numba (extra `fast`) is not installed")
+needs_numba = pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="numba (extra `fast`) is not installed")
 
 
 def states(shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -18,13 +18,13 @@ def states(shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor
 
 @needs_numba
 @pytest.mark.parametrize("shape", [(1, 7, 5), (1, 300, 700), (3, 8, 5), (70, 2000)])
-def test_compiled_adam_equals_torch(shape, monkeypatch):
+def test_compiled_adam_equals_torch_in_float64(shape, monkeypatch):
     gradient, state = states(shape)
     expected = {name: tensor.double() for name, tensor in state.items()}
-    adam = graft.GRAFTS["adam"]
+    adam = first_order.GRAFTS["adam"]
     reference = adam.advance(expected, gradient.double(), shape[0], 3, 0.9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert compiled.fits_compiled(gradient, *state.values())
+    assert choose.suits_numba(gradient, *state.values())
     length = adam.advance(state, gradient, shape[0], 3, 0.9)
     torch.testing.assert_close(length.double(), reference, rtol=2e-6, atol=0)
     for name, tensor in state.items():
@@ -32,9 +32,9 @@ def test_compiled_adam_equals_torch(shape, monkeypatch):
 
 
 @needs_numba
-def test_length_is_the_norm_of_the_step():
+def test_the_length_is_the_norm_of_the_step():
     gradient, state = states((2, 6, 7))
-    adam = graft.GRAFTS["adam"]
+    adam = first_order.GRAFTS["adam"]
     length = adam.advance(state, gradient, 2, 5, 0.9)
     step = adam.step(state, state["momentum"], 5, 0.9)
     torch.testing.assert_close(length, step.flatten(1).norm(dim=1))
@@ -45,12 +45,12 @@ def test_length_is_the_norm_of_the_step():
     [torch.zeros(3, dtype=torch.float64), torch.zeros(4, 4)[:, ::2], torch.zeros(2, device="meta")],
     ids=["float64", "strided", "meta"],
 )
-def test_what_compiled_loops_cannot_take(tensor):
-    assert not compiled.fits_compiled(torch.zeros(3), tensor)
+def test_numba_kernels_refuse_other_dtypes_layouts_and_devices(tensor):
+    assert not choose.suits_numba(torch.zeros(3), tensor)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_parts_cover_the_range_once(threads, monkeypatch):
+def test_the_parts_of_a_parallel_loop_cover_its_range_once(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     visits = torch.zeros(1000)
 
@@ -58,34 +58,32 @@ def test_parts_cover_the_range_once(threads, monkeypatch):
         visits[start:stop] += 1
         return float(stop - start)
 
-    assert in_parts(loop, 1000, 150) == 1000
+    assert run_parallel(loop, 1000, 150) == 1000
     assert (visits == 1).all()
 
 
-ENTRIES = [compiled.WORTH_COMPILED - 1, compiled.WORTH_COMPILED, 3 * compiled.WORTH_COMPILED + 5]
+ENTRIES = [choose.LEAST_ENTRIES - 1, choose.LEAST_ENTRIES, 3 * choose.LEAST_ENTRIES + 5]
 
 
 @pytest.mark.parametrize("entries", ENTRIES)
-def test_the_mean_square_is_that_of_every_layer(entries):
+def test_the_mean_square_is_computed_for_each_layer(entries):
     gradient = torch.randn(entries, generator=torch.Generator().manual_seed(0))
     expected = gradient.double().square().mean()
-    torch.testing.assert_close(
-        compiled.mean_square(gradient, 1).double(), expected.view(1), rtol=3e-6, atol=0
-    )
+    torch.testing.assert_close(choose.mean_square(gradient, 1).double(), expected.view(1), rtol=3e-6, atol=0)
     two = torch.stack((gradient, 2 * gradient))
     torch.testing.assert_close(
-        compiled.mean_square(two, 2).double(), expected * torch.tensor([1.0, 4.0]).double(), rtol=3e-6, atol=0
+        choose.mean_square(two, 2).double(), expected * torch.tensor([1.0, 4.0]).double(), rtol=3e-6, atol=0
     )
 
 
 @pytest.mark.parametrize("entries", ENTRIES)
-def test_a_weight_moves_by_the_scaled_direction_and_autograd_notices(entries):
+def test_subtracting_a_scaled_direction_is_noticed_by_autograd(entries):
     weight = torch.randn(entries, requires_grad=True)
     direction, length = torch.randn(entries), torch.tensor(0.7)
     expected = weight.detach().double() - 0.1 * 0.7 * direction.double()
     loss = weight.square().sum()
     with torch.no_grad():
-        compiled.add_scaled(weight, direction, length, 0.1)
+        choose.subtract_scaled(weight, direction, length, 0.1)
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

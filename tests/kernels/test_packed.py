@@ -1,4 +1,4 @@
-"""Packed triangles against dense blocks in float64, and the compiled leaf against the reference."""
+"""Packed triangles against dense blocks in float64, with the reference and with the numba kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minifisher.kernels import choose as compiled
-from minifisher.kernels import packed
+from minifisher.kernels import choose, packed
 from minifisher.linalg.blocks import BlockReading
-from minifisher.linalg.first_order import FirstOrderPass
+from minifisher.linalg.damping import LEAST_SCALE, curvature_scale
 
-BETA, DAMPING, MU, MOMENT_DECAY, EPSILON = 0.9, 0.1, 0.8, 0.99, 1e-8
+DECAY, DAMPING = 0.9, 0.1
+FIRST_ORDER = {"momentum_decay": 0.8, "moment_decay": 0.99, "epsilon": 1e-8}
 
-# rows, length of a row, width of a block: whole tiles, several, one short, a ragged last block, few lanes
+# Rows, length of a row, width of a block: one full tile, several, a last tile with filling, a last block with
+# padding, tiles of few blocks.
 CUTS = [
     (3, 16 * 9, 9),
     (2, 40 * 9, 9),
@@ -26,14 +27,14 @@ CUTS = [
     (1, 7, 2),
     (2, 75, 25),
 ]
-WAYS = ["reference", "compiled"] if compiled.INSTALLED else ["reference"]
+WAYS = ["reference", "compiled"] if choose.NUMBA_INSTALLED else ["reference"]
 cuts = pytest.mark.parametrize("cut", CUTS, ids=str)
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(packed, "fits_compiled", lambda *tensors, **options: False)
+        monkeypatch.setattr(packed, "suits_numba", lambda *tensors, **options: False)
     return request.param
 
 
@@ -77,7 +78,7 @@ def assert_near(found, expected, tolerance):
 
 
 @cuts
-def test_an_entry_of_the_triangle_lies_where_the_module_says(cut, way):
+def test_entries_of_triangles_are_stored_where_the_module_says(cut, way):
     rows, length, width = cut
     tiling, state = zeros(cut)
     (gradient,) = gradients(rows, length, 1)
@@ -88,13 +89,13 @@ def test_an_entry_of_the_triangle_lies_where_the_module_says(cut, way):
     assert blocks <= state.shape[1] * state.shape[3] < blocks + state.shape[1]
     for row in range(rows):
         for block in range(state.shape[1] * state.shape[3]):
-            tile, lane = divmod(block, state.shape[3])
+            tile, place = divmod(block, state.shape[3])
             d = torch.zeros(width)
             part = gradient[row, block * width : (block + 1) * width]
             d[: len(part)] = part
             for i in range(width):
                 for j in range(i + 1):
-                    entry = state[row, tile, i * (i + 1) // 2 + j, lane]
+                    entry = state[row, tile, i * (i + 1) // 2 + j, place]
                     assert entry.item() == pytest.approx((d[i] * d[j]).item(), rel=1e-6)
 
 
@@ -103,8 +104,8 @@ def test_packing_is_undone_by_unpacking(cut):
     tiling, state = zeros(cut, torch.float64)
     dense = Dense(*cut)
     for gradient in gradients(cut[0], cut[1], 3, torch.float64):
-        packed.average(state, gradient, tiling, BETA)
-        dense.average(gradient, BETA)
+        packed.average(state, gradient, tiling, DECAY)
+        dense.average(gradient, DECAY)
     blocks = tiling.unpack(state)
     torch.testing.assert_close(tiling.pack(blocks), state, rtol=0, atol=0)
     for found, expected in zip(blocks.flatten(0, 1), dense.blocks, strict=True):
@@ -114,12 +115,12 @@ def test_packing_is_undone_by_unpacking(cut):
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str)
 @cuts
-def test_average_and_solve_are_those_of_dense_blocks(cut, dtype, tolerance, relative, way):
+def test_average_and_solve_equal_dense_blocks(cut, dtype, tolerance, relative, way):
     tiling, state = zeros(cut, dtype)
     dense = Dense(*cut)
     for gradient in gradients(cut[0], cut[1], 4, dtype):
-        packed.average(state, gradient, tiling, BETA)
-        dense.average(gradient, BETA)
+        packed.average(state, gradient, tiling, DECAY)
+        dense.average(gradient, DECAY)
     momentum = gradients(cut[0] + 1, cut[1], 1, dtype)[0][:-1]
     means = dense.mean().to(dtype).view(1)
     direction = packed.solve(state, momentum, means, tiling, DAMPING, relative)
@@ -127,53 +128,57 @@ def test_average_and_solve_are_those_of_dense_blocks(cut, dtype, tolerance, rela
     assert_near(direction, dense.solve(momentum, DAMPING, relative), tolerance)
 
 
-@pytest.mark.skipif(not compiled.INSTALLED, reason="the extra `fast` is not installed")
+@pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="the extra `fast` is not installed")
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adam", [True, False])
 @cuts
-def test_the_fused_pass_is_the_three_passes_to_the_last_bit(cut, adam, dtype, relative):
+def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(cut, adam, dtype, relative):
     tiling, state = zeros(cut, dtype)
     apart = state.clone()
     momentum, moment = torch.zeros(cut[:2]), torch.zeros(cut[:2])
     expected_momentum, expected_moment = momentum.clone(), moment.clone()
     means = torch.full((1,), 0.7)
     for gradient in gradients(cut[0], cut[1], 3):
-        first_order = FirstOrderPass(MU, momentum, moment if adam else None, MOMENT_DECAY, EPSILON, 2.0)
-        numbers = {"decay": BETA, "damping": DAMPING, "relative": relative}
-        direction, norm, length = packed.advance(state, gradient, means, first_order, tiling, **numbers)
-        expected_momentum.mul_(MU).add_(gradient)
-        packed.average(apart, gradient, tiling, BETA)
+        numbers = {"decay": DECAY, "damping": DAMPING, "relative": relative, **FIRST_ORDER}
+        direction, norm, first_order_norm = packed.fused_step(
+            state, gradient, momentum, moment if adam else None, means, tiling, **numbers
+        )
+        expected_momentum.mul_(FIRST_ORDER["momentum_decay"]).add_(gradient)
+        packed.average(apart, gradient, tiling, DECAY)
         expected = packed.solve(apart, expected_momentum, means, tiling, DAMPING, relative)
         step = expected_momentum.double()
         if adam:
-            expected_moment.mul_(MOMENT_DECAY).addcmul_(gradient, gradient, value=1 - MOMENT_DECAY)
-            step = step / (expected_moment.double().sqrt() + EPSILON)
+            decay = FIRST_ORDER["moment_decay"]
+            expected_moment.mul_(decay).addcmul_(gradient, gradient, value=1 - decay)
+            step = step / (expected_moment.double().sqrt() + FIRST_ORDER["epsilon"])
         assert torch.equal(state, apart)
         assert torch.equal(momentum, expected_momentum)
         assert torch.equal(direction, expected)
         assert norm.item() == pytest.approx(expected.double().norm().item(), rel=1e-6)
-        assert length.item() == pytest.approx(2 * step.norm().item(), rel=1e-5)
+        assert first_order_norm.item() == pytest.approx(step.norm().item(), rel=1e-5)
     if adam:
         torch.testing.assert_close(moment, expected_moment)
 
 
-@pytest.mark.skipif(not compiled.INSTALLED, reason="the extra `fast` is not installed")
+@pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="the extra `fast` is not installed")
 @cuts
-def test_half_precision_is_rounded_as_torch_rounds(cut, monkeypatch):
+def test_bfloat16_is_rounded_as_torch_rounds_it(cut, monkeypatch):
     tiling, state = zeros(cut, torch.bfloat16)
     reference = state.clone()
     for gradient in gradients(cut[0], cut[1], 4):
-        packed.average(state, gradient, tiling, BETA)
+        packed.average(state, gradient, tiling, DECAY)
         with monkeypatch.context() as patched:
-            patched.setattr(packed, "fits_compiled", lambda *tensors, **options: False)
-            packed.average(reference, gradient, tiling, BETA)
+            patched.setattr(packed, "suits_numba", lambda *tensors, **options: False)
+            packed.average(reference, gradient, tiling, DECAY)
     different = (state != reference).double().mean().item()
-    assert different < 1e-3  # where a last bit in float32 tips the rounding
+    assert (
+        different < 1e-3
+    )  # where the float32 values differ in the last bit, on two sides of a rounding boundary
     torch.testing.assert_close(state, reference, rtol=2**-7, atol=0)
 
 
-def test_layers_that_are_stacked_are_solved_each_with_its_own_mean(way):
+def test_each_of_several_layers_is_solved_with_its_own_mean(way):
     cut = (2, 36, 9)
     tiling, _ = zeros(cut)
     state = torch.zeros(3, *tiling.shape)
@@ -192,12 +197,26 @@ def test_layers_that_are_stacked_are_solved_each_with_its_own_mean(way):
 def test_singular_blocks_give_finite_directions(cut, damping, way):
     tiling, state = zeros(cut)
     (gradient,) = gradients(cut[0], cut[1], 1)
-    gradient[0] = 0  # blocks without any curvature beside those of rank one
+    gradient[0] = 0  # row 0 has blocks without curvature, the others have blocks of rank one
     packed.average(state, gradient, tiling, 0.0)
     direction = packed.solve(state, gradient, torch.zeros(1), tiling, damping, True)
     assert torch.isfinite(direction).all()
     assert not direction[0].any()
     assert (direction[1:] * gradient[1:]).sum() >= 0
+
+
+@pytest.mark.parametrize("curvature", [0.0, 2.0])
+@pytest.mark.parametrize("mean", [0.0, 0.5, 30.0])
+def test_relative_damping_follows_the_rule_of_linalg_damping(curvature, mean, way):
+    # Blocks c I: the solution for a vector x is x / (c + lambda), from which lambda is computed.
+    tiling, _ = zeros((2, 33 * 4 - 1, 4))  # the last block has padding
+    ones = torch.nn.functional.pad(torch.ones(2, 33 * 4 - 1), (0, 1)).view(2, 33, 4)
+    state = tiling.pack(torch.diag_embed(curvature * ones))
+    scale = curvature_scale(torch.tensor(curvature), torch.tensor(mean))
+    assert scale == ((curvature + mean) / 2 or torch.tensor(LEAST_SCALE))
+    vectors = (1000 * scale).expand(2, 33 * 4 - 1).contiguous()
+    direction = packed.solve(state, vectors, torch.full((1,), mean), tiling, 1000.0, True)
+    torch.testing.assert_close(vectors / direction - curvature, vectors, rtol=2e-6, atol=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,7 +232,7 @@ def test_the_damped_block_times_the_direction_is_the_momentum(rows, width, block
     tiling, state = zeros(cut)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(3):
-        packed.average(state, torch.randn(cut[:2], generator=generator), tiling, BETA)
+        packed.average(state, torch.randn(cut[:2], generator=generator), tiling, DECAY)
     momentum = torch.randn(cut[:2], generator=generator)
     direction = packed.solve(state, momentum, torch.zeros(1), tiling, damping, False)
     dense = tiling.unpack(state.double())
@@ -223,8 +242,8 @@ def test_the_damped_block_times_the_direction_is_the_momentum(rows, width, block
     assert_near(back.flatten(1)[:, : cut[1]], momentum.double(), 1e-4 * (1 + 1 / damping))
 
 
-@pytest.mark.skipif(not compiled.INSTALLED, reason="the extra `fast` is not installed")
-def test_any_number_of_threads_gives_the_same_bits():
+@pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="the extra `fast` is not installed")
+def test_the_number_of_threads_does_not_change_a_bit():
     cut = (64, 64 * 9, 9)
     results = []
     threads = torch.get_num_threads()
@@ -233,9 +252,8 @@ def test_any_number_of_threads_gives_the_same_bits():
         tiling, state = zeros(cut)
         momentum, moment = torch.zeros(cut[:2]), torch.zeros(cut[:2])
         for gradient in gradients(*cut[:2], 2):
-            first_order = FirstOrderPass(MU, momentum, moment, MOMENT_DECAY, EPSILON)
-            numbers = {"decay": BETA, "damping": DAMPING, "relative": True}
-            out = packed.advance(state, gradient, torch.ones(1), first_order, tiling, **numbers)
+            numbers = {"decay": DECAY, "damping": DAMPING, "relative": True, **FIRST_ORDER}
+            out = packed.fused_step(state, gradient, momentum, moment, torch.ones(1), tiling, **numbers)
         results.append((state, *out))
     torch.set_num_threads(threads)
     for other in results[1:]:

@@ -1,4 +1,4 @@
-"""The Triton kernel: its cases in a process that interprets it, on a GPU if there is one; it compiles."""
+"""The triton kernel: its cases run in the interpreter, and on a GPU if there is one; and it compiles."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def test_the_kernel_agrees_with_dense_matrices(interpret):
 
 
 def compiled(width, dtype):
-    """The kernel of `advance` for compute capability 9.0."""
+    """The kernel of `fused_step`, compiled for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from minifisher.kernels import packed_triton as leaf
+    from minifisher.kernels import packed_triton
 
-    kernel = leaf._kernel
+    kernel = packed_triton._kernel
     numbers = dict.fromkeys(("count", "tiles", "length"), "i32") | dict.fromkeys(
-        ("decay", "damping", "mu", "moment_decay", "epsilon"), "fp32"
+        ("decay", "damping", "momentum_decay", "moment_decay", "epsilon"), "fp32"
     )
-    constants = {"relative": True, **leaf.shapes(width, 16)}
+    constants = {"relative": True, **packed_triton.constants(width, 16)}
     kinds = {"packed": dtype, **numbers, **dict.fromkeys(constants, "constexpr")}
     signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=leaf.options(width))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=packed_triton.options(width))
 
 
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
@@ -52,5 +52,5 @@ def test_it_compiles_for_a_gpu(width, dtype, monkeypatch, tmp_path):
     code = compiled(width, dtype)
     assert code.asm["cubin"]
     assert ("cvt.rn.bf16" in code.asm["ptx"]) == (dtype == "*bf16")
-    # Sums over entries are a thread's own business: what threads exchange is the few entries of weights.
+    # Threads exchange only the entries of weights; sums over the entries of a block need no exchange.
     assert code.asm["ptx"].count("shfl.sync") < 100

@@ -1,4 +1,4 @@
-"""BFGS matrices against their textbook form, and what double damping promises."""
+"""The BFGS update against its textbook form, and the guarantees of double damping."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def textbook(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return left @ inverse @ left.T + ratio * torch.outer(s, s)
 
 
-def test_an_update_is_the_textbook_s_and_satisfies_the_secant_equation():
+def test_an_update_equals_the_textbook_formula_and_satisfies_the_secant_equation():
     generator = torch.Generator().manual_seed(1)
     root = torch.randn(5, 5, dtype=torch.float64, generator=generator)
     inverse = root @ root.T + torch.eye(5, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_an_update_is_the_textbook_s_and_satisfies_the_secant_equation():
         torch.testing.assert_close(updated @ y, s)
 
 
-def test_a_stack_is_updated_matrix_by_matrix():
+def test_a_batch_is_updated_matrix_by_matrix():
     inverses = torch.eye(4, dtype=torch.float64).repeat(3, 2, 1, 1)
     s, y = (torch.stack(part).reshape(3, 2, 4) for part in zip(*pairs(6, 4, positive=True), strict=True))
     updated = bfgs_update(inverses, s, y)
@@ -91,7 +91,7 @@ def test_the_first_damping_gives_exactly_the_least_curvature_allowed():
 
 
 @pytest.mark.parametrize("mu2", [0.1, 0.9, 0.99, 1.0, 2.0, 30.0])
-def test_the_second_damping_holds_for_every_lambda(mu2):
+def test_the_second_damping_reaches_its_bound_for_every_mu2(mu2):
     for s, y in pairs(50, 4):
         s, y = unit(s, y)
         s, y, _ = double_damped(s, y, y, MU1, mu2)
@@ -100,15 +100,15 @@ def test_the_second_damping_holds_for_every_lambda(mu2):
         assert torch.isfinite(y).all()
 
 
-def test_a_lambda_above_one_damps_a_pair_of_unit_curvature():
-    """Where the published theta would divide by zero."""
+def test_a_mu2_above_one_damps_a_pair_of_unit_curvature():
+    # The published formula for theta divides by zero here.
     s, y = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)
     _, damped, changed = double_damped(s, y, y, MU1, 2.0)
     assert changed
     torch.testing.assert_close(s @ damped, torch.tensor(2.0, dtype=torch.float64))
 
 
-def test_the_second_damping_is_the_published_one_for_a_small_lambda():
+def test_the_second_damping_is_the_published_one_for_a_small_mu2():
     s, y = torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([-0.4, 0.5], dtype=torch.float64)
     same, damped, _ = double_damped(s, y, y, MU1, 0.5)
     theta = (1 - 0.5) * 2 / (2 - 0.1)
@@ -116,7 +116,7 @@ def test_the_second_damping_is_the_published_one_for_a_small_lambda():
     torch.testing.assert_close(damped, theta * y + (1 - theta) * s)
 
 
-def test_a_pair_of_enough_curvature_is_left_alone():
+def test_a_pair_with_enough_curvature_is_not_changed():
     s, y = torch.tensor([1.0, 0.0]), torch.tensor([0.7, 0.2])
     same_s, same_y, changed = double_damped(s, y, y, MU1, MU2)
     assert torch.equal(s, same_s)
@@ -138,7 +138,7 @@ def test_the_compact_form_is_the_dense_matrix_of_the_latest_pairs(memory):
     torch.testing.assert_close(product, dense, rtol=1e-9, atol=1e-9)
 
 
-def test_a_pair_is_scaled_to_unit_length_and_what_is_not_a_number_to_zero():
+def test_a_pair_is_scaled_to_unit_length_or_to_zero_where_it_is_not_finite():
     s, y = unit(torch.tensor([[3e-15, 4e-15], [0.0, 0.0], [torch.inf, 0.0]]), torch.ones(3, 2) * 1e-15)
     torch.testing.assert_close(s, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.0]]))
     torch.testing.assert_close(y, torch.tensor([[0.2, 0.2], [0.0, 0.0], [0.0, 0.0]]))

@@ -10,7 +10,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_sums_of_outer_products_are_those_of_single_vectors(shared, width):
+def test_sums_of_outer_products_equal_a_loop_over_vectors(shared, width):
     vectors = torch.randn(5, 4, 2, width, dtype=torch.float64)  # [n, rows, k, b]
     expected = torch.zeros(4, 2, width, width, dtype=torch.float64)
     for sample in vectors:
@@ -22,7 +22,7 @@ def test_sums_of_outer_products_are_those_of_single_vectors(shared, width):
     torch.testing.assert_close(sum_of_outer_products(vectors, shared), expected, **CLOSE)
 
 
-def test_sums_over_positions_are_those_of_per_sample_gradients():
+def test_sums_over_positions_equal_a_loop_over_samples():
     inputs = torch.randn(5, 3, 2, 4, dtype=torch.float64)  # [n, s, k, b]
     gradients = torch.randn(5, 3, 6, dtype=torch.float64)  # [n, s, rows]
     expected = torch.zeros(2, 4, 4, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_sums_over_positions_are_those_of_per_sample_gradients():
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_decay_on_the_device_is_the_same_decay(shared, width):
+def test_a_decay_that_is_a_tensor_gives_the_same_average(shared, width):
     vectors = torch.randn(4, 2, width, dtype=torch.float64)
     average = torch.randn(1 if shared else 4, 2, width, width, dtype=torch.float64)
     other = average.clone()

@@ -16,7 +16,7 @@ def assert_orthogonal(basis: torch.Tensor) -> None:
     )
 
 
-def test_eigenvectors_diagonalise_with_the_largest_first():
+def test_eigenvectors_diagonalise_and_come_with_the_largest_eigenvalue_first():
     matrices = torch.stack((random_moment(6, 9), random_moment(6, 2)))
     basis = eigenvectors(matrices)
     rotated = basis.mT @ matrices @ basis
@@ -26,7 +26,7 @@ def test_eigenvectors_diagonalise_with_the_largest_first():
     assert torch.equal(eigenvectors(matrices[..., :1, :1]), torch.ones(2, 1, 1, dtype=torch.float64))
 
 
-def test_power_iteration_keeps_eigenvectors():
+def test_power_iteration_does_not_change_eigenvectors():
     matrix = random_moment(6, 9)
     basis = eigenvectors(matrix)
     turned, order = power_iteration(matrix, basis)
@@ -34,7 +34,7 @@ def test_power_iteration_keeps_eigenvectors():
     torch.testing.assert_close((turned.T @ basis).abs(), torch.eye(6, dtype=torch.float64))
 
 
-def test_power_iteration_sorts_the_columns_it_takes():
+def test_power_iteration_sorts_the_columns():
     matrix = random_moment(6, 9)
     shuffled = torch.tensor([3, 0, 5, 1, 2, 4])
     basis = eigenvectors(matrix)
@@ -54,13 +54,13 @@ def test_power_iteration_converges_and_stays_orthogonal():
     assert off_diagonal.abs().max() < 1e-8
 
 
-def test_power_iteration_of_nothing_is_still_orthogonal():
+def test_power_iteration_of_a_zero_matrix_gives_an_orthogonal_basis():
     turned, _ = power_iteration(torch.zeros(4, 4), torch.eye(4))
     assert_orthogonal(turned)
 
 
-def after_one_more(seed: int, rounding: float) -> torch.Tensor:
-    """A basis made of a matrix of rank 3, and turned by one of rank 5: as the first two steps of SOAP do."""
+def two_iterations(seed: int, rounding: float) -> torch.Tensor:
+    """Eigenvectors of a matrix of rank 3, after two iterations with one of rank 5: SOAP starts like this."""
     matrices = [random_moment(9, 3, seed=1), random_moment(9, 3, seed=1) + random_moment(9, 2, seed=2)]
     generator = torch.Generator().manual_seed(seed)
     for matrix in matrices:
@@ -70,23 +70,23 @@ def after_one_more(seed: int, rounding: float) -> torch.Tensor:
     return power_iteration(matrices[1], basis)[0]
 
 
-def test_rounding_errors_choose_no_basis_where_the_rank_is_low():
-    basis = after_one_more(0, rounding=0.0)
+def test_rounding_errors_do_not_change_the_basis_where_the_rank_is_low():
+    basis = two_iterations(0, rounding=0.0)
     assert_orthogonal(basis)
     for seed in range(3):
-        overlap = (basis.T @ after_one_more(seed, rounding=1e-16)).abs()
+        overlap = (basis.T @ two_iterations(seed, rounding=1e-16)).abs()
         torch.testing.assert_close(overlap.amax(0), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-12)
         torch.testing.assert_close(overlap.sum(0), torch.ones(9, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
-def test_of_full_rank_it_is_the_published_iteration():
+def test_for_full_rank_it_is_the_published_iteration():
     matrix = random_moment(6, 9)
     basis = torch.linalg.qr(random_moment(6, 6, seed=3)).Q
     turned, order = power_iteration(matrix, basis)
     assert torch.equal(turned, torch.linalg.qr((matrix @ basis)[:, order]).Q)
 
 
-def test_an_eigendecomposition_that_fails_leaves_a_basis_to_go_on_from(monkeypatch):
+def test_after_a_failed_eigendecomposition_iterations_converge_to_the_eigenvectors(monkeypatch):
     def fail(matrix: torch.Tensor) -> None:
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
@@ -100,7 +100,7 @@ def test_an_eigendecomposition_that_fails_leaves_a_basis_to_go_on_from(monkeypat
     assert (rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-6
 
 
-def test_a_silent_nan_in_single_precision_is_tried_again_in_double(monkeypatch):
+def test_a_nan_without_an_error_in_float32_is_computed_again_in_float64(monkeypatch):
     """Seen with MKL: one block of a batch of 28, of rank one, came back as NaN without an error."""
     eigh = torch.linalg.eigh
 

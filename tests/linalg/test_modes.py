@@ -21,7 +21,7 @@ READINGS = [
 
 
 def blocks_by_slicing(weight: torch.Tensor, reading: TensorReading) -> list[torch.Tensor]:
-    """Cut the slow way; the blocks at the end are smaller, not padded."""
+    """The blocks as slices of the weight; the last ones are smaller instead of padded."""
     starts = [range(0, n, w) for n, w in zip(reading.dims, reading.widths, strict=True)]
     return [
         weight[tuple(slice(s, s + w) for s, w in zip(corner, reading.widths, strict=True))]
@@ -50,7 +50,7 @@ def test_writing_undoes_reading_with_leading_dimensions(reading):
 
 
 @pytest.mark.parametrize("reading", READINGS, ids=str)
-def test_lengths_count_what_is_no_padding(reading):
+def test_lengths_do_not_count_padding(reading):
     slices = blocks_by_slicing(torch.zeros(reading.dims), reading)
     for mode in range(reading.order):
         expected = torch.tensor([float(block.shape[mode]) for block in slices])
@@ -107,7 +107,7 @@ def test_merged_dimensions(shape, limit, modes):
     ("shape", "modes"),
     [((8, 5, 3, 3), (8, 5, 9)), ((8, 1, 3, 3), (8, 9)), ((8, 5, 1, 1), (8, 5)), ((7,), (7,)), ((1,), (1,))],
 )
-def test_only_the_kernel_is_merged_behind_two_kept_dimensions(shape, modes):
+def test_only_the_kernel_is_merged_after_two_kept_dimensions(shape, modes):
     assert merged(shape, None, kept=2) == modes
 
 

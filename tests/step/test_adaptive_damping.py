@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import minifisher
 from minifisher.curvature import Curvature, Plan
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import BatchGradient
 from minifisher.step import adaptive_damping as adaptive
 from tests.helpers import one_thread
@@ -45,12 +46,13 @@ class Constant(Curvature):
 class Newton(CurvatureOptimizer):
     """Direction H^-1 M."""
 
-    def __init__(self, params, inverse, **options):
-        defaults = {"lr": 0.1, "momentum": 0.9, "curvature_decay": 0.9, "damping": 0.5, "graft": None}
-        defaults |= {"weight_decay": 0.0, "decoupled_weight_decay": True, "fisher": "gradient"}
-        defaults |= {"fold_bias": False, "maximize": False}
+    damping: float = option(default=0.5)
+    graft: None = option(default=None)
+    adaptive_damping: bool = option(default=True)
+
+    def __init__(self, params, inverse, lr=0.1, **options):
         self.inverse = inverse
-        super().__init__(params, {**defaults, "statistics_memory": 1, "adaptive_damping": True, **options})
+        super().__init__(params, lr, **options)
 
     def plan(self, layer, options):
         return Plan(Constant(self.inverse), "", "", 1, 1, 1, 1)

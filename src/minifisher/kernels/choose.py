@@ -1,4 +1,7 @@
-"""The choice of a leaf: loops compiled by numba (extra `fast`) or by triton, where the tensors suit them."""
+"""Which tensors suit compiled kernels, and elementwise operations that use them where they do.
+
+Kernels are compiled by numba (extra `fast`) on the CPU, and by triton on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,27 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-INSTALLED = find_spec("numba") is not None
-GPU_INSTALLED = find_spec("triton") is not None
+NUMBA_INSTALLED = find_spec("numba") is not None
+TRITON_INSTALLED = find_spec("triton") is not None
 
-_PLAIN = (Tensor, nn.Parameter)  # a subclass, such as a sharded tensor, has its own idea of an operation
+_PLAIN = (Tensor, nn.Parameter)  # a subclass, such as DTensor, may define other operations
 
 
-def fits_compiled(*tensors: Tensor, halves: bool = False) -> bool:
-    """Whether loops compiled by numba can take these tensors: plain, float32, dense in memory, on the CPU.
+def suits_numba(*tensors: Tensor, bfloat16: bool = False) -> bool:
+    """Whether the numba kernels take these tensors: plain, contiguous, not empty, float32, on the CPU.
 
-    With `halves` bfloat16 will do as well.
+    With `bfloat16` that dtype is accepted too.
     """
-    return INSTALLED and _fit(tensors, "cpu", halves)
+    return NUMBA_INSTALLED and _suit(tensors, "cpu", bfloat16)
 
 
-def fits_gpu(*tensors: Tensor, halves: bool = False) -> bool:
-    """The same for kernels compiled by triton, on a CUDA device."""
-    return GPU_INSTALLED and _fit(tensors, "cuda", halves)
+def suits_triton(*tensors: Tensor, bfloat16: bool = False) -> bool:
+    """The same as `suits_numba` for triton kernels: the tensors must be on a CUDA device."""
+    return TRITON_INSTALLED and _suit(tensors, "cuda", bfloat16)
 
 
-def _fit(tensors: tuple[Tensor, ...], device: str, halves: bool) -> bool:
-    dtypes = (torch.float32, torch.bfloat16) if halves else (torch.float32,)
+def _suit(tensors: tuple[Tensor, ...], device: str, bfloat16: bool) -> bool:
+    dtypes = (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
     return not torch.compiler.is_compiling() and all(
         type(tensor) in _PLAIN
         and tensor.dtype in dtypes
@@ -38,42 +41,50 @@ def _fit(tensors: tuple[Tensor, ...], device: str, halves: bool) -> bool:
     )
 
 
-def advance_adam(
-    gradient: Tensor, momentum: Tensor, moment: Tensor, *, mu: float, decay: float, epsilon: float
+# elementwise_cpu is imported only when it is used: importing numba takes most of a second.
+
+
+def adam_step_norm(
+    gradient: Tensor,
+    momentum: Tensor,
+    moment: Tensor,
+    *,
+    momentum_decay: float,
+    moment_decay: float,
+    epsilon: float,
 ) -> Tensor:
-    """M <- mu M + D, V <- decay V + (1 - decay) D^2; |M / (sqrt(V) + epsilon)| of every layer, [layers].
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2 in place; the norm of M / (sqrt(V) + epsilon), [layers].
 
-    All tensors are [layers, entries] and such that `fits_compiled`.
+    mu is `momentum_decay`, beta `moment_decay`. The tensors D, M and V are [layers, entries] and such that
+    `suits_numba`.
     """
-    from minifisher.kernels import (
-        elementwise_cpu as _adam_cpu,  # importing numba takes most of a second: only when it is used
-    )
+    from minifisher.kernels import elementwise_cpu
 
-    return _adam_cpu.advance(gradient, momentum, moment, mu, decay, epsilon)
+    return elementwise_cpu.adam_step_norm(gradient, momentum, moment, momentum_decay, moment_decay, epsilon)
 
 
-WORTH_COMPILED = 65_536
-"""Entries of a weight from which a call of a compiled loop costs no more than one of torch's."""
+LEAST_ENTRIES = 65_536
+"""With fewer entries, calling a numba kernel costs more than calling torch's operation."""
 
 
 def mean_square(gradient: Tensor, layers: int) -> Tensor:
     """The mean of D^2 in every layer, [layers], of a contiguous gradient."""
-    if layers == 1 and gradient.numel() >= WORTH_COMPILED and fits_compiled(gradient):
-        from minifisher.kernels import _ends_cpu
+    if layers == 1 and gradient.numel() >= LEAST_ENTRIES and suits_numba(gradient):
+        from minifisher.kernels import elementwise_cpu
 
-        return gradient.new_tensor([_ends_cpu.square(gradient) / gradient.numel()])
+        return gradient.new_tensor([elementwise_cpu.sum_of_squares(gradient) / gradient.numel()])
     rows = gradient.reshape(layers, -1)
     norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norm.square() / rows.shape[1]
 
 
-def add_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:
+def subtract_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:
     """W <- W - rate length direction, in place; `length` is []."""
-    if weight.numel() >= WORTH_COMPILED and fits_compiled(weight, direction, length):
-        from minifisher.kernels import _ends_cpu
+    if weight.numel() >= LEAST_ENTRIES and suits_numba(weight, direction, length):
+        from minifisher.kernels import elementwise_cpu
 
-        _ends_cpu.add(weight, direction, -rate * float(length))
-        # A graph that saved the weight must notice, as it does of torch's own changes in place.
+        elementwise_cpu.add_scaled(weight, direction, -rate * float(length))
+        # Autograd must notice that the weight changed, as it does with torch's own in-place operations.
         torch.autograd.graph.increment_version(weight)
     else:
         weight.addcmul_(direction, length.to(direction.dtype), value=-rate)

@@ -1,12 +1,13 @@
-"""Small symmetric blocks held as packed lower triangles: averaged, damped and solved, no inverse stored.
+"""Small symmetric blocks stored as packed lower triangles, which are averaged, damped and solved.
 
-The blocks of one row of a weight lie in tiles of up to sixteen, as [rows, tiles, entries, lanes]: the same
-entry (i, j), j <= i, at i (i + 1) / 2 + j, of all blocks of a tile side by side, so that one vector register
-holds it and sixteen blocks are factorised at once. Lanes behind the last block of a row stay zero.
+No inverse is stored: every step factorises the blocks anew. The blocks of one row of a weight are grouped in
+tiles of up to sixteen, stored as [rows, tiles, entries, blocks]: entry (i, j), j <= i, of the triangles has
+index i (i + 1) / 2 + j, and the same entry of all blocks of a tile is contiguous, so that one vector register
+holds it and sixteen blocks are factorised at once. A last tile with fewer blocks is filled with zeros.
 
-The functions here take any leading dimensions; weights are [..., rows, length], means [..., 1]. Each has a
-reference in torch, and leaves that serve where their tensors suit: loops compiled by numba on the CPU, a
-kernel compiled by triton on a GPU.
+All functions take any leading dimensions; weights are [..., rows, length], means [..., 1]. Each has a
+reference in torch. Compiled kernels with the same results up to rounding take over where the tensors suit
+them: `packed_cpu` (numba) on the CPU and `packed_triton` on a GPU.
 """
 
 from __future__ import annotations
@@ -18,90 +19,90 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from minifisher.kernels.choose import fits_compiled, fits_gpu
-from minifisher.linalg.dense import NO_CURVATURE, pivot_share, working_dtype
+from minifisher.kernels.choose import suits_numba, suits_triton
+from minifisher.linalg.damping import LEAST_SCALE, curvature_scale
+from minifisher.linalg.dense import smallest_relative_pivot, working_dtype
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from torch import Tensor
 
-    from minifisher.curvature import FirstOrderStep as FirstOrderPass
     from minifisher.linalg.blocks import BlockReading
 
-LANES = 16
+MOST_BLOCKS_OF_A_TILE = 16
 WIDEST = 49
-"""The widest block that is packed, a 7x7 kernel: docs/performance.md has the measurement."""
+"""The widest block that is stored packed, that of a 7x7 convolution: docs/performance.md has measurements."""
 WIDEST_ON_GPU = 16
-"""The widest one whose triangle fits into the registers of a thread there."""
+"""The widest block whose triangle fits into the registers of one GPU thread."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the blocks of a weight lie in tiles."""
+    """How the blocks of a weight are grouped in tiles."""
 
     reading: BlockReading
 
     @property
     def tiles(self) -> int:
-        """Of one row."""
-        return max(1, math.ceil(self.reading.blocks / LANES))
+        """The number of tiles of one row."""
+        return max(1, math.ceil(self.reading.blocks / MOST_BLOCKS_OF_A_TILE))
 
     @property
-    def lanes(self) -> int:
-        """Blocks of one tile: as even as they come, so that few lanes stay empty."""
+    def blocks_per_tile(self) -> int:
+        """The number of blocks of one tile: spread evenly, so that the last tile has little filling."""
         return math.ceil(self.reading.blocks / self.tiles)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[rows, tiles, entries, lanes]."""
+        """The shape of the packed triangles, [rows, tiles, entries, blocks]."""
         width = self.reading.width
-        return self.reading.rows, self.tiles, width * (width + 1) // 2, self.lanes
+        return self.reading.rows, self.tiles, width * (width + 1) // 2, self.blocks_per_tile
 
     def vectors(self, rows: Tensor) -> Tensor:
-        """A weight [..., rows, length] as [..., rows, tiles, width, lanes]."""
-        width, places = self.reading.width, self.tiles * self.lanes
-        padded = F.pad(rows, (0, places * width - rows.shape[-1]))
-        return padded.view(*rows.shape[:-1], self.tiles, self.lanes, width).mT
+        """A weight [..., rows, length] as [..., rows, tiles, width, blocks]."""
+        width, blocks = self.reading.width, self.tiles * self.blocks_per_tile
+        padded = F.pad(rows, (0, blocks * width - rows.shape[-1]))
+        return padded.view(*rows.shape[:-1], self.tiles, self.blocks_per_tile, width).mT
 
     def rows(self, vectors: Tensor) -> Tensor:
-        """The inverse of `vectors`."""
+        """The inverse of `vectors`: [..., rows, tiles, width, blocks] to [..., rows, length]."""
         return vectors.mT.flatten(-3)[..., : self.reading.length]
 
     def pack(self, blocks: Tensor) -> Tensor:
-        """Whole symmetric blocks [..., rows, blocks, b, b] to packed triangles."""
+        """Dense symmetric blocks [..., rows, blocks, b, b] to packed triangles."""
         i, j = torch.tril_indices(self.reading.width, self.reading.width, device=blocks.device)
         triangles = blocks[..., i, j]
-        padded = F.pad(triangles, (0, 0, 0, self.tiles * self.lanes - self.reading.blocks))
-        return torch.unflatten(padded, -2, (self.tiles, self.lanes)).mT.contiguous()
+        padded = F.pad(triangles, (0, 0, 0, self.tiles * self.blocks_per_tile - self.reading.blocks))
+        return torch.unflatten(padded, -2, (self.tiles, self.blocks_per_tile)).mT.contiguous()
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The inverse of `pack`."""
+        """The inverse of `pack`: packed triangles to dense blocks [..., rows, blocks, b, b]."""
         triangles = packed.mT.flatten(-3, -2)[..., : self.reading.blocks, :]
-        return triangles[..., _entries(self.reading.width, packed.device)]
+        return triangles[..., _entry_indices(self.reading.width, packed.device)]
 
-    def true_entries(self, like: Tensor) -> Tensor:
-        """Of every block, at least one, [tiles, lanes]."""
-        starts = torch.arange(self.tiles * self.lanes, device=like.device) * self.reading.width
+    def block_lengths(self, like: Tensor) -> Tensor:
+        """The number of entries of every block without padding, at least 1, [tiles, blocks]."""
+        starts = torch.arange(self.tiles * self.blocks_per_tile, device=like.device) * self.reading.width
         count = (self.reading.length - starts).clamp(1, self.reading.width)
-        return count.view(self.tiles, self.lanes).to(like.dtype)
+        return count.view(self.tiles, self.blocks_per_tile).to(like.dtype)
 
 
-def _entries(width: int, device: torch.device) -> Tensor:
-    """The place of entry (i, j) in the triangle, [width, width]."""
+def _entry_indices(width: int, device: torch.device) -> Tensor:
+    """The index in the packed triangle of entry (i, j), [width, width]."""
     index = torch.arange(width, device=device)
     larger, smaller = torch.maximum(index[:, None], index), torch.minimum(index[:, None], index)
     return larger * (larger + 1) // 2 + smaller
 
 
-# ---- the three passes ----
+# ---- average, solve, and both in one pass with the first-order update ----
 
 
 def average(packed: Tensor, gradient: Tensor, tiling: Tiling, decay: float) -> None:
     """F_b <- decay F_b + (1 - decay) d_b d_b^T in place, for the gradient [..., rows, length]."""
-    leaf = _leaf(packed, gradient)
-    if leaf is not None:
-        leaf.average(_flat(packed, 3), _flat(gradient, 1), width=tiling.reading.width, decay=decay)
+    kernel = _kernel(packed, gradient)
+    if kernel is not None:
+        kernel.average(_flatten(packed, 3), _flatten(gradient, 1), width=tiling.reading.width, decay=decay)
         return
     vectors = tiling.vectors(gradient.to(working_dtype(packed.dtype)))
     i, j = torch.tril_indices(tiling.reading.width, tiling.reading.width, device=packed.device)
@@ -110,115 +111,126 @@ def average(packed: Tensor, gradient: Tensor, tiling: Tiling, decay: float) -> N
 
 
 def solve(
-    packed: Tensor, momentum: Tensor, means: Tensor, tiling: Tiling, damping: float, relative: bool
+    packed: Tensor, vectors: Tensor, means: Tensor, tiling: Tiling, damping: float, relative: bool
 ) -> Tensor:
-    """(F_b + lambda_b I)^-1 m_b for every block, [..., rows, length].
+    """(F_b + lambda_b I)^-1 x_b for every block of the vectors [..., rows, length]; the same shape.
 
-    lambda_b is `damping`, or relative: that times the mean of the block's and the layer's mean curvature,
-    the latter in `means` [..., 1].
+    lambda_b is `damping`, or with `relative` damping times `minifisher.linalg.damping.curvature_scale` of the
+    block's mean curvature and the layer's, which is given in `means` [..., 1].
     """
-    leaf = _leaf(packed, momentum, means)
-    if leaf is not None:
-        numbers = {"width": tiling.reading.width, "damping": damping, "relative": relative}
-        solved: Tensor = leaf.solve(_flat(packed, 3), _flat(momentum, 1), _of_rows(means, tiling), **numbers)[
-            0
-        ]
-        return solved.view(momentum.shape)
+    kernel = _kernel(packed, vectors, means)
+    if kernel is not None:
+        solved: Tensor = kernel.solve(
+            _flatten(packed, 3),
+            _flatten(vectors, 1),
+            _repeat_for_rows(means, tiling),
+            width=tiling.reading.width,
+            damping=damping,
+            relative=relative,
+        )[0]
+        return solved.view(vectors.shape)
     triangles = packed.to(working_dtype(packed.dtype))
-    levels = _levels(triangles, means, tiling, damping) if relative else triangles.new_tensor(damping)
-    vectors = tiling.vectors(momentum.to(triangles.dtype))
-    return tiling.rows(_ldl_solve(triangles, levels, vectors)).to(momentum.dtype)
+    levels = _damping_levels(triangles, means, tiling, damping) if relative else triangles.new_tensor(damping)
+    solution = _solve_by_ldl(triangles, levels, tiling.vectors(vectors.to(triangles.dtype)))
+    return tiling.rows(solution).to(vectors.dtype)
 
 
-def advance(
+def fused_step(
     packed: Tensor,
     gradient: Tensor,
+    momentum: Tensor,
+    moment: Tensor | None,
     means: Tensor,
-    first_order: FirstOrderPass,
     tiling: Tiling,
     *,
     decay: float,
     damping: float,
     relative: bool,
+    momentum_decay: float,
+    moment_decay: float,
+    epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The first-order pass over D, M and V, `average` and `solve` in one; None where no leaf fits.
+    """Update M and V, `average` the gradient D and `solve` for M, in one pass over memory, in place.
 
-    Returns the direction [..., rows, length] and two lengths [..., 1], its own and the first-order step's.
+    M <- mu M + D, V <- beta V + (1 - beta) D^2 with mu `momentum_decay` and beta `moment_decay`. Returns the
+    direction (F_b + lambda_b I)^-1 m_b, [..., rows, length], its norm, and the norm of the first-order step
+    M / (sqrt(V) + epsilon), or M where `moment` is None; norms are [..., 1]. Returns None, and changes
+    nothing, where no compiled kernel takes these tensors: there is no reference for it.
     """
-    momentum, moment = first_order.momentum, first_order.second_moment
-    leaf = _leaf(packed, gradient, momentum, means, *(() if moment is None else (moment,)))
-    if leaf is None:
+    kernel = _kernel(packed, gradient, momentum, means, *(() if moment is None else (moment,)))
+    if kernel is None:
         return None
     shape = gradient.shape
-    flat = [None if t is None else _flat(t.view(shape), 1) for t in (gradient, momentum, moment)]
-    direction, *squares = leaf.advance(
-        _flat(packed, 3),
-        flat[0],
-        flat[1],
-        flat[2],
-        _of_rows(means, tiling),
+    direction, *squares = kernel.fused_step(
+        _flatten(packed, 3),
+        _flatten(gradient, 1),
+        _flatten(momentum.view(shape), 1),
+        None if moment is None else _flatten(moment.view(shape), 1),
+        _repeat_for_rows(means, tiling),
         width=tiling.reading.width,
         decay=decay,
         damping=damping,
         relative=relative,
-        mu=first_order.momentum_decay,
-        moment_decay=first_order.second_moment_decay,
-        epsilon=first_order.epsilon,
+        momentum_decay=momentum_decay,
+        moment_decay=moment_decay,
+        epsilon=epsilon,
     )
-    own, other = (s.view(*shape[:-1]).sum(-1, keepdim=True).sqrt().to(gradient.dtype) for s in squares)
-    return direction.view(shape), own, other.mul_(first_order.scale)
+    norm, first_order_norm = (
+        s.view(*shape[:-1]).sum(-1, keepdim=True).sqrt().to(gradient.dtype) for s in squares
+    )
+    return direction.view(shape), norm, first_order_norm
 
 
-# ---- leaves ----
+# ---- the choice of a compiled kernel ----
 
 
-def _leaf(packed: Tensor, *weights: Tensor) -> ModuleType | None:
-    """The leaf whose functions take these tensors; None: the reference does."""
-    # Imported only when used: numba takes most of a second, triton more.
-    if fits_compiled(*weights) and fits_compiled(packed, halves=True):
-        from minifisher.kernels import packed_cpu as _packed_cpu
+def _kernel(packed: Tensor, *weights: Tensor) -> ModuleType | None:
+    """The module whose compiled kernels take these tensors; None where only the reference does."""
+    # Imported only when used: importing numba takes most of a second, triton more.
+    if suits_numba(*weights) and suits_numba(packed, bfloat16=True):
+        from minifisher.kernels import packed_cpu
 
-        return _packed_cpu
+        return packed_cpu
     narrow = packed.shape[-2] <= WIDEST_ON_GPU * (WIDEST_ON_GPU + 1) // 2
-    if narrow and fits_gpu(*weights) and fits_gpu(packed, halves=True):
-        from minifisher.kernels import packed_triton as _packed_triton
+    if narrow and suits_triton(*weights) and suits_triton(packed, bfloat16=True):
+        from minifisher.kernels import packed_triton
 
-        return _packed_triton
+        return packed_triton
     return None
 
 
-def _flat(tensor: Tensor, trailing: int) -> Tensor:
-    """All rows of all layers one after another."""
+def _flatten(tensor: Tensor, trailing: int) -> Tensor:
+    """All dimensions but the last `trailing` ones flattened: the rows of all layers in one dimension."""
     return tensor.reshape(-1, *tensor.shape[tensor.ndim - trailing :])
 
 
-def _of_rows(means: Tensor, tiling: Tiling) -> Tensor:
-    """The layer's mean for every row, [all rows]."""
+def _repeat_for_rows(means: Tensor, tiling: Tiling) -> Tensor:
+    """The means of the layers [..., 1], each repeated for all rows of its layer, [all rows]."""
     return means.reshape(-1, 1).expand(-1, tiling.reading.rows).flatten()
 
 
 # ---- the reference ----
 
 
-def _levels(triangles: Tensor, means: Tensor, tiling: Tiling, damping: float) -> Tensor:
-    """lambda_b of relative damping, [..., rows, tiles, lanes]."""
+def _damping_levels(triangles: Tensor, means: Tensor, tiling: Tiling, damping: float) -> Tensor:
+    """lambda_b of relative damping, [..., rows, tiles, blocks]."""
     width = tiling.reading.width
-    diagonal = _entries(width, triangles.device).diagonal()
+    diagonal = _entry_indices(width, triangles.device).diagonal()
     trace = triangles.index_select(-2, diagonal).sum(-2)
-    scale = 0.5 * (trace / tiling.true_entries(triangles) + means.to(triangles.dtype)[..., None, None])
-    return damping * scale.clamp_min(NO_CURVATURE)
+    block_mean = trace / tiling.block_lengths(triangles)
+    return damping * curvature_scale(block_mean, means.to(triangles.dtype)[..., None, None])
 
 
-def _ldl_solve(triangles: Tensor, levels: Tensor, vectors: Tensor) -> Tensor:
+def _solve_by_ldl(triangles: Tensor, levels: Tensor, vectors: Tensor) -> Tensor:
     """(F_b + lambda_b I)^-1 x_b by F_b + lambda_b I = L P L^T, column by column, all blocks at once.
 
-    Triangles are [..., entries, lanes], levels [..., lanes] or [], vectors [..., width, lanes]. A pivot that
-    rounding made smaller than its share of the diagonal is lifted to it.
+    Triangles are [..., entries, blocks], levels [..., blocks] or [], vectors [..., width, blocks]. A pivot
+    that rounding made smaller than `smallest_relative_pivot` times its diagonal entry is raised to that.
     """
     width = vectors.shape[-2]
-    rest = triangles[..., _entries(width, triangles.device), :].clone()  # [..., width, width, lanes]
+    rest = triangles[..., _entry_indices(width, triangles.device), :].clone()  # [..., width, width, blocks]
     rest.diagonal(dim1=-3, dim2=-2).add_(levels.unsqueeze(-1) if levels.ndim else levels)
-    least = rest.diagonal(dim1=-3, dim2=-2).mul(pivot_share(rest.dtype)).clamp_min(NO_CURVATURE)
+    least = rest.diagonal(dim1=-3, dim2=-2).mul(smallest_relative_pivot(rest.dtype)).clamp_min(LEAST_SCALE)
     solved, columns, pivots = vectors.clone(), [], []
     for k in range(width):
         pivot = torch.maximum(rest[..., k, k, :], least[..., k])

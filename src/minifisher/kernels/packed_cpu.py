@@ -1,8 +1,10 @@
-"""Packed triangles on the CPU: one pass over a weight and its curvature, in vector registers; needs numba.
+"""The functions of `minifisher.kernels.packed` on the CPU, computed in vector registers; needs numba.
 
-Arrays are those of `minifisher.kernels.packed`, all layers' rows one after another: packed triangles
-[rows, tiles, entries, lanes] in float32 or as the bits of bfloat16, weights [rows, length] in float32. Rows
-are shared out over threads, and every sum is one of a row: the result does not depend on their number.
+The rows of all layers are in one dimension: packed triangles are [rows, tiles, entries, blocks], in float32
+or as bfloat16 viewed as uint16, and weights [rows, length] in float32. The rows are divided among threads,
+and no sum goes beyond one row: the result does not depend on the number of threads.
+
+A tile with fewer blocks than a vector has elements is copied to one with `LANES` blocks.
 """
 
 from __future__ import annotations
@@ -12,59 +14,63 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minifisher.kernels.elementwise_cpu import first_order_pass
+from minifisher.kernels.elementwise_cpu import update_moments
 from minifisher.kernels.jit import compiled, inlined
 from minifisher.kernels.simd import LANES, fill, load, maximum, store
-from minifisher.kernels.threads import in_parts
-from minifisher.linalg.dense import NO_CURVATURE, pivot_share
+from minifisher.kernels.threads import run_parallel
+from minifisher.linalg.damping import LEAST_SCALE
+from minifisher.linalg.dense import smallest_relative_pivot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST = 65_536  # entries of packed triangles that pay for waking a thread
-_FLOOR = np.float32(NO_CURVATURE)
-_SHARE = np.float32(pivot_share(torch.float32))
+_ENTRIES_PER_THREAD = 65_536  # with fewer entries of triangles, waking a thread costs more than it gains
+_LEAST_SCALE = np.float32(LEAST_SCALE)
+_SMALLEST_RELATIVE_PIVOT = np.float32(smallest_relative_pivot(torch.float32))
 
 
-# ---- one tile: the same entry of sixteen blocks in one register ----
+# ---- one tile: each vector holds the same entry of its sixteen blocks ----
 
 
 @compiled
-def _average(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
-    """F <- decay F + (1 - decay) x x^T: triangle [entries, LANES], vectors [width, LANES]."""
-    kept, fresh = fill(decay), fill(np.float32(1) - decay)
+def _average_tile(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
+    """F <- decay F + (1 - decay) x x^T, in place: triangle [entries, LANES], vectors [width, LANES]."""
+    old, new = fill(decay), fill(np.float32(1) - decay)
     entry = 0
     for i in range(width):
-        scaled = fresh * load(vectors, i)
+        scaled = new * load(vectors, i)
         for j in range(i + 1):
-            store(triangle, entry, kept * load(triangle, entry) + scaled * load(vectors, j))
+            store(triangle, entry, old * load(triangle, entry) + scaled * load(vectors, j))
             entry += 1
 
 
 @inlined
-def _levels(triangle: Any, shares: Any, width: int, damping: Any, mean: Any, relative: bool) -> Any:
-    """lambda of every block: `damping`, or that times the mean of the block's and the layer's curvature."""
+def _damping_levels(
+    triangle: Any, inverse_lengths: Any, width: int, damping: Any, mean: Any, relative: bool
+) -> Any:
+    """lambda of every block: `damping`, or relative as `minifisher.linalg.damping.curvature_scale` says."""
     if not relative:
         return fill(damping)
     trace, entry = fill(np.float32(0)), -1
     for i in range(width):
         entry += i + 1
         trace = trace + load(triangle, entry)
-    scale = fill(np.float32(0.5)) * (trace * load(shares, 0) + fill(mean))
-    return fill(damping) * maximum(scale, fill(_FLOOR))
+    scale = fill(np.float32(0.5)) * (trace * load(inverse_lengths, 0) + fill(mean))
+    return fill(damping) * maximum(scale, fill(_LEAST_SCALE))
 
 
 @compiled
-def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any, width: int) -> None:
-    """x <- (F + lambda I)^-1 x by F + lambda I = L P L^T, row by row; P is diagonal and its pivots positive.
+def _solve_tile(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any, width: int) -> None:
+    """x <- (F + lambda I)^-1 x by F + lambda I = L P L^T, row by row; P is diagonal, its pivots positive.
 
-    L P stands in `factor` until the row is complete, then L; `inverses` is P^-1. A pivot that rounding made
-    smaller than its share of the diagonal is lifted to it.
+    `factor` [entries, LANES] holds the current row of L P until that row is complete, then that of L;
+    `inverses` [width, LANES] is P^-1. A pivot that rounding made smaller than `smallest_relative_pivot` times
+    its diagonal entry is raised to that.
     """
-    first = 0  # entry of the row
+    first = 0  # index of the first entry of row i
     for i in range(width):
         diagonal = load(triangle, first + i) + levels
-        least = maximum(fill(_SHARE) * diagonal, fill(_FLOOR))
+        least = maximum(fill(_SMALLEST_RELATIVE_PIVOT) * diagonal, fill(_LEAST_SCALE))
         other = 0
         for j in range(i):
             entry = load(triangle, first + j)
@@ -91,18 +97,18 @@ def _solve(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any,
             store(vectors, j, load(vectors, j) - load(factor, first + j) * solved)
 
 
-# ---- between a row of a weight and the lanes of a tile ----
+# ---- copies between a row of a weight and a tile ----
 
 
 @compiled
-def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
-    """Entry e of block l of the tile to [e, l]; zero behind the end of the row and in lanes without block."""
-    stop = min(start + lanes * width, row.shape[0])
+def _gather(row: Any, start: int, width: int, blocks: int, vectors: Any) -> None:
+    """Copy entry e of block l of a tile to vectors[e, l]; zero where the row or the tile has no entry."""
+    stop = min(start + blocks * width, row.shape[0])
     tile = row[start:stop]
     if tile.shape[0] == LANES * width:
-        for lane in range(LANES):
+        for block in range(LANES):
             for e in range(width):
-                vectors[e, lane] = tile[lane * width + e]
+                vectors[e, block] = tile[block * width + e]
     else:
         vectors[:] = np.float32(0)
         for position in range(tile.shape[0]):
@@ -110,14 +116,14 @@ def _gather(row: Any, start: int, width: int, lanes: int, vectors: Any) -> None:
 
 
 @compiled
-def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> float:
-    """The inverse of `_gather`; the sum of squares of what it wrote."""
-    stop = min(start + lanes * width, row.shape[0])
+def _scatter(vectors: Any, start: int, width: int, blocks: int, row: Any) -> float:
+    """The inverse of `_gather`; returns the sum of the squares of the entries that it wrote."""
+    stop = min(start + blocks * width, row.shape[0])
     tile = row[start:stop]
     if tile.shape[0] == LANES * width:
-        for lane in range(LANES):
+        for block in range(LANES):
             for e in range(width):
-                tile[lane * width + e] = vectors[e, lane]
+                tile[block * width + e] = vectors[e, block]
     else:
         for position in range(tile.shape[0]):
             tile[position] = vectors[position % width, position // width]
@@ -128,30 +134,30 @@ def _scatter(vectors: Any, start: int, width: int, lanes: int, row: Any) -> floa
 
 
 @inlined
-def _shares(first: int, width: int, length: int, shares: Any) -> None:
-    """One over the true entries of every block of the tile; a lane without a block has one."""
-    for lane in range(LANES):
-        left = length - first - lane * width
-        shares[0, lane] = np.float32(1) / np.float32(max(1, min(width, left)))
+def _set_inverse_lengths(first: int, width: int, length: int, inverse_lengths: Any) -> None:
+    """One over the number of entries without padding of every block of the tile, at most 1."""
+    for block in range(LANES):
+        left = length - first - block * width
+        inverse_lengths[0, block] = np.float32(1) / np.float32(max(1, min(width, left)))
 
 
 @inlined
-def _copy(source: Any, lanes: int, target: Any) -> None:
-    """The lanes of a tile that has fewer than sixteen."""
+def _copy_blocks(source: Any, blocks: int, target: Any) -> None:
+    """Copy the first blocks of a tile [entries, blocks]."""
     for entry in range(source.shape[0]):
-        for lane in range(lanes):
-            target[entry, lane] = source[entry, lane]
+        for block in range(blocks):
+            target[entry, block] = source[entry, block]
 
 
 # ---- rows ----
 
 
 @compiled
-def _rows(
+def _process_rows(
     packed: Any,
-    gradient: Any,  # D, or nothing
-    momentum: Any,  # M, or nothing
-    moment: Any,  # V, or nothing
+    gradient: Any,  # D, or an array without rows: then nothing is averaged
+    momentum: Any,  # M, or without rows: then nothing is solved
+    moment: Any,  # V, or without rows: then the first-order step is M
     direction: Any,
     squares: Any,
     first_order_squares: Any,
@@ -161,68 +167,69 @@ def _rows(
     damping: Any,
     relative: bool,
     first_order: Any,
-    advances: bool,
+    with_first_order: bool,
     start: int,
     stop: int,
 ) -> float:
-    """Of every row: M and V if it `advances`, then the average of D, if any, then the solution for M, if any.
+    """For every row: update M and V (`with_first_order`), average D, and solve for M.
 
-    Row by row, so that the second reading of D and M finds them in the cache.
+    One row after another, so that D and M are still in the cache when they are read for the second time.
     """
-    tiles, entries, lanes = packed.shape[1:]
-    mu, moment_decay, epsilon = first_order
+    tiles, entries, blocks = packed.shape[1:]
+    momentum_decay, moment_decay, epsilon = first_order
     vectors, inverses = np.empty((width, LANES), np.float32), np.empty((width, LANES), np.float32)
-    factor, shares = np.empty((entries, LANES), np.float32), np.empty((1, LANES), np.float32)
+    factor, inverse_lengths = np.empty((entries, LANES), np.float32), np.empty((1, LANES), np.float32)
     full = np.zeros((entries, LANES), packed.dtype)
     for row in range(start, stop):
-        if advances:
+        if with_first_order:
             v = moment[row] if moment.shape[0] else momentum[row, :0]
             fresh = np.float32(1) - moment_decay
-            first_order_squares[row] = first_order_pass(
-                gradient[row], momentum[row], v, mu, moment_decay, fresh, epsilon, 0, momentum.shape[1]
+            d, m = gradient[row], momentum[row]
+            first_order_squares[row] = update_moments(
+                d, m, v, momentum_decay, moment_decay, fresh, epsilon, 0, momentum.shape[1]
             )
         total = 0.0
         for tile in range(tiles):
             triangle = packed[row, tile]
-            if lanes < LANES:
-                _copy(triangle, lanes, full)
+            if blocks < LANES:
+                _copy_blocks(triangle, blocks, full)
                 triangle = full
-            first = tile * lanes * width
+            first = tile * blocks * width
             if gradient.shape[0]:
-                _gather(gradient[row], first, width, lanes, vectors)
-                _average(triangle, vectors, width, decay)
-                if lanes < LANES:
-                    _copy(full, lanes, packed[row, tile])
+                _gather(gradient[row], first, width, blocks, vectors)
+                _average_tile(triangle, vectors, width, decay)
+                if blocks < LANES:
+                    _copy_blocks(full, blocks, packed[row, tile])
             if momentum.shape[0]:
-                _shares(first, width, momentum.shape[1], shares)
-                levels = _levels(triangle, shares, width, damping, means[row], relative)
-                _gather(momentum[row], first, width, lanes, vectors)
-                _solve(triangle, levels, vectors, factor, inverses, width)
-                total += _scatter(vectors, first, width, lanes, direction[row])
+                _set_inverse_lengths(first, width, momentum.shape[1], inverse_lengths)
+                levels = _damping_levels(triangle, inverse_lengths, width, damping, means[row], relative)
+                _gather(momentum[row], first, width, blocks, vectors)
+                _solve_tile(triangle, levels, vectors, factor, inverses, width)
+                total += _scatter(vectors, first, width, blocks, direction[row])
         squares[row] = total
     return 0.0
 
 
-# ---- tensors ----
+# ---- the same for tensors ----
 
-_NO_PASS = np.float32(0), np.float32(0), np.float32(0)
+_NO_FIRST_ORDER = np.float32(0), np.float32(0), np.float32(0)
 
 
 def average(packed: Tensor, gradient: Tensor, *, width: int, decay: float) -> None:
-    """F_b <- decay F_b + (1 - decay) d_b d_b^T."""
-    _run(packed, gradient, None, None, None, width, (decay, 0.0, False), _NO_PASS, False)
+    """F_b <- decay F_b + (1 - decay) d_b d_b^T, in place."""
+    _run(packed, gradient, None, None, None, width, (decay, 0.0, False), _NO_FIRST_ORDER, False)
 
 
 def solve(
-    packed: Tensor, momentum: Tensor, means: Tensor, *, width: int, damping: float, relative: bool
+    packed: Tensor, vectors: Tensor, means: Tensor, *, width: int, damping: float, relative: bool
 ) -> tuple[Tensor, Tensor]:
-    """(F_b + lambda_b I)^-1 m_b, and the squared norm of every row of it."""
+    """(F_b + lambda_b I)^-1 x_b, [rows, length], and the squared norm of each of its rows, [rows]."""
     numbers = 0.0, damping, relative
-    direction, squares, _ = _run(packed, None, momentum, None, means, width, numbers, _NO_PASS, False)
+    direction, squares, _ = _run(packed, None, vectors, None, means, width, numbers, _NO_FIRST_ORDER, False)
     return direction, squares
 
 
-def advance(
+def fused_step(
     packed: Tensor,
     gradient: Tensor,
     momentum: Tensor,
@@ -233,12 +240,12 @@ def advance(
     decay: float,
     damping: float,
     relative: bool,
-    mu: float,
+    momentum_decay: float,
     moment_decay: float,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first-order pass, `average` and `solve` in one; squared norms of every row of both steps."""
-    first_order = np.float32(mu), np.float32(moment_decay), np.float32(epsilon)
+    """As `minifisher.kernels.packed.fused_step`; instead of norms, the squared norms of rows, [rows]."""
+    first_order = np.float32(momentum_decay), np.float32(moment_decay), np.float32(epsilon)
     numbers = decay, damping, relative
     return _run(packed, gradient, momentum, moment, means, width, numbers, first_order, True)
 
@@ -252,17 +259,19 @@ def _run(
     width: int,
     numbers: tuple[float, float, bool],
     first_order: tuple[Any, Any, Any],
-    advances: bool,
+    with_first_order: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
     squares, first_order_squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
     weights = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction)]
     sums = squares.numpy(), first_order_squares.numpy(), _array(means).reshape(-1)
     decay, damping, relative = numbers
-    options = width, np.float32(decay), np.float32(damping), relative, first_order, advances
+    options = width, np.float32(decay), np.float32(damping), relative, first_order, with_first_order
     rows = packed.shape[0]
-    least = max(1, _LEAST // max(1, packed[0].numel()))  # rows that are worth a thread
-    in_parts(lambda start, stop: _rows(*weights, *sums, *options, start, stop), rows, least)
+    rows_per_thread = max(1, _ENTRIES_PER_THREAD // max(1, packed[0].numel()))
+    run_parallel(
+        lambda start, stop: _process_rows(*weights, *sums, *options, start, stop), rows, rows_per_thread
+    )
     return direction, squares, first_order_squares
 
 

@@ -1,4 +1,4 @@
-"""Scratch memory that is used again: on a CPU a large new temporary costs more than arithmetic on it."""
+"""Scratch memory that is reused: on a CPU, allocating a large temporary costs more than computing with it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _BUFFERS = _Buffers()
 
 
 def scratch_like(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor of the same shape, valid until the next call: never return it, never keep it.
+    """An uninitialised tensor of the same shape and dtype, which the next call on this thread overwrites.
 
-    Other devices have allocators of their own that are fast enough, and a compiler plans memory itself.
+    So use it inside one function: do not return it and do not store it. On other devices, whose caching
+    allocators are fast, and under torch.compile it is a new tensor.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""Sixteen float32 numbers side by side as one value that compiled loops compute with; needs numba.
+"""A numba type for a vector of sixteen float32 numbers that stays in registers; needs numba.
 
-LLVM vectorises the innermost loop alone and keeps nothing in registers from one such loop to the next. A
-value of this type *is* a vector: what is loaded stays in a register until it is stored, in as many registers
-as the processor needs for sixteen numbers. Arithmetic is +, -, *, / and `maximum`, lane by lane.
+LLVM vectorises only the innermost loop, and keeps nothing in registers from one such loop to the next. A
+value of this type is an LLVM vector: it stays in registers from `load` to `store`, in as many of them as the
+processor needs for sixteen numbers. The operations are +, -, *, / and `maximum`, elementwise.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LANES = 16
+"""The length of a vector: its elements are computed side by side in the vector lanes of the processor."""
 
-_emitted: Any = intrinsic  # numba's types describe the function that emits, not the one that is called
+_intrinsic: Any = intrinsic  # numba's annotations describe the emitting function, not the one that is called
 
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_HALVES = ir.VectorType(ir.IntType(16), LANES)
-_BITS = ir.VectorType(ir.IntType(32), LANES)
+_FLOAT32S = ir.VectorType(ir.FloatType(), LANES)
+_UINT16S = ir.VectorType(ir.IntType(16), LANES)
+_INT32S = ir.VectorType(ir.IntType(32), LANES)
 
 
-class _Lanes(types.Type):
+class _Vector(types.Type):
     def __init__(self) -> None:
-        super().__init__("Lanes")
+        super().__init__("Float32x16")
 
 
-_lanes = _Lanes()
+_vector = _Vector()
 
 
-@register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, _FLOAT32S)
 
 
 def _define(function: Any, instruction: str) -> None:
     @infer_global(function)
     class _Arithmetic(AbstractTemplate):
         def generic(self, arguments: Any, keywords: Any) -> Any:
-            if arguments == (_lanes, _lanes):
-                return signature(_lanes, _lanes, _lanes)
+            if arguments == (_vector, _vector):
+                return signature(_vector, _vector, _vector)
             return None
 
-    @lower_builtin(function, _lanes, _lanes)
+    @lower_builtin(function, _vector, _vector)
     def _lower(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
         return getattr(builder, instruction)(*arguments)
 
@@ -60,73 +61,73 @@ for _function, _instruction in (
     _define(_function, _instruction)
 
 
-@_emitted
+@_intrinsic
 def maximum(context: Any, one: Any, other: Any) -> Any:
-    """The larger of two in every lane; the second one where the first is NaN."""
+    """The larger of two vectors, elementwise; the second one's element where the first one's is NaN."""
 
     def emit(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
         larger = builder.fcmp_ordered(">", *arguments)
         return builder.select(larger, *arguments)
 
-    return _lanes(_lanes, _lanes), emit
+    return _vector(_vector, _vector), emit
 
 
-@_emitted
+@_intrinsic
 def fill(context: Any, number: Any) -> Any:
-    """One float32 number in every lane."""
+    """A vector whose elements are all the same float32 number."""
 
     def emit(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
-        empty = ir.Constant(_FLOATS, ir.Undefined)
+        empty = ir.Constant(_FLOAT32S, ir.Undefined)
         first = builder.insert_element(empty, arguments[0], ir.Constant(ir.IntType(32), 0))
-        return builder.shuffle_vector(first, empty, ir.Constant(_BITS, None))
+        return builder.shuffle_vector(first, empty, ir.Constant(_INT32S, None))
 
-    return _lanes(types.float32), emit
+    return _vector(types.float32), emit
 
 
-@_emitted
+@_intrinsic
 def load(context: Any, array: Any, row: Any) -> Any:
-    """Row `row` of a contiguous [rows, LANES] array: float32, or bfloat16 as its bits in uint16."""
+    """Row `row` of a contiguous [rows, LANES] array of float32, or of bfloat16 stored as uint16."""
 
     def emit(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, kind, arguments)
         vector = builder.load(pointer, align=array.dtype.bitwidth // 8)
-        return _widened(builder, vector) if array.dtype == types.uint16 else vector
+        return _to_float32(builder, vector) if array.dtype == types.uint16 else vector
 
-    return _lanes(array, types.intp), emit
+    return _vector(array, types.intp), emit
 
 
-@_emitted
-def store(context: Any, array: Any, row: Any, lanes: Any) -> Any:
-    """The inverse of `load`; bfloat16 is rounded to nearest, ties to even."""
+@_intrinsic
+def store(context: Any, array: Any, row: Any, vector: Any) -> Any:
+    """Write a vector to row `row`, as `load` reads it; to bfloat16 it rounds to nearest, ties to even."""
 
     def emit(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
         pointer = _pointer(context, builder, kind, arguments)
-        value = _narrowed(builder, arguments[2]) if array.dtype == types.uint16 else arguments[2]
+        value = _to_bfloat16(builder, arguments[2]) if array.dtype == types.uint16 else arguments[2]
         builder.store(value, pointer, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _lanes), emit
+    return types.void(array, types.intp, _vector), emit
 
 
 def _pointer(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
     array_type, row = kind.args[0], arguments[1]
     data = context.make_array(array_type)(context, builder, arguments[0]).data
     start = builder.gep(data, [builder.mul(row, ir.Constant(row.type, LANES))])
-    vector = _HALVES if array_type.dtype == types.uint16 else _FLOATS
-    return builder.bitcast(start, vector.as_pointer())
+    vector_type = _UINT16S if array_type.dtype == types.uint16 else _FLOAT32S
+    return builder.bitcast(start, vector_type.as_pointer())
 
 
-def _each(number: int) -> Any:
-    return ir.Constant(_BITS, [number] * LANES)
+def _constant(number: int) -> Any:
+    return ir.Constant(_INT32S, [number] * LANES)
 
 
-def _widened(builder: Any, halves: Any) -> Any:
-    """A bfloat16 is the upper half of the float32 of the same value."""
-    return builder.bitcast(builder.shl(builder.zext(halves, _BITS), _each(16)), _FLOATS)
+def _to_float32(builder: Any, bits: Any) -> Any:
+    # A bfloat16 is the upper half of the float32 of the same value.
+    return builder.bitcast(builder.shl(builder.zext(bits, _INT32S), _constant(16)), _FLOAT32S)
 
 
-def _narrowed(builder: Any, floats: Any) -> Any:
-    bits = builder.bitcast(floats, _BITS)
-    odd = builder.and_(builder.lshr(bits, _each(16)), _each(1))
-    rounded = builder.add(bits, builder.add(odd, _each(0x7FFF)))
-    return builder.trunc(builder.lshr(rounded, _each(16)), _HALVES)
+def _to_bfloat16(builder: Any, floats: Any) -> Any:
+    bits = builder.bitcast(floats, _INT32S)
+    odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
+    rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF)))
+    return builder.trunc(builder.lshr(rounded, _constant(16)), _UINT16S)

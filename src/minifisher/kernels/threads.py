@@ -1,4 +1,4 @@
-"""Compiled loops that release the interpreter lock, shared out over as many threads as torch uses."""
+"""Runs compiled loops, which release the interpreter lock, on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from functools import lru_cache
 
 import torch
 
-# A pool of numba's own would spin on the cores that torch's pool computes on, or abort the process where
-# two threads take a step at once.
+# Numba's own thread pool is not used: its threads wait actively on the cores that torch's threads need, and
+# it aborts the process where two Python threads enter it at once.
 
-# Torch's pool in turn spins for some milliseconds after its last work, and keeps ours from that core: whoever
-# has a core takes the next part, instead of each thread having its share.
-_PARTS_A_THREAD = 8
+# Torch's threads wait actively for some milliseconds after their last work, and a core that they hold is not
+# free for ours. So the work is cut in more parts than threads, and a thread that has a core takes the next.
+_PARTS_PER_THREAD = 8
 
 
 @lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # A forked process inherits the pool but not its threads: hence the process in the key.
+    # The process is in the key because a forked process inherits the pool, but not its threads.
     return ThreadPoolExecutor(threads, thread_name_prefix=f"minifisher-{process}")
 
 
-def in_parts(loop: Callable[[int, int], float], count: int, least: int) -> float:
-    """The sum of loop(start, stop) over consecutive parts of range(count), none shorter than `least`."""
+def run_parallel(loop: Callable[[int, int], float], count: int, smallest: int) -> float:
+    """Call loop(start, stop) for consecutive parts of range(count), each at least `smallest` long.
+
+    Returns the sum of what the calls return.
+    """
     threads = torch.get_num_threads()
-    parts = 1 if threads == 1 else max(1, min(threads * _PARTS_A_THREAD, count // least))
+    parts = 1 if threads == 1 else max(1, min(threads * _PARTS_PER_THREAD, count // smallest))
     if parts == 1:
         return loop(0, count)
     edges = [count * part // parts for part in range(parts + 1)]
@@ -45,6 +48,6 @@ def in_parts(loop: Callable[[int, int], float], count: int, least: int) -> float
     others = [pool.submit(work) for _ in range(min(threads, parts) - 1)]
     work()
     for other in others:
-        if not other.cancel():  # one that has not begun would find nothing left
+        if not other.cancel():  # a worker that has not started would find no part left
             other.result()
     return sum(sums)

@@ -1,1 +1,1 @@
-"""Dense and block linear algebra that never raises on a matrix: what cannot be inverted comes back as NaN."""
+"""Dense and block linear algebra that returns NaN, and raises nothing, where a matrix cannot be inverted."""

@@ -1,4 +1,4 @@
-"""BFGS: what pairs (s, y) of a change and the change of the gradient tell about an inverse Hessian matrix."""
+"""BFGS: an inverse Hessian matrix H from pairs (s, y), a change and the change of the gradient it causes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def bfgs_update(inverse: Tensor, change: Tensor, gradient_change: Tensor) -> Tensor:
     """H <- (I - r s y^T) H (I - r y s^T) + r s s^T, r = 1 / s^T y (Nocedal, Wright 2006, eq. 6.17).
 
-    H is [..., b, b], s and y are [..., b]. Symmetric to the last bit; H as it was where s^T y is not clearly
-    positive.
+    H is [..., b, b], s and y are [..., b]. The result is exactly symmetric. Where s^T y is not positive
+    (see `reciprocal`) it is H.
     """
     product = times(inverse, gradient_change)
     ratio = reciprocal(change, gradient_change)
@@ -22,32 +22,38 @@ def bfgs_update(inverse: Tensor, change: Tensor, gradient_change: Tensor) -> Ten
 def double_damped(
     change: Tensor, gradient_change: Tensor, product: Tensor, mu1: float, mu2: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Powell's damping twice, and which pairs [...] it changed (Goldfarb, Ren, Bahamou 2020, Section 4).
+    """Double damping: s and y changed so that s^T y is large enough, and which pairs [...] were changed.
 
-    (i) where s^T y <= mu1 y^T H y: s <- theta s + (1 - theta) H y, so that s^T y = mu1 y^T H y;
-    (ii) where then s^T y <= mu2 s^T s: y <- theta y + (1 - theta) b s, so that s^T y = mu2 s^T s.
-    s, y and the product H y are [..., b]. As published b = 1; it grows where mu2 comes near to it or above.
+    (i) where s^T y < mu1 y^T H y: s <- theta s + (1 - theta) H y, so that s^T y = mu1 y^T H y;
+    (ii) where then s^T y < mu2 s^T s: y <- theta y + (1 - theta) c s, so that s^T y = mu2 s^T s.
+    (Goldfarb, Ren, Bahamou 2020, Section 4.) s, y and `product`, H y, are [..., b]. As published c = 1; here
+    it is larger where mu2 is above 0.9, since theta is positive and finite only for c > mu2.
     """
-    s, first = _pull(change, product, gradient_change, mu1, 1.0)
-    y, second = _pull(gradient_change, s, s, mu2, max(1.0, mu2 / 0.9))
+    s, first = _interpolate(change, product, gradient_change, mu1, 1.0)
+    y, second = _interpolate(gradient_change, s, s, mu2, max(1.0, mu2 / 0.9))
     return s, y, first | second
 
 
-def _pull(vector: Tensor, target: Tensor, along: Tensor, least: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Theta v + (1 - theta) b t, its product with z at least `least` t^T z; and where theta < 1."""
-    have, want = dot(vector, along), dot(target, along)
-    short = have < least * want
-    theta = (scale - least) * want / (scale * want - have)
-    theta = torch.where(short, theta, 1.0)
-    return theta * vector + (1 - theta) * scale * target, short.squeeze(-1)
+def _interpolate(
+    vector: Tensor, target: Tensor, along: Tensor, least: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """w = theta v + (1 - theta) c t with the largest theta <= 1 for which w^T z >= mu t^T z; where theta < 1.
+
+    v is `vector`, t `target`, z `along`, all [..., b]; mu is `least`, c `scale`.
+    """
+    found, full = dot(vector, along), dot(target, along)
+    too_small = found < least * full
+    theta = (scale - least) * full / (scale * full - found)
+    theta = torch.where(too_small, theta, 1.0)
+    return theta * vector + (1 - theta) * scale * target, too_small.squeeze(-1)
 
 
 def limited_memory_middle(changes: Tensor, gradient_changes: Tensor) -> Tensor:
-    """The matrix [..., 2 m, 2 m] in the middle of the compact form of m pairs, oldest first, on H_0 = I.
+    """The matrix C [..., 2 m, 2 m] of the compact form of H after m BFGS updates of H_0 = I.
 
     H = I + [S Y] C [S Y]^T with C = [[R^-T (D + Y^T Y) R^-1, -R^-T], [-R^-1, 0]], R the upper triangle of
-    S^T Y and D its diagonal (Byrd, Nocedal, Schnabel 1994, eq. 3.1). S and Y are the rows [..., m, b]; a pair
-    of zeros counts as none.
+    S^T Y and D its diagonal (Byrd, Nocedal, Schnabel 1994, eq. 3.1). `changes` and `gradient_changes`
+    [..., m, b] have the columns of S and Y as rows, the oldest first; a pair of zeros has no effect.
     """
     cross = changes @ gradient_changes.mT
     diagonal = cross.diagonal(dim1=-2, dim2=-1)
@@ -65,7 +71,7 @@ def limited_memory_middle(changes: Tensor, gradient_changes: Tensor) -> Tensor:
 def limited_memory_product(
     changes: Tensor, gradient_changes: Tensor, middle: Tensor, matrix: Tensor
 ) -> Tensor:
-    """H X = X + [S Y] C [S Y]^T X for X [..., b, k]."""
+    """H X = X + [S Y] C [S Y]^T X for X [..., b, k], with C from `limited_memory_middle`."""
     rows = torch.cat((changes, gradient_changes), dim=-2)
     return matrix + rows.mT @ (middle @ (rows @ matrix))
 
@@ -86,7 +92,7 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
 
 
 def reciprocal(change: Tensor, gradient_change: Tensor) -> Tensor:
-    """1 / s^T y, [..., 1]; 0, which makes an update none, where it is lost in rounding or not positive."""
+    """1 / s^T y, [..., 1]; 0, with which an update changes nothing, where s^T y <= eps |s| |y|."""
     product = dot(change, gradient_change)
     lengths = torch.linalg.vector_norm(change, dim=-1) * torch.linalg.vector_norm(gradient_change, dim=-1)
     positive = product > torch.finfo(product.dtype).eps * lengths.unsqueeze(-1)
@@ -95,7 +101,10 @@ def reciprocal(change: Tensor, gradient_change: Tensor) -> Tensor:
 
 
 def unit(change: Tensor, gradient_change: Tensor) -> tuple[Tensor, Tensor]:
-    """s / |s| and y / |s|: the same pair to BFGS, far from underflow; zeros where s is zero or not finite."""
+    """s / |s| and y / |s|, zeros where s is zero or not finite: products of tiny s and y would underflow.
+
+    The BFGS update is the same for both pairs.
+    """
     length = torch.linalg.vector_norm(change, dim=-1, keepdim=True)
     known = (length > 0) & torch.isfinite(length)
     scale = torch.where(known, length, 1.0).reciprocal()

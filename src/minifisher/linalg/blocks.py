@@ -1,4 +1,4 @@
-"""Batches of small symmetric blocks: damped powers and products, a diagonal being blocks of size one."""
+"""Batches of small symmetric blocks: averages, damped powers, products. Blocks of width 1 are a diagonal."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minifisher.linalg.dense import add_to_diagonal, cholesky_inverse, inverse_power
-from minifisher.linalg.warm import newton_schulz_inverse
+from minifisher.linalg.dense import add_to_diagonal, inverse_power, inverse_without_sync
+from minifisher.linalg.newton import newton_schulz_inverse
 
 
 @dataclass(frozen=True)
 class BlockReading:
-    """A weight read as `rows` vectors, each cut into `blocks` blocks of `width` entries, the last one padded.
+    """A weight read as `rows` vectors of `length` entries, each cut into `blocks` blocks of `width` entries.
 
-    Rows of a fully connected layer, kernels of a convolution and entries of a bias are three readings.
+    The last block of a row is padded with zeros. The vectors may be the rows of a fully connected layer, the
+    kernels of a convolution or the entries of a bias.
     """
 
     rows: int
@@ -26,12 +27,12 @@ class BlockReading:
 
     @property
     def blocks(self) -> int:
-        """The blocks of one row."""
+        """The number of blocks of one row."""
         return math.ceil(self.length / self.width)
 
     @property
     def padding(self) -> int:
-        """The zeros behind each row that fill its last block."""
+        """The number of zeros that fill the last block of each row."""
         return self.blocks * self.width - self.length
 
     def read(self, weight: Tensor, trailing: int) -> Tensor:
@@ -52,7 +53,7 @@ class BlockReading:
         return rows.reshape((*rows.shape[:-2], *shape))
 
     def entries(self, like: Tensor) -> Tensor:
-        """1 for every true entry of a block and 0 for padding, [blocks, width]."""
+        """1 for every entry of a row and 0 for padding, [blocks, width], in the dtype of `like`."""
         mask = torch.ones(self.blocks * self.width, dtype=like.dtype, device=like.device)
         mask[self.length :] = 0
         return mask.view(self.blocks, self.width)
@@ -63,13 +64,13 @@ def damped_inverse_power(
     damping: Tensor,
     power: float,
     *,
-    on_device: bool = False,
+    avoid_sync: bool = False,
     start: Tensor | None = None,
 ) -> Tensor:
     """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b].
 
-    With `on_device` nothing is asked of the host, as `cholesky_inverse` says. Inverses begin at `start`, the
-    last ones, where it is given.
+    With `avoid_sync` and power 1 the CPU does not wait for the device, see `inverse_without_sync`. With
+    `start`, the inverses of the last time, inverses are computed by the Newton-Schulz iteration from there.
     """
     if blocks.shape[-1] == 1:
         damped = blocks + damping.unsqueeze(-1)
@@ -77,13 +78,13 @@ def damped_inverse_power(
     damped = add_to_diagonal(blocks, damping)
     if start is not None and power == 1.0:
         return newton_schulz_inverse(damped, start)
-    return cholesky_inverse(damped) if on_device else inverse_power(damped, power)
+    return inverse_without_sync(damped) if avoid_sync else inverse_power(damped, power)
 
 
 def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
-    """x_rk B_rk for every row r and block k: vectors [..., rows, k, b], blocks [..., rows or 1, k, b, b].
+    """x_rk B_rk for every row r and block k: vectors [..., rows, k, b], blocks [..., rows | 1, k, b, b].
 
-    Blocks that all rows share make one matrix product a block instead of one a row.
+    Where all rows share their blocks, it is one matrix product for each block instead of one for each row.
     """
     if blocks.shape[-1] == 1:
         return vectors * blocks.squeeze(-1)
@@ -95,7 +96,10 @@ def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
 
 
 def outer_products(vectors: Tensor, shared: bool) -> Tensor:
-    """x x^T of every block, or their mean over rows: [..., rows, k, b] to [..., rows | 1, k, b, b]."""
+    """x x^T of every block, [..., rows, k, b] to [..., rows, k, b, b]; shared, the mean over rows.
+
+    The mean over rows is [..., 1, k, b, b].
+    """
     if not shared:
         return vectors.unsqueeze(-1) * vectors.unsqueeze(-2)
     columns = vectors.transpose(-3, -2)  # [..., k, rows, b]
@@ -103,9 +107,10 @@ def outer_products(vectors: Tensor, shared: bool) -> Tensor:
 
 
 def sum_of_outer_products(vectors: Tensor, shared: bool) -> Tensor:
-    """sum_n x_n x_n^T of every block, [n, rows, k, b] to [rows, k, b, b]; shared, their mean [1, k, b, b].
+    """sum_n x_n x_n^T of every block, [n, rows, k, b] to [rows, k, b, b]; shared, the mean over rows.
 
-    One product of matrices a block, over samples (and rows) at once.
+    The mean over rows is [1, k, b, b]. There is one matrix product for each block, which sums over samples
+    (and rows).
     """
     n, rows, blocks, width = vectors.shape
     if width == 1 and not shared:
@@ -119,7 +124,8 @@ def sum_of_outer_products(vectors: Tensor, shared: bool) -> Tensor:
 def sum_over_positions(inputs: Tensor, gradients: Tensor) -> Tensor:
     """sum_n sum_st (g_s . g_t) a_s a_t^T of every block, which is sum_n sum_r d_nr d_nr^T: [k, b, b].
 
-    Inputs [n, s, k, b], output gradients [n, s, r] of per-sample gradients d_nr = sum_s g_sr a_s.
+    Inputs a are [n, s, k, b], output gradients g [n, s, r]. The gradient of
+    sample n is d_nr = sum_s g_sr a_s.
     """
     n, positions, blocks, width = inputs.shape
     weights = gradients @ gradients.mT  # [n, s, s]
@@ -129,14 +135,14 @@ def sum_over_positions(inputs: Tensor, gradients: Tensor) -> Tensor:
 
 
 def average_outer_products(average: Tensor, vectors: Tensor, shared: bool, decay: float | Tensor) -> None:
-    """F_b <- decay F_b + (1 - decay) x x^T in place; rows that share their blocks take the mean of x x^T.
+    """F_b <- decay F_b + (1 - decay) x x^T in place; shared, with the mean of x x^T over rows.
 
-    `average` is [..., rows | 1, k, b, b], vectors [..., rows, k, b]; decay a number or [].
+    F_b is `average`, [..., rows | 1, k, b, b]; vectors are [..., rows, k, b], decay is a number or [].
     """
     rows, width = vectors.shape[-3], vectors.shape[-1]
-    # A rank may hold no rows at all of a weight that is cut over processes: the general way serves it, too.
+    # A process may hold no rows of a weight that is sharded over processes; the general branch handles that.
     in_place = vectors.dtype == average.dtype and average.is_contiguous() and rows > 0
-    if isinstance(decay, Tensor):  # a matrix product takes no factor from the device
+    if isinstance(decay, Tensor):  # baddbmm_ takes its factors as numbers only
         average.mul_(decay).add_(outer_products(vectors, shared) * (1 - decay))
     elif in_place and shared:
         columns = vectors.transpose(-3, -2).reshape(-1, rows, width)

@@ -1,6 +1,7 @@
-"""Tensors and their modes: cutting into blocks, matricisation mat_i, products along a mode.
+"""Weights as tensors of several modes (dimensions): cutting into blocks, unfolding, products along a mode.
 
-mat_i lays a tensor X [w_1, ..., w_K] out as a matrix [w_i, all others]; X x_i A multiplies it, A mat_i(X).
+mat_i(X) is the tensor X [w_1, ..., w_K] unfolded to a matrix [w_i, all others]. The product of X with a
+matrix A along mode i is written X x_i A and defined by mat_i(X x_i A) = A mat_i(X).
 (Kolda, Bader, "Tensor Decompositions and Applications", 2009, Sections 2.4 and 2.5.)
 """
 
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorReading:
-    """A weight read as a tensor of K modes, cut into blocks of one shape; the last ones end in zeros.
+    """A weight read as a tensor of K modes, cut into blocks of the same shape.
 
-    Every block is a tensor of K modes of its own, as if it were a weight of its own.
+    The last blocks are padded with zeros. Every block is treated as if it were a weight by itself.
     """
 
     dims: tuple[int, ...]
-    """n_1, ..., n_K: their product is the size of the weight."""
+    """n_1, ..., n_K of the tensor: their product is the number of entries of the weight."""
     widths: tuple[int, ...]
-    """w_1, ..., w_K of a block; w_i < n_i cuts mode i."""
+    """w_1, ..., w_K of a block: mode i is cut where w_i < n_i."""
 
     @property
     def order(self) -> int:
@@ -38,12 +39,12 @@ class TensorReading:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The blocks along each mode."""
+        """The number of blocks along each mode."""
         return tuple(math.ceil(n / w) for n, w in zip(self.dims, self.widths, strict=True))
 
     @property
     def blocks(self) -> int:
-        """All blocks of the weight."""
+        """The number of blocks of the weight."""
         return math.prod(self.counts)
 
     def read(self, weight: Tensor, trailing: int) -> Tensor:
@@ -70,7 +71,7 @@ class TensorReading:
         return tensor.reshape((*blocks.shape[:leading], *shape))
 
     def lengths(self, mode: int, like: Tensor) -> Tensor:
-        """The entries of every block along a mode that are no padding, [blocks]."""
+        """The length of every block along a mode, without padding, [blocks]."""
         count, width = self.counts[mode], self.widths[mode]
         lengths = torch.full((count,), width, dtype=like.dtype, device=like.device)
         lengths[-1] = self.dims[mode] - (count - 1) * width
@@ -83,11 +84,11 @@ class TensorReading:
 
 
 def merged(shape: Sequence[int], limit: int | None, kept: int = 1) -> tuple[int, ...]:
-    """The modes of a weight: its dimensions, those of size one left out and small neighbours merged.
+    """The modes of a weight: its dimensions without those of size one, small neighbours merged into one.
 
-    From the last to the first, neighbours are merged while their product stays within `limit`, so that a
-    kernel is merged before the channels are. None merges all dimensions behind the first `kept`: (out,
-    in k_1 k_2), or (out, in, k_1 k_2) for two.
+    Neighbours are merged from the last to the first while their product is at most `limit`, so that the
+    dimensions of a kernel are merged before the channels. With `limit` None all dimensions after the first
+    `kept` ones are merged: (out, in k_1 k_2) for kept = 1, (out, in, k_1 k_2) for kept = 2.
     """
     if limit is None:
         dims = [*shape[:kept], math.prod(shape[kept:])]
@@ -102,7 +103,7 @@ def merged(shape: Sequence[int], limit: int | None, kept: int = 1) -> tuple[int,
 
 
 def even_width(length: int, widest: int) -> int:
-    """The width of the fewest blocks of at most `widest` that a mode can be cut into evenly."""
+    """The width of blocks that cut a mode evenly into as few blocks of at most `widest` as possible."""
     return math.ceil(length / math.ceil(length / widest))
 
 
@@ -116,13 +117,13 @@ def unfold(tensor: Tensor, mode: int, order: int) -> Tensor:
 def second_moment(tensor: Tensor, mode: int, order: int) -> Tensor:
     """mat_i(X) mat_i(X)^T of the last `order` dimensions: [..., w_i, w_i]."""
     matrix = unfold(tensor, mode, order)
-    if matrix.shape[-2] == 1:  # a diagonal: no call of a matrix product for every entry
+    if matrix.shape[-2] == 1:  # a diagonal: one matrix product for each entry would be slow
         return matrix.square().sum(-1, keepdim=True)
     return matrix @ matrix.mT
 
 
 def mode_products(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """X x_1 A_1 ... x_K A_K: [..., w_1, ..., w_K], matrices [..., w_i, w_i]."""
+    """X x_1 A_1 ... x_K A_K: the tensor X is [..., w_1, ..., w_K], the matrices A_i are [..., w_i, w_i]."""
     order = len(matrices)
     for mode, matrix in enumerate(matrices):
         unfolded = unfold(tensor, mode, order)
@@ -132,7 +133,7 @@ def mode_products(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _fold(matrix: Tensor, mode: int, widths: Sequence[int]) -> Tensor:
-    """The inverse of `unfold`."""
+    """The inverse of `unfold`: [..., w_i, all others] to [..., w_1, ..., w_K]."""
     order = len(widths)
     if order == 1:
         return matrix.squeeze(-1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minifisher.curvature import Curvature, Plan, no_curvature
-from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, eigenbasis, inverse_power, working_dtype
+from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, eigendecomposition, inverse_power, working_dtype
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Statistics
@@ -159,7 +159,7 @@ class CorrectedFactors(KroneckerFactors):
         new, old, overlap = {}, {}, {}
         for side in ("input", "gradient"):
             factor, basis = _wide(state[f"{side}_factor"]), _wide(state[f"{side}_basis"])
-            new[side], vectors = eigenbasis(factor)
+            new[side], vectors = eigendecomposition(factor)
             old[side] = (basis * (factor @ basis)).sum(-2)
             overlap[side] = (vectors.mT @ basis).square()
             state[f"{side}_basis"].copy_(vectors)

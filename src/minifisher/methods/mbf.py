@@ -149,7 +149,7 @@ class MiniBlocks(Curvature):
         fisher = state["fisher"].to(working_dtype(self.dtype))
         levels = self._damping(fisher, state.get("mean"), damping)
         start = state["inverse"].to(fisher.dtype) if self.inverse == "newton-schulz" else None
-        inverse = damped_inverse_power(fisher, levels, self.power, on_device=self.on_device, start=start)
+        inverse = damped_inverse_power(fisher, levels, self.power, avoid_sync=self.on_device, start=start)
         state["inverse"].copy_(inverse)
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:

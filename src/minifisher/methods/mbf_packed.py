@@ -1,4 +1,4 @@
-"""Mini-blocks of rows of their own, small enough to be solved anew in every step: no inverse is kept."""
+"""Mini-blocks that rows do not share, so small that every step factorises them anew and stores no inverse."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedBlocks(FusedCurvature):
-    """Mini-blocks F_b = E[d_b d_b^T] held as lower triangles, direction (F_b + lambda_b I)^-1 m_b.
+    """Mini-blocks F_b = E[d_b d_b^T] stored as packed triangles; the direction is (F_b + lambda_b I)^-1 m_b.
 
-    The same numbers as `MiniBlocks` with `power=1`, inverted after every observation: b (b + 1) / 2 numbers a
-    block of b entries, and one for the layer. lambda_b is `damping`, or relative: that times the mean of the
-    block's and the layer's mean curvature.
+    The same curvature as `MiniBlocks` with `power=1` and an inverse after every observation. It stores
+    b (b + 1) / 2 numbers for a block of b entries, and one number for the layer. lambda_b is `damping`, or
+    with relative damping `damping` times `minifisher.linalg.damping.curvature_scale` of the mean diagonal of
+    the block and of the layer.
     """
 
     reading: BlockReading
@@ -44,11 +45,15 @@ class PackedBlocks(FusedCurvature):
         return packed.Tiling(self.reading)
 
     def shard(self, shape: torch.Size) -> PackedBlocks | None:
-        """Rows are cut anywhere; along a row tiles are whole, or blocks where all of them lie in one tile."""
+        """The same curvature of a piece of the weight; None where its tiles are not those of the whole.
+
+        A piece may have any of the rows. Of each row it must have all, or whole tiles, or whole blocks if the
+        row is one tile.
+        """
         whole, length = self._tiling, shape[1:].numel()
         piece = replace(self, reading=replace(self.reading, rows=shape[0], length=length), shape=shape)
-        unit = self.reading.width * (1 if whole.tiles == 1 else whole.lanes)
-        fits = whole.tiles == 1 or piece._tiling.lanes in (0, whole.lanes)
+        unit = self.reading.width * (1 if whole.tiles == 1 else whole.blocks_per_tile)
+        fits = whole.tiles == 1 or piece._tiling.blocks_per_tile in (0, whole.blocks_per_tile)
         return piece if length == self.reading.length or (length % unit == 0 and fits) else None
 
     def state_axes(self, dimension: int) -> dict[str, int | None]:
@@ -57,7 +62,7 @@ class PackedBlocks(FusedCurvature):
         return {"fisher": axis, "mean": None}
 
     def init(self, layer: Layer) -> State:
-        """`fisher` [rows, tiles, entries, lanes], as `minifisher.kernels.packed` says; `mean`, [1]."""
+        """`fisher` [rows, tiles, entries, blocks], see `minifisher.kernels.packed`, and `mean` [1]."""
         device = layer.weight.device
         state = {"fisher": torch.zeros(self._tiling.shape, dtype=self.dtype, device=device)}
         if self.relative_damping:
@@ -65,7 +70,7 @@ class PackedBlocks(FusedCurvature):
         return state
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
-        """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], over the mini-batch's gradient or over its samples."""
+        """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], of the mini-batch or per-sample gradients."""
         if isinstance(statistics, BatchGradient):
             rows = self._rows(statistics.gradient)
             packed.average(state["fisher"], rows, self._tiling, decay)
@@ -80,7 +85,7 @@ class PackedBlocks(FusedCurvature):
             state["mean"].copy_(self._mean(state, fresh, decay))
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
-        """(1/N) sum_n d_nb d_nb^T, [rows, blocks, b, b]."""
+        """(1/N) sum_n d_nb d_nb^T of every block, [rows, blocks, b, b]."""
         totals = (
             sum_of_outer_products(self.reading.read(gradients, len(self.shape)), shared=False)
             for gradients in samples.gradients()
@@ -89,13 +94,13 @@ class PackedBlocks(FusedCurvature):
 
     @staticmethod
     def _mean_square(rows: Tensor) -> Tensor:
-        """Of D in every layer, [..., 1]."""
+        """The mean of D^2 in every layer, [..., 1], of D [..., rows, length]."""
         leading = rows.shape[:-2]
         return mean_square(rows, leading.numel()).view(*leading, 1)
 
     @staticmethod
     def _mean(state: State, fresh: Tensor, decay: float) -> Tensor:
-        """The layer's mean curvature, [..., 1], after one more observation."""
+        """The new mean of the layer's diagonal, [..., 1]: the average with the one of this observation."""
         return state["mean"].lerp(fresh.to(state["mean"].dtype), 1 - decay)
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
@@ -109,29 +114,33 @@ class PackedBlocks(FusedCurvature):
     def fused_step(
         self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """All of a step in one pass over the weight, where a leaf can."""
+        """`observe`, the first-order step and `precondition` in one pass, where a compiled kernel can."""
         rows = self._rows(gradient)
         means = gradient.new_zeros(1)
         if self.relative_damping:
             means = self._mean(state, self._mean_square(rows), decay)
-        advanced = packed.advance(
+        computed = packed.fused_step(
             state["fisher"],
             rows,
+            first_order.momentum,
+            first_order.second_moment,
             means,
-            first_order,
             self._tiling,
             decay=decay,
             damping=damping,
             relative=self.relative_damping,
+            momentum_decay=first_order.momentum_decay,
+            moment_decay=first_order.second_moment_decay,
+            epsilon=first_order.epsilon,
         )
-        if advanced is None:
+        if computed is None:
             return None
         if self.relative_damping:
             state["mean"].copy_(means)
-        direction, length, first_order_length = advanced
-        return direction.view(gradient.shape), length, first_order_length
+        direction, norm, first_order_norm = computed
+        return direction.view(gradient.shape), norm, first_order_norm.mul_(first_order.scale)
 
     def _rows(self, weight: Tensor) -> Tensor:
-        """[..., *shape] as [..., rows, length]."""
+        """A weight [..., *shape] as [..., rows, length]."""
         leading = weight.shape[: weight.ndim - len(self.shape)]
         return weight.reshape(*leading, self.reading.rows, self.reading.length)

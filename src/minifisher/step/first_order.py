@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import FirstOrderStep
-from minifisher.kernels.choose import advance_adam, fits_compiled
+from minifisher.kernels.choose import adam_step_norm, suits_numba
 from minifisher.kernels.scratch import scratch_like
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ class AdamGraft(Graft):
         """Also V <- beta_2 V + (1 - beta_2) D^2."""
         scale, epsilon = _corrections(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
-        if momentum and isinstance(count, int) and fits_compiled(*tensors):
+        if momentum and isinstance(count, int) and suits_numba(*tensors):
             d, m, v = (tensor.view(lengths, -1) for tensor in tensors)
-            return advance_adam(d, m, v, mu=momentum, decay=ADAM_DECAY, epsilon=epsilon).mul_(scale)
+            norm = adam_step_norm(d, m, v, momentum_decay=momentum, moment_decay=ADAM_DECAY, epsilon=epsilon)
+            return norm.mul_(scale)
         direction = update_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minifisher.kernels.choose import add_scaled
+from minifisher.kernels.choose import subtract_scaled
 from minifisher.step.first_order import graft_length
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Update:
         # Both ways round alike, to the last bit: an eigenbasis of few samples would amplify a difference.
         for parameter, part in pairs:
             if self.is_fused:  # in the threads of the fused kernel, which still hold the cores
-                add_scaled(parameter, part, length, rate)
+                subtract_scaled(parameter, part, length, rate)
             else:
                 parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
