@@ -84,7 +84,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         values = self.bind(arguments, options)
         params = values.pop("params")
         self.check(values)
-        super().__init__(as_groups(params), {**values, "format_version": FORMAT_VERSION})
+        Optimizer.__init__(self, as_groups(params), {**values, "format_version": FORMAT_VERSION})
         self._complete = True
         self._check_estimators({layer: member.group for layer, member in self._enrolled.items()})
         self._arm()

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
-from minifisher.step.first_order import GRAFTS, norms
+from minifisher.step.first_order import GRAFTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,6 +71,7 @@ class LayerStack:
     def __post_init__(self) -> None:
         self.plan: Plan = self.placement.plan
         self.curvature: Curvature = self.plan.curvature
+        self.observes_gradient = self.curvature.needs is BatchGradient
         self.graft = GRAFTS[self.options["graft"]]
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
         self.pieces = [local_part(layer) for layer in self.layers]
@@ -94,10 +95,11 @@ class LayerStack:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
-        if len(tensors) == 1:
-            return local(tensors[0])
-        iterator = iter(tensors)
-        joined = [layer.join([local(next(iterator)) for _ in layer.parameters]) for layer in self.layers]
+        held = [tensor if type(tensor) is Tensor else local(tensor) for tensor in tensors]
+        if len(held) == 1:
+            return held[0]
+        iterator = iter(held)
+        joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack(joined) if len(joined) > 1 else joined[0]
 
     def scatter(self, stack: Tensor) -> list[Tensor]:
@@ -114,20 +116,26 @@ class LayerStack:
     def gradient(self) -> Tensor:
         """D of what is minimised; zero where only the weight or only the bias of a layer has a gradient."""
         gradient = self.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
-        gradient = gradient.to(state_dtype(gradient.dtype))
+        if gradient.dtype == torch.float16:
+            gradient = gradient.to(state_dtype(gradient.dtype))
         gradient = -gradient if self.options["maximize"] else gradient
         return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
+    @property
+    def coupled_decay(self) -> float:
+        """The weight decay that joins the gradient; 0 if it is decoupled."""
+        return 0.0 if self.options["decoupled_weight_decay"] else float(self.options["weight_decay"])
+
     def with_decay(self, gradient: Tensor) -> Tensor:
         """D + weight_decay W, unless the decay is decoupled."""
-        decay = 0.0 if self.options["decoupled_weight_decay"] else self.options["weight_decay"]
+        decay = self.coupled_decay
         return gradient + decay * self.weights() if decay else gradient
 
     def local_parameters(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that has a gradient, as this process holds it, with its part of the stack."""
         for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
             if parameter.grad is not None:
-                yield local(parameter), part
+                yield parameter if type(parameter) is nn.Parameter else local(parameter), part
 
     def per_length(self, numbers: Tensor) -> Tensor:
         """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, 1, ...]."""
@@ -137,10 +145,6 @@ class LayerStack:
         if self.rows is not None:
             shape[0] = self.rows
         return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
-
-    def norm_of(self, stack: Tensor) -> Tensor:
-        """The norm of every layer, or of every row where rows have lengths of their own, as `per_length`."""
-        return self.per_length(norms(stack, self.lengths))
 
     def keep_counts(self) -> None:
         """Write the counts into the optimizer's state."""
@@ -170,7 +174,7 @@ class LayerStack:
         return bool(self.observations) and (self.step % every == 0 or is_first)
 
     def corrected_decay(self) -> float:
-        """The decay that makes the running average free of bias.
+        """The decay for the coming observation, which makes the running average free of bias.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
@@ -182,7 +186,7 @@ class LayerStack:
     def has_statistics(self, samples: Samples) -> bool:
         """Whether the backward pass brought what the curvature needs."""
         needs = self.curvature.needs
-        return needs is BatchGradient or (
+        return self.observes_gradient or (
             needs is not None and all(layer in samples for layer in self.layers)
         )
 
@@ -190,7 +194,7 @@ class LayerStack:
         self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float
     ) -> None:
         """Average the statistics of one backward pass into a state of the stack's shapes."""
-        if curvature.needs is BatchGradient:
+        if self.observes_gradient:
             curvature.observe(state, BatchGradient(gradient), decay)
             return
         for index, layer in enumerate(self.layers):
