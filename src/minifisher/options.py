@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
 else:  # a type checker reads it; at run time it would do nothing
 
-    def dataclass_transform(**_: Any) -> Any:
+    def dataclass_transform(**_: Any) -> Any:  # noqa: D103
         return lambda decorated: decorated
 
 
@@ -362,8 +362,8 @@ class CommonOptions(HasOptions):
     )
     fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(
         default="gradient",
-        meaning="Where the curvature comes from: the mini-batch gradient, or samples with their own labels, with "
-        "labels drawn from the model, or with all labels.",
+        meaning="Where the curvature comes from: the gradient of the mini-batch; or samples, with the labels of "
+        "the data, labels drawn from the model, or all labels.",
     )
     statistics_every: int | None = option(
         default=None, at_least=1, meaning="Steps between statistics (T1); None chooses what is cheap."

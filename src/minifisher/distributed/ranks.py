@@ -68,7 +68,7 @@ class Together:
         samples: Samples,
         decays: Sequence[float | None],
     ) -> bool:
-        """Each rank observes what it saw, and a sum makes it what all saw; False, and no change, if not finite.
+        """Each rank observes its samples, and a sum combines them; False, and no change, if not finite.
 
         If a number is not finite on one rank, the sum is not finite on any rank: all skip the step.
         """

@@ -62,7 +62,7 @@ class LayerStack:
     placement: Placement
     state: State
     entries: list[list[dict[str, Any]]]
-    """The entries in the optimizer's state: of every layer's weight, and of its bias where it is folded in."""
+    """The entries in the optimizer's state: of each layer's weight, and of its bias if it is folded in."""
     step: Any
     """Steps taken so far: an int, or with `capturable` a tensor []."""
     observations: Any
@@ -104,8 +104,6 @@ class LayerStack:
 
     def scatter(self, stack: Tensor) -> list[Tensor]:
         """The inverse of `gather`, as views: one tensor a parameter."""
-        if len(self.parameters) == 1:
-            return [stack]
         parts = stack.unbind() if len(self.layers) > 1 else (stack,)
         return [t for piece, part in zip(self.pieces, parts, strict=True) for t in piece.split(part)]
 
@@ -133,12 +131,13 @@ class LayerStack:
 
     def local_parameters(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that has a gradient, as this process holds it, with its part of the stack."""
-        for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
+        parts = [stack] if len(self.parameters) == 1 else self.scatter(stack)
+        for parameter, part in zip(self.parameters, parts, strict=True):
             if parameter.grad is not None:
                 yield parameter if type(parameter) is nn.Parameter else local(parameter), part
 
     def per_length(self, numbers: Tensor) -> Tensor:
-        """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, 1, ...]."""
+        """Numbers [lengths], one for each length, as a factor of the stack: [] or [layers, rows | 1, 1, ...]."""
         if self.lengths == 1 and self.rows is None:
             return numbers.view(())
         shape = [1] * len(self.layers[0].shape)
@@ -173,11 +172,13 @@ class LayerStack:
         is_first = self.observations == 1 and self.statistics_due
         return bool(self.observations) and (self.step % every == 0 or is_first)
 
-    def corrected_decay(self) -> float:
-        """The decay for the coming observation, which makes the running average free of bias.
+    def corrected_decay(self) -> float | None:
+        """The decay of the coming observation, which makes the running average free of bias; None if none is due.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
+        if self.step % self.plan.statistics_every != 0:
+            return None
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
             return decay
@@ -227,7 +228,7 @@ class LayerStack:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float32 for float16, which cannot hold the square of a gradient, nor a direction; else the dtype itself."""
+    """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

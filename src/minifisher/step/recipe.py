@@ -63,7 +63,11 @@ class Alone:
     ) -> bool:
         """Average this process's statistics in."""
         for stack, gradient, decay in zip(stacks, gradients, decays, strict=True):
-            if self.finite and decay is not None and (stack.observes_gradient or stack.has_statistics(samples)):
+            if (
+                self.finite
+                and decay is not None
+                and (stack.observes_gradient or stack.has_statistics(samples))
+            ):
                 stack.observe(stack.curvature, stack.state, gradient, samples, decay)
                 stack.observations += 1
         return self.finite
@@ -119,7 +123,7 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     rest = [index for index, update in enumerate(fused) if update is None]
     # F <- beta F + (1 - beta) E[d d^T]
     observers = [stacks[index] for index in rest]
-    decays = [stack.corrected_decay() if stack.statistics_due else None for stack in observers]
+    decays = [stack.corrected_decay() for stack in observers]
     if not ranks.average_statistics(observers, [gradients[index] for index in rest], samples, decays):
         return None
     # P <- (F + lambda I)^-power
@@ -128,7 +132,8 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
             stack.curvature.refresh(stack.state, stack.options["damping"])
     # M <- mu M + D, |s|, P M
     updates = [
-        update or compute_direction(*pair) for update, *pair in zip(fused, stacks, gradients, strict=True)
+        update or compute_direction(stack, gradient)
+        for update, stack, gradient in zip(fused, stacks, gradients, strict=True)
     ]
     if not ranks.agree(updates):
         return None
@@ -163,12 +168,13 @@ def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
     """The update by one fused kernel, statistics and momentum included; None where there is none for it."""
     curvature, options, state = stack.curvature, stack.options, stack.state
     assert isinstance(curvature, FusedCurvature)
-    if not stack.observes_gradient or not stack.statistics_due or stack.rows or stack.coupled_decay:
+    decay = stack.corrected_decay()
+    if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
         return None
     first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
     if first_order is None:
         return None
-    fused = curvature.fused_step(state, gradient, stack.corrected_decay(), options["damping"], first_order)
+    fused = curvature.fused_step(state, gradient, decay, options["damping"], first_order)
     if fused is None:
         return None
     direction, norm, first_order_norm = fused
