@@ -1,7 +1,7 @@
 """The functions and files of minifisher that one step passes through: python benchmarks/step_walk.py.
 
-MBF with its defaults, on a network of two Linear layers. Counted are functions, methods and properties that Python
-calls, comprehensions and the code that numba compiled left out. Prints JSON.
+MBF with its defaults, on a network of two Linear layers. It counts functions, methods and properties that
+Python calls, without comprehensions. Prints JSON.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import is_distributed, world_size
 from minifisher.distributed.placement import place_layers
-from minifisher.distributed.ranks import Together, mean_over_ranks, mean_secants, total
 from minifisher.options import CommonOptions, as_groups, check_parameter
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,
@@ -42,6 +41,7 @@ from minifisher.step.layer_stack import (
 )
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
+from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

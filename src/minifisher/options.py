@@ -362,8 +362,8 @@ class CommonOptions(HasOptions):
     )
     fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(
         default="gradient",
-        meaning="Where the curvature comes from: the gradient of the mini-batch; or samples, with the labels of "
-        "the data, labels drawn from the model, or all labels.",
+        meaning="What the curvature is made of: the gradient of the mini-batch; or samples, with the labels "
+        "of the data, with labels drawn from the model, or with all labels.",
     )
     statistics_every: int | None = option(
         default=None, at_least=1, meaning="Steps between statistics (T1); None chooses what is cheap."

@@ -137,7 +137,7 @@ class LayerStack:
                 yield parameter if type(parameter) is nn.Parameter else local(parameter), part
 
     def per_length(self, numbers: Tensor) -> Tensor:
-        """Numbers [lengths], one for each length, as a factor of the stack: [] or [layers, rows | 1, 1, ...]."""
+        """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, ...]."""
         if self.lengths == 1 and self.rows is None:
             return numbers.view(())
         shape = [1] * len(self.layers[0].shape)
@@ -173,7 +173,7 @@ class LayerStack:
         return bool(self.observations) and (self.step % every == 0 or is_first)
 
     def corrected_decay(self) -> float | None:
-        """The decay of the coming observation, which makes the running average free of bias; None if none is due.
+        """The decay of the coming observation, without bias in the running average; None if none is due.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """

@@ -7,7 +7,7 @@
 
 D is the gradient of the mini-batch, d what the curvature reads of it or of its samples, s the first-order
 step. `ranks` says what processes exchange: nothing (`Alone`), or averages, directions and lengths
-(`minifisher.distributed.ranks.Together`).
+(`minifisher.step.together.Together`).
 """
 
 from __future__ import annotations
