@@ -27,9 +27,8 @@ from minifisher.options import (
 from minifisher.reports import Reports
 from minifisher.stacking import add_momentum, form_cohorts, initial_state
 from minifisher.state.checkpoint import FORMAT_VERSION
-from minifisher.statistics.capture import Capture
+from minifisher.statistics.capture import Captures
 from minifisher.statistics.layers import Layer, layer_of, layers_of
-from minifisher.statistics.likelihood import LABELLED
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, predicted_change, within_bounds
@@ -73,7 +72,7 @@ class CurvatureOptimizer(Reports):
         self._seats: dict[Layer, Seat] = {}
         self._active: list[Layer] = []
         self._cohorts: list[Cohort] = []  # of the active layers
-        self._captures: dict[str, Capture] = {}
+        self._captures = Captures({}, 0)
         self._modules: list[nn.Module] = []  # their buffers are kept from a second pass
         check_options(defaults)
         self._complete = False
@@ -143,15 +142,13 @@ class CurvatureOptimizer(Reports):
         if self._complete:
             self._arm()
 
-    def _new_captures(self) -> dict[str, Capture]:
+    def _new_captures(self) -> Captures:
         sources: dict[str, list[Layer]] = defaultdict(list)
         for layer, group in self._layers.items():
             if self._plans[layer].curvature.needs not in (None, BatchGradient):
                 sources[group["fisher"]].append(layer)
-        memory = self.defaults["statistics_memory"]
-        for capture in self._captures.values():
-            capture.release()
-        return {source: Capture(layers, memory, source in LABELLED) for source, layers in sources.items()}
+        self._captures.release()
+        return Captures(sources, self.defaults["statistics_memory"])
 
     # ---- the step ----
 
@@ -248,8 +245,7 @@ class CurvatureOptimizer(Reports):
         return taken % ADAPT_EVERY == 0 and bool(self._adaptive_groups())
 
     def _look_again(self, passes: SecondPass, loss: Any, changes: Changes) -> None:
-        for capture in self._captures.values():
-            capture.disarm()
+        self._captures.disarm()
         loss_after = passes.second()
         with torch.no_grad(), full_precision(self.param_groups):
             secants = passes.secants(loss_scale(self, captured=False))
@@ -271,10 +267,7 @@ class CurvatureOptimizer(Reports):
         Call it between the forward pass and `loss.backward()`; every `.grad` stays untouched. The outputs are
         logits with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        for source, capture in self._captures.items():
-            if source in LABELLED and capture.armed:
-                with torch.enable_grad():
-                    capture.sample(*LABELLED[source](outputs, likelihood))
+        self._captures.draw_labels(outputs, likelihood)
 
     @torch.no_grad()
     def warm_start(
@@ -330,29 +323,18 @@ class CurvatureOptimizer(Reports):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; what the backward passes so far told of samples is forgotten with their gradients."""
         super().zero_grad(set_to_none)
-        for capture in self._captures.values():
-            capture.forget_backward()
+        self._captures.forget_backward()
 
     def _arm(self, always: bool = False) -> None:
         """Put hooks on when the coming step reads statistics, off when it does not."""
-        for capture in self._captures.values():
-            if always or any(self._statistics_due(layer) for layer in capture.layers):
-                capture.arm()
-            else:
-                capture.disarm()
+        self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
         taken: int = self._entry(layer).get("step", 0)
         return taken % self._plans[layer].statistics_every == 0
 
     def _collect(self) -> Samples:
-        collected: Samples = {}
-        for source, capture in self._captures.items():
-            seen = capture.seen
-            samples = capture.collect(loss_scale(self, captured=seen and source == "empirical"))
-            capture.check_heard(samples, source, seen)
-            collected.update(samples)
-        return collected
+        return self._captures.collect(lambda captured: loss_scale(self, captured))
 
     # ---- cohorts ----
 

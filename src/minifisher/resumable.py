@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from minifisher.distributed.collectives import is_distributed
 from minifisher.distributed.placement import Seat, take_seats
 from minifisher.state.checkpoint import indices, merged_groups, read_entries, whole_entries, without_stacks
+from minifisher.statistics.capture import Captures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from minifisher.curvature import Plan
-    from minifisher.statistics.capture import Capture
     from minifisher.statistics.layers import Layer
     from minifisher.step.layer_stack import Cohort
 
@@ -28,7 +28,7 @@ class Resumable(Optimizer, ABC):
     _seats: dict[Layer, Seat]
     _active: list[Layer]
     _cohorts: list[Cohort]
-    _captures: dict[str, Capture]
+    _captures: Captures
 
     @abstractmethod
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
@@ -39,7 +39,7 @@ class Resumable(Optimizer, ABC):
         """Make the state of layers that have none."""
 
     @abstractmethod
-    def _new_captures(self) -> dict[str, Capture]:
+    def _new_captures(self) -> Captures:
         """The captures that the plans need."""
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Resumable(Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_layers" in state:  # a copy, not torch's load_state_dict
-            self._active, self._cohorts, self._captures = [], [], {}
+            self._active, self._cohorts, self._captures = [], [], Captures({}, 0)
             self._seats = self._take_seats(self._plans, self._layers)
             self._captures = self._new_captures()
             self._arm()
