@@ -166,7 +166,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 layers.setdefault(member.group["fisher"], []).append(layer)
         self._captures.release()
         self._captures = Captures(layers, self.defaults["statistics_memory"])
-        self._reads_samples = bool(layers)
+        self._reads_samples = bool(self._captures)
 
     # ---- the step ----
 

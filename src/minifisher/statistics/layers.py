@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,7 @@ class Layer:
     note: str = ""
     """Why only the gradient can be read; empty if samples can be recorded."""
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
         """The weight, and the bias if it is folded in."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
