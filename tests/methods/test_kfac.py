@@ -468,7 +468,7 @@ def test_a_factor_above_max_dim_is_not_formed():
     opt = steps(network(), count=1, max_dim=40)
     wide = {layer.name: layer for layer in opt.describe().layers}["4.weight"]
     assert wide.structure == "first-order step"
-    assert wide.reason == "a factor of 49 is above max_dim=40"
+    assert wide.reason == "a matrix of width 49 is above max_dim=40"
     assert wide.state_bytes == 0
     assert "input_factor" not in opt.state[opt.param_groups[0]["params"][4]]
 
