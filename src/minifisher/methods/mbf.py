@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -104,27 +104,22 @@ class MiniBlocks(Curvature):
         """How many of the first dimensions of the weight number its rows."""
         return next(n for n in range(1, len(self.shape) + 1) if self.shape[:n].numel() == self.reading.rows)
 
-    @cached_property
-    def _averages_mean(self) -> bool:
-        return self.of_piece and self.relative_damping
-
-    @cached_property
-    def _working_dtype(self) -> torch.dtype:
-        return working_dtype(self.dtype)
-
     def init(self, layer: Layer) -> State:
         """`fisher` and its damped `inverse`, [rows | 1, blocks, width, width]; for a piece `mean` [1]."""
         rows = 1 if self.shared else self.reading.rows
         size = (rows, self.reading.blocks, self.reading.width, self.reading.width)
         fisher = torch.zeros(size, dtype=self.dtype, device=layer.weight.device)
         state = {"fisher": fisher, "inverse": torch.zeros_like(fisher)}
-        return {**state, "mean": fisher.new_zeros(1)} if self._averages_mean else state
+        if self.of_piece and self.relative_damping:
+            state["mean"] = fisher.new_zeros(1)
+        return state
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
         """F_b <- decay F_b + (1 - decay) E[d_b d_b^T], of the mini-batch or per-sample gradients."""
         if isinstance(statistics, BatchGradient):
-            rows = self.reading.read(statistics.gradient, len(self.shape)).to(self._working_dtype)
-            if not self._averages_mean:
+            rows = self.reading.read(statistics.gradient, len(self.shape))
+            rows = rows.to(working_dtype(self.dtype))
+            if "mean" not in state:
                 average_outer_products(state["fisher"], rows, self.shared, decay)
                 return
             fresh = outer_products(rows, self.shared)
@@ -132,7 +127,7 @@ class MiniBlocks(Curvature):
             assert isinstance(statistics, LayerSamples)
             fresh = self._second_moment(statistics)
         state["fisher"].lerp_(fresh.to(self.dtype), 1 - decay)
-        if self._averages_mean:
+        if "mean" in state:
             state["mean"].lerp_(self._mean_of_layer(fresh).to(self.dtype), 1 - decay)
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
@@ -156,7 +151,7 @@ class MiniBlocks(Curvature):
 
     def refresh(self, state: State, damping: float) -> None:
         """`inverse` <- (F_b + lambda_b I)^(-power)."""
-        fisher = state["fisher"].to(self._working_dtype)
+        fisher = state["fisher"].to(working_dtype(self.dtype))
         levels = self._damping_levels(fisher, state.get("mean"), damping)
         start = state["inverse"].to(fisher.dtype) if self.inverse == "newton-schulz" else None
         inverse = damped_inverse_power(fisher, levels, self.power, avoid_sync=self.avoid_sync, start=start)
@@ -164,8 +159,9 @@ class MiniBlocks(Curvature):
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(F_b + lambda_b I)^(-power) m_b for every block of every row."""
-        rows = self.reading.read(direction, len(self.shape)).to(self._working_dtype)
-        product = multiply_rows(rows, state["inverse"].to(self._working_dtype))
+        inverse = state["inverse"].to(working_dtype(self.dtype))
+        rows = self.reading.read(direction, len(self.shape)).to(inverse.dtype)
+        product = multiply_rows(rows, inverse)
         return self.reading.write(product, self.shape).to(direction.dtype)
 
     def _damping_levels(self, fisher: Tensor, mean: Tensor | None, damping: float) -> Tensor:
