@@ -68,7 +68,7 @@ def input_moment(samples):
 
 @pytest.mark.parametrize(("memory", "count"), [(None, 1000), (5, 200), (30, 100)])
 @pytest.mark.parametrize("relative", [False, True])
-def test_both_factors_stay_positive_definite_over_a_thousand_pairs(memory, count, relative):
+def test_both_matrices_stay_positive_definite_over_many_pairs(memory, count, relative):
     method, layer = curvature(memory, relative_damping=relative, inverse_every=10**9)
     state = method.init(layer)
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +130,7 @@ def test_a_pair_is_averaged_and_damped_as_published():
 
 
 def published(h, s, y, mu1, mu2):
-    """The two dampings and the update as the published code writes them, on one matrix."""
+    """Double damping and the BFGS update of one matrix, as in the published code."""
     if s @ y <= mu1 * y @ h @ y:
         theta = (1 - mu1) * y @ h @ y / (y @ h @ y - s @ y)
         s = theta * s + (1 - theta) * h @ y
@@ -160,7 +160,7 @@ def test_the_inputs_are_inverted_once_and_then_follow_the_hessian_action():
         torch.testing.assert_close(state["input_inverse"][group], expected)
 
 
-def test_relative_damping_makes_the_direction_free_of_units():
+def test_with_relative_damping_the_direction_does_not_depend_on_units():
     directions = []
     for inputs, gradients in ((1.0, 1.0), (3.0, 7.0)):
         method, layer = curvature(relative_damping=True)
@@ -169,7 +169,7 @@ def test_relative_damping_makes_the_direction_free_of_units():
         method.observe(state, Samples(inputs * samples.inputs, gradients * samples.output_gradients), 0.0)
         method.refresh(state, 0.1)
         generator = torch.Generator().manual_seed(0)
-        for _ in range(3):  # h is not scaled, and so y = G s scales as g^2 does
+        for _ in range(3):  # h is not scaled, so y = G s scales like g^2
             secant = random_secant(generator)
             method.observe(state, Secant(secant.output_change, gradients**2 * secant.gradient_change), 0.9)
             method.refresh(state, 0.1)
@@ -179,8 +179,8 @@ def test_relative_damping_makes_the_direction_free_of_units():
     torch.testing.assert_close(*directions)
 
 
-def test_limited_memory_is_the_dense_matrix_of_the_same_pairs():
-    """As long as no pair has been forgotten; afterwards as the latest ones alone from the same start."""
+def test_the_limited_memory_form_equals_the_dense_matrix_of_the_same_pairs():
+    """While no pair has been dropped; then the oldest pair is dropped first."""
     (dense, layer), (limited, _) = curvature(relative_damping=False), curvature(8, relative_damping=False)
     states = dense.init(layer), limited.init(layer)
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +235,7 @@ def test_stacked_layers_are_refreshed_and_preconditioned_as_single_ones(memory):
 
 
 @pytest.mark.parametrize("memory", [None, 3])
-def test_a_pair_that_is_not_a_number_is_counted_and_changes_nothing(memory):
+def test_a_nan_pair_is_counted_and_changes_nothing(memory):
     method, layer = curvature(memory)
     state = method.init(layer)
     generator = torch.Generator().manual_seed(0)
@@ -253,7 +253,7 @@ def test_a_pair_that_is_not_a_number_is_counted_and_changes_nothing(memory):
     torch.testing.assert_close(output_matrix(method, state), output_matrix(method, before))
 
 
-def test_a_pair_enters_once():
+def test_a_pair_is_used_only_once():
     method, layer = curvature()
     state = method.init(layer)
     method.observe(state, random_samples(), 0.0)
@@ -303,7 +303,7 @@ def per_sample(module, inputs, targets):
 
 @pytest.mark.parametrize("bias_input", ["one", "mean"])
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
-def test_two_published_steps_are_the_formula(method, bias_input):
+def test_two_steps_equal_the_published_formula(method, bias_input):
     module, inputs, targets = problem("linear")
     optimizer = method(module, lr=0.1, damping=0.09, statistics_every=1, bias_input=bias_input, **PUBLISHED)
     last = module[-1]
@@ -336,7 +336,7 @@ def test_two_published_steps_are_the_formula(method, bias_input):
     assert optimizer.diagnostics()["weights"]["2.weight"]["pairs"] == 1
 
 
-def test_the_scale_of_the_loss_leaves_no_trace_in_the_pairs():
+def test_the_scale_of_the_loss_does_not_change_the_steps():
     ends = []
     for scale in (1, 1024):
         module, inputs, targets = problem("linear")
@@ -378,7 +378,7 @@ def test_maximizing_the_negative_loss_is_minimizing_the_loss(method):
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
-def test_the_loss_falls_and_a_checkpoint_goes_on_as_if_nothing_had_happened(method, kind):
+def test_the_loss_falls_and_a_resumed_run_equals_an_uninterrupted_one(method, kind):
     module, inputs, targets = problem(kind)
     optimizer = method(module, lr=1e-2, statistics_every=2)
     losses = [optimizer.step(closure_of(module, optimizer, inputs, targets)).item() for _ in range(20)]
@@ -394,13 +394,13 @@ def test_the_loss_falls_and_a_checkpoint_goes_on_as_if_nothing_had_happened(meth
         assert torch.equal(one, other)
 
 
-def test_diagnostics_count_pairs_and_describe_says_what_has_no_curvature():
+def test_diagnostics_count_pairs_and_describe_names_weights_without_curvature():
     module, inputs, targets = problem("convolution")
     optimizer = KBFGS(module, lr=1e-2, statistics_every=1)
     for _ in range(4):
         optimizer.step(closure_of(module, optimizer, inputs, targets))
     counts = optimizer.diagnostics()["weights"]
-    assert counts["0.weight"]["pairs"] == 3 * 2  # of each group, the last one comes with the next step
+    assert counts["0.weight"]["pairs"] == 3 * 2  # two groups; the latest pair is used in the next step
     assert counts["4.weight"]["pairs"] == 3
     assert 0 <= counts["4.weight"]["damped_pairs"] <= 3
     assert set(counts["2.weight"]) == {"step", "observations"}
@@ -411,7 +411,7 @@ def test_diagnostics_count_pairs_and_describe_says_what_has_no_curvature():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("method", [KBFGS, KBFGSL])
-def test_rounding_before_a_batch_norm_is_no_curvature_and_is_counted(method, dtype):
+def test_rounding_errors_before_a_batch_norm_are_skipped_and_counted(method, dtype):
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(36, 3)
@@ -428,7 +428,7 @@ def test_rounding_before_a_batch_norm_is_no_curvature_and_is_counted(method, dty
     assert not state["gradient_change"].any()
 
 
-def test_limited_memory_takes_wide_outputs_and_neither_takes_wide_inputs():
+def test_max_dim_limits_inputs_and_of_kbfgs_also_outputs():
     module = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 3))
     structures = {
         method: [layer.structure for layer in method(module, max_dim=5).describe().layers]
@@ -448,19 +448,19 @@ def test_limited_memory_takes_wide_outputs_and_neither_takes_wide_inputs():
         ({"adaptive_damping": 2}, "adaptive_damping must be"),
     ],
 )
-def test_what_cannot_be_used_is_named_with_the_cure(options, message):
+def test_invalid_arguments_raise_an_error_with_the_valid_ones(options, message):
     with pytest.raises(ValueError, match=message):
         KBFGSL(nn.Linear(3, 2), **options)
 
 
-def test_bare_tensors_are_refused():
+def test_bare_tensors_raise_an_error_that_asks_for_the_module():
     with pytest.raises(ValueError, match=r"nn\.Module"):
         KBFGS(nn.Linear(3, 2).parameters())
     assert {"kbfgs", "kbfgsl"} <= minifisher.METHODS.keys()
 
 
-def test_the_pairs_of_a_refresh_are_those_of_the_algebra():
-    """Units: in units of the mean of g^2 the pair is damped as published."""
+def test_a_pair_is_damped_in_units_of_the_mean_squared_output_gradient():
+    """With y / mean g^2 in place of y, the pair is damped as published."""
     method, layer = curvature(relative_damping=True)
     state = method.init(layer)
     samples = random_samples()

@@ -1,4 +1,4 @@
-"""KFAC against dense matrices in float64, worked out without the library's normal form."""
+"""KFAC against dense matrices in float64, computed without `LayerSamples`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,13 @@ from tests.helpers import (
     dense_empirical_fisher,
     dense_exact_fisher,
     dense_preconditioner,
-    one_thread,
     problem,
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
 @dataclass(frozen=True, eq=False)
 class Read:
-    """One layer after one step that moved nothing: its curvature, its state, and the dense view of both."""
+    """The curvature and the state of one layer after a step with lr=0, and their dense matrices."""
 
     layer: Layer
     curvature: KroneckerFactors
@@ -69,7 +62,7 @@ def read(case: Problem, likelihood: str = "categorical", steps: int = 1, **optio
 
 
 def calls(case: Problem) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Input and per-sample output gradient of every leaf that is called once: a backward pass a sample."""
+    """The inputs and per-sample output gradients of every leaf, by one backward pass for each sample."""
     seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     leaves = [leaf for leaf in case.module.modules() if not list(leaf.children())]
     for n in range(len(case.inputs)):
@@ -89,7 +82,7 @@ def calls(case: Problem) -> dict[nn.Module, tuple[Tensor, Tensor]]:
 
 
 def patches(leaf: nn.Module, inputs: Tensor) -> Tensor:
-    """[n, groups, s, in + 1]: the convolution with every unit kernel takes one entry out of each patch."""
+    """Patches [n, groups, s, in + 1]; a convolution with a unit kernel reads one entry of each patch."""
     if isinstance(leaf, nn.Linear):
         rows = inputs.flatten(1, -2).unsqueeze(1) if inputs.dim() > 2 else inputs[:, None, None]
     else:
@@ -153,7 +146,7 @@ EVERY = [
     ("weight_sharing", "eigenvalue_correction"), [("expand", False), ("reduce", False), ("expand", True)]
 )
 @pytest.mark.parametrize("name", EVERY)
-def test_chunks_do_not_matter(name, weight_sharing, eigenvalue_correction):
+def test_the_size_of_chunks_changes_nothing(name, weight_sharing, eigenvalue_correction):
     options = {
         "weight_sharing": weight_sharing,
         "eigenvalue_correction": eigenvalue_correction,
@@ -169,9 +162,9 @@ def test_chunks_do_not_matter(name, weight_sharing, eigenvalue_correction):
 # ---- where theory says that it is exact ----
 
 
-# The split of the damping is no part of the theory; EKFAC does not split it.
+# Splitting the damping is an approximation. EKFAC does not split it.
 @pytest.mark.parametrize(("eigenvalue_correction", "damping"), [(False, 0.0), (True, 0.0), (True, 0.1)])
-def test_a_deep_linear_network_has_the_exact_inverse(eigenvalue_correction, damping):
+def test_the_inverse_is_exact_for_a_deep_linear_network(eigenvalue_correction, damping):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 5)).double()
     case = Problem(module, torch.randn(20, 3, dtype=torch.float64), torch.randint(5, (20,)))
@@ -186,7 +179,7 @@ def test_a_deep_linear_network_has_the_exact_inverse(eigenvalue_correction, damp
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
-def test_a_single_sample_has_the_exact_block(likelihood):
+def test_the_block_of_a_single_sample_is_exact(likelihood):
     case = problem("linear", count=1)
     for each in read(case, likelihood, fisher="exact"):
         torch.testing.assert_close(
@@ -199,7 +192,7 @@ def test_a_single_sample_has_the_exact_block(likelihood):
 
 @dataclass(frozen=True)
 class Pairs(LayerSamples):
-    """Every input with every output gradient: independent of each other by construction."""
+    """All pairs of an input and an output gradient, which makes the two independent."""
 
     inputs: Tensor  # [n, in]
     output_gradients: Tensor  # [m, out]
@@ -217,7 +210,7 @@ class Pairs(LayerSamples):
 
 
 @pytest.mark.parametrize("form", [KroneckerFactors, CorrectedFactors])
-def test_independent_inputs_and_output_gradients_make_it_exact(form):
+def test_the_block_is_exact_if_inputs_and_output_gradients_are_independent(form):
     torch.manual_seed(0)
     pairs = Pairs(torch.randn(7, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))
     layer = Layer("weight", torch.zeros(3, 4, dtype=torch.float64))
@@ -243,12 +236,12 @@ def inverse_of(matrix: Tensor, shift: Tensor | float) -> Tensor:
 @pytest.mark.parametrize("relative_damping", [False, True])
 @pytest.mark.parametrize("pi_correction", [False, True])
 @pytest.mark.parametrize("name", ["linear", "conv2d groups", "conv1d"])
-def test_precondition_is_the_dense_preconditioner(name, pi_correction, relative_damping):
+def test_precondition_equals_the_dense_preconditioner(name, pi_correction, relative_damping):
     damping = 0.3
     options = {"pi_correction": pi_correction, "relative_damping": relative_damping, "damping": damping}
     for each in read(problem(name), **options):
         factors = list(zip(each.state["input_factor"], each.state["gradient_factor"], strict=True))
-        # A group is damped by the average of its own mean curvature and the layer's.
+        # The scale of a group is the average of its own mean curvature and that of the layer.
         mean = torch.tensor([[f.trace() / len(f) for f in pair] for pair in factors])
         mean = (mean + mean.mean(0)) / 2
         blocks = []
@@ -262,7 +255,7 @@ def test_precondition_is_the_dense_preconditioner(name, pi_correction, relative_
 
 @pytest.mark.parametrize("relative_damping", [False, True])
 @pytest.mark.parametrize("name", ["linear", "conv2d groups"])
-def test_the_corrected_preconditioner_is_the_dense_one(name, relative_damping):
+def test_the_corrected_preconditioner_equals_the_dense_one(name, relative_damping):
     damping = 0.3
     options = {"eigenvalue_correction": True, "relative_damping": relative_damping, "damping": damping}
     for each in read(problem(name), steps=3, **options):
@@ -286,7 +279,7 @@ def test_power_one_half_is_the_inverse_root():
     )
 
 
-def test_much_damping_leaves_the_direction():
+def test_with_large_damping_the_direction_is_the_momentum():
     damping = 1e12
     for each in read(problem("conv2d groups"), damping=damping, relative_damping=False):
         dense = damping * each.preconditioner(damping)
@@ -326,9 +319,9 @@ def test_a_grouped_convolution_has_the_factors_of_its_parts(form):
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", EVERY)
-def test_the_corrected_diagonal_is_that_of_the_fisher_matrix_in_its_basis(name, weight_sharing):
+def test_the_eigenvalues_are_the_diagonal_of_the_fisher_matrix_in_the_basis(name, weight_sharing):
     case = problem(name)
-    # The first observation has no basis yet; decay 0 forgets it.
+    # The first observation has no basis yet. With decay 0 the second one replaces it.
     layers = read(
         case, eigenvalue_correction=True, steps=2, curvature_decay=0.0, weight_sharing=weight_sharing
     )
@@ -343,7 +336,7 @@ def test_the_corrected_diagonal_is_that_of_the_fisher_matrix_in_its_basis(name, 
 
 
 @pytest.mark.parametrize("name", ["linear on tokens", "conv2d groups"])
-def test_per_sample_gradients_are_formed_few_at_a_time(name, monkeypatch):
+def test_forming_few_per_sample_gradients_at_once_changes_nothing(name, monkeypatch):
     case = problem(name)
     whole = read(case, eigenvalue_correction=True, steps=2)
     monkeypatch.setattr("minifisher.methods.kfac._SCRATCH", 1)
@@ -357,14 +350,14 @@ def block_diagonal(matrix: Tensor, groups: int) -> Tensor:
     return torch.block_diag(*(matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)))
 
 
-def test_before_it_measured_anything_the_correction_is_none():
+def test_before_the_first_measurement_ekfac_equals_kfac():
     damping = 0.3
     options = {"relative_damping": False, "damping": damping}
     for each in read(problem("conv2d groups"), eigenvalue_correction=True, **options):
         torch.testing.assert_close(each.preconditioner(damping), inverse_of(each.dense, damping))
 
 
-def test_a_new_basis_keeps_what_was_measured():
+def test_a_new_basis_keeps_the_measured_correction():
     torch.manual_seed(0)
     layer = Layer("weight", torch.zeros(3, 4, dtype=torch.float64))
     curvature = CorrectedFactors(layer.shape, groups=1, dtype=torch.float64)
@@ -386,7 +379,7 @@ def test_a_new_basis_keeps_what_was_measured():
     state["gradient_factor"].lerp_(other @ other.mT, 0.1)
     curvature.refresh(state, 0.0)
     after = Read(layer, curvature, state)
-    # The old matrix, its Kronecker part replaced by that of the new factors.
+    # The old matrix, with its Kronecker part replaced by that of the new factors.
     old_basis, new_basis = rotation(before), rotation(after)
     kronecker = torch.diag(torch.diagonal(old_basis.T @ after.dense @ old_basis))
     moved = after.dense + old_basis @ (torch.diag(measured.flatten()) - kronecker) @ old_basis.T
@@ -399,7 +392,7 @@ def test_a_new_basis_keeps_what_was_measured():
 
 
 def steps(module: nn.Module, count: int = 3, seed: int = 0, **options) -> KFAC:
-    """A few steps with the labels of the data."""
+    """An optimizer after a few steps with the labels of the data."""
     torch.manual_seed(seed)
     opt = KFAC(module, **{"fisher": "empirical", **options})
     for _ in range(count):
@@ -417,7 +410,7 @@ def network() -> nn.Sequential:
     ).double()
 
 
-def test_one_published_step():
+def test_a_step_equals_the_published_formula():
     case = problem("linear")
     before = [layer.weight.detach().clone() for layer in case.module if isinstance(layer, nn.Linear)]
     first = read(case, relative_damping=False, damping=0.2)[0]
@@ -434,7 +427,7 @@ def test_one_published_step():
     torch.testing.assert_close(linear.weight.detach(), before[0] * 0.95 - 0.5 * step[:, :-1])
 
 
-def test_what_has_no_factors_takes_the_first_order_step_and_is_named():
+def test_a_weight_without_factors_takes_the_first_order_step_and_is_described():
     module = network()
     opt = steps(module, count=0)
     structures = {layer.name: (layer.structure, layer.reason) for layer in opt.describe().layers}
@@ -454,7 +447,7 @@ def test_what_has_no_factors_takes_the_first_order_step_and_is_named():
     torch.testing.assert_close(module[1].weight, twin[1].weight)
 
 
-def test_without_a_graft_what_has_no_factors_takes_the_momentum():
+def test_without_a_graft_a_weight_without_factors_steps_along_the_momentum():
     module = network()
     start = module[1].weight.detach().clone()
     opt = KFAC(module, lr=0.1, graft=None, fisher="empirical")
@@ -468,7 +461,7 @@ def test_a_factor_above_max_dim_is_not_formed():
     opt = steps(network(), count=1, max_dim=40)
     wide = {layer.name: layer for layer in opt.describe().layers}["4.weight"]
     assert wide.structure == "first-order step"
-    assert wide.reason == "a factor of 49 is above max_dim=40"
+    assert wide.reason == "a matrix of width 49 is above max_dim=40"
     assert wide.state_bytes == 0
     assert "input_factor" not in opt.state[opt.param_groups[0]["params"][4]]
 
@@ -498,7 +491,7 @@ def test_kl_clip_bounds_the_divergence_over_all_layers(graft):
     torch.testing.assert_close(tight["1.weight"], free["1.weight"])  # no curvature: not clipped
 
 
-def test_equal_layers_step_together_as_they_step_alone():
+def test_stacked_layers_step_as_single_ones():
     def towers(stacked: bool) -> nn.Module:
         torch.manual_seed(1)
         module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).double()
@@ -515,7 +508,7 @@ def test_equal_layers_step_together_as_they_step_alone():
     torch.testing.assert_close(towers(True).state_dict(), towers(False).state_dict())
 
 
-def test_a_warm_start_has_the_factors_of_the_whole_data():
+def test_a_warm_start_computes_the_factors_of_all_data():
     case = problem("linear", count=6)
     whole = read(case)
     opt = KFAC(case.module, fisher="empirical", statistics_every=3)
@@ -526,7 +519,7 @@ def test_a_warm_start_has_the_factors_of_the_whole_data():
             torch.testing.assert_close(opt.state[each.layer.weight][key], each.state[key])
 
 
-def test_a_resumed_run_goes_on_as_if_never_stopped():
+def test_a_resumed_run_equals_an_uninterrupted_one():
     first, second = network(), network()
     opt = steps(first, count=3, seed=1, eigenvalue_correction=True)
     second.load_state_dict(first.state_dict())
@@ -544,7 +537,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped():
 
 @pytest.mark.parametrize("eigenvalue_correction", [False, True])
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
-def test_it_trains(fisher, eigenvalue_correction):
+def test_the_loss_falls(fisher, eigenvalue_correction):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs = torch.randn(64, 4)
@@ -566,7 +559,9 @@ def test_it_trains(fisher, eigenvalue_correction):
 
 @pytest.mark.parametrize("eigenvalue_correction", [False, True])
 @pytest.mark.parametrize("curvature_dtype", [None, torch.bfloat16])
-def test_half_precision_weights_keep_a_curvature_of_their_own(curvature_dtype, eigenvalue_correction):
+def test_the_curvature_of_half_precision_weights_is_float32_unless_asked_otherwise(
+    curvature_dtype, eigenvalue_correction
+):
     module = nn.Linear(4, 3, dtype=torch.bfloat16)
     opt = KFAC(
         module,
@@ -608,12 +603,12 @@ def test_half_precision_weights_keep_a_curvature_of_their_own(curvature_dtype, e
         (lambda m: m, {"max_dim": 0}, r"max_dim must be a whole number >= 1, or None, got 0"),
     ],
 )
-def test_wrong_arguments_name_the_value_and_the_cure(params, options, message):
+def test_invalid_arguments_raise_an_error_with_the_value(params, options, message):
     with pytest.raises(ValueError, match=message):
         KFAC(params(network()), **options)
 
 
-def test_labels_that_were_never_drawn_are_missed():
+def test_a_step_without_drawn_labels_raises_an_error():
     module = network()
     opt = KFAC(module)
     module(torch.randn(4, 2, 6, 6, dtype=torch.float64)).sum().backward()
@@ -625,7 +620,7 @@ def test_labels_that_were_never_drawn_are_missed():
 
 
 def flattened(each: Read) -> Tensor:
-    """A (x) G in the order weight.flatten(), bias, [d, d]."""
+    """A (x) G, [d, d], with the entries in the order of weight.flatten(), then the bias."""
     indices = torch.arange(each.layer.shape.numel()).view(each.layer.shape)
     order = torch.cat([indices[:, :-1].flatten(), indices[:, -1]])
     return each.dense[order][:, order]
@@ -649,7 +644,7 @@ TOKENS = nn.Sequential(
         (TOKENS, (3, 3)),
     ],
 )
-def test_curvlinops_agrees(module, shape, fisher, theirs, weight_sharing):
+def test_the_factors_equal_those_of_curvlinops(module, shape, fisher, theirs, weight_sharing):
     curvlinops = pytest.importorskip("curvlinops")
     torch.manual_seed(0)
     case = Problem(module.double(), torch.randn(6, *shape, dtype=torch.float64), torch.randint(3, (6,)))

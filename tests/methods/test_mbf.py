@@ -1,4 +1,4 @@
-"""MBF against dense matrices in float64, worked out one sample at a time by plain autograd."""
+"""MBF against dense matrices in float64, computed by autograd one sample at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.helpers import (
 CLOSE = {"rtol": 1e-7, "atol": 1e-12}
 FOREVER = 10**6
 
-# What a user may ask of the blocks: (conv_blocks, share, block_size)
+# (conv_blocks, share, block_size)
 CUTS = [
     ("row", "row", 1000),
     ("row", "layer", 1000),
@@ -47,7 +47,7 @@ def asked(cut):
 
 
 def cut_of(shape, conv_blocks, share, block_size):
-    """Rows, length of a row and width of a block, and whether rows share blocks."""
+    """The number of rows, their length, the width of a block, and whether rows share their blocks."""
     if len(shape) < 2:
         return shape.numel(), 1, 1, False
     if len(shape) > 2 and conv_blocks == "kernel":
@@ -59,7 +59,7 @@ def cut_of(shape, conv_blocks, share, block_size):
 
 
 def expected_blocks(dense, shape, *cut):
-    """Block -> its [rows | 1, width, width] inside the dense matrix of a layer; the last may be narrower."""
+    """For each block of a row, [rows | 1, width, width] from the dense matrix; the last may be narrower."""
     rows, length, width, shared = cut_of(shape, *cut)
     blocks = []
     for start in range(0, length, width):
@@ -70,7 +70,7 @@ def expected_blocks(dense, shape, *cut):
 
 
 def block_diagonal(blocks, rows):
-    """The dense matrix whose diagonal blocks these are, shared ones repeated for every row."""
+    """The dense matrix with these diagonal blocks; shared ones are repeated for every row."""
     each = [[block[r % len(block)] for block in blocks] for r in range(rows)]
     return torch.block_diag(*itertools.chain.from_iterable(each))
 
@@ -89,7 +89,7 @@ def assert_blocks(fisher, expected):
 
 
 def fisher_of(opt, layer, rows=None):
-    """[rows | 1, blocks, width, width] of the state, whichever way it is kept."""
+    """`fisher` of the state as [rows | 1, blocks, width, width], unpacked if it is packed."""
     fisher = opt.state[layer.weight]["fisher"]
     curvature = opt.plan(layer, opt.param_groups[0]).curvature
     if not isinstance(curvature, PackedBlocks):
@@ -108,7 +108,7 @@ def dense_gradient_fisher(layer):
 
 
 def observe_once(case, **options):
-    """An optimizer after one step of no length on the batch."""
+    """An optimizer after one step with lr=0."""
     opt = MBF(case.module, lr=0.0, statistics_every=1, **options)
     case.mean_loss().backward()
     opt.step()
@@ -120,7 +120,7 @@ def observe_once(case, **options):
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("name", NETS)
-def test_gradient_blocks_are_those_of_the_outer_product(name, cut):
+def test_gradient_blocks_are_blocks_of_the_outer_product(name, cut):
     case = problem(name)
     opt = observe_once(case, **asked(cut))
     for layer in layers(case.module):
@@ -132,7 +132,7 @@ def test_gradient_blocks_are_those_of_the_outer_product(name, cut):
 
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("name", NETS)
-def test_empirical_blocks_are_those_of_the_dense_fisher(name, fold_bias):
+def test_empirical_blocks_are_blocks_of_the_dense_fisher(name, fold_bias):
     case = problem(name)
     optimizers = [
         MBF(case.module, lr=0.0, fisher="empirical", fold_bias=fold_bias, statistics_every=1, **asked(cut))
@@ -151,7 +151,7 @@ def test_empirical_blocks_are_those_of_the_dense_fisher(name, fold_bias):
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d stride", "twice on tokens", "tied", "attention"])
-def test_statistics_of_an_independent_per_sample_loop_give_the_same_mean(name):
+def test_shared_blocks_equal_the_mean_of_a_loop_over_samples_and_rows(name):
     case = problem(name)
     opt = observe_once(case, fisher="empirical", **asked(("row", "layer", 3)))
     gradients = per_sample_gradients(case.module, case.loss, case.inputs, case.targets)
@@ -162,7 +162,7 @@ def test_statistics_of_an_independent_per_sample_loop_give_the_same_mean(name):
 
 
 def inject_labels(monkeypatch, labels):
-    """Whatever is drawn, these are the labels of a loss that is summed over samples."""
+    """Replace drawn labels by these, in a loss that is summed over samples."""
     plain = nn.functional.nll_loss
 
     def summed(outputs, _drawn, reduction):
@@ -186,7 +186,7 @@ CLASSIFIERS = {
 
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_sampled_blocks_in_expectation_are_those_of_the_exact_fisher(name, fold_bias, monkeypatch):
+def test_the_expectation_of_sampled_blocks_is_the_exact_fisher(name, fold_bias, monkeypatch):
     torch.manual_seed(0)
     make, shape = CLASSIFIERS[name]
     module, inputs = make().double(), torch.randn(shape, dtype=torch.float64)
@@ -263,7 +263,7 @@ def test_the_average_is_bias_corrected(fisher):
 
 
 @pytest.mark.parametrize("fisher", ["gradient", "empirical"])
-def test_warm_start_averages_over_a_pass_then_goes_on_as_a_plain_average(fisher):
+def test_a_warm_start_averages_over_all_batches_and_later_steps_decay_that_average(fisher):
     case = problem("linear", count=6)
     opt = MBF(
         case.module,
@@ -276,7 +276,7 @@ def test_warm_start_averages_over_a_pass_then_goes_on_as_a_plain_average(fisher)
     loader = [(case.inputs[:2], case.targets[:2]), (case.inputs[2:], case.targets[2:])]
     before = copy.deepcopy(case.module.state_dict())
     opt.warm_start(case.module, loader, case.loss)
-    twin = problem("linear", count=6)  # unseen by the hooks of the optimizer
+    twin = problem("linear", count=6)  # has no hooks of the optimizer
     layer, own = layers(case.module)[0], layers(twin.module)[0]
 
     def dense(inputs, targets):
@@ -296,7 +296,7 @@ def test_warm_start_averages_over_a_pass_then_goes_on_as_a_plain_average(fisher)
     assert_blocks(fisher_of(opt, layer), expected)
 
 
-def test_a_small_statistics_memory_splits_the_batch_and_changes_nothing():
+def test_the_statistics_memory_changes_nothing():
     for name in ("linear on tokens", "conv2d unequal", "conv2d depthwise", "twice", "conv3d"):
         case = problem(name, count=7)
         optimizers = [
@@ -316,7 +316,7 @@ def test_a_small_statistics_memory_splits_the_batch_and_changes_nothing():
 
 
 def dense_preconditioners(opt, module, fold_bias=False):
-    """Layer -> [d, d], measured: the steps that unit gradients make (graft=None, momentum=0, lr=1)."""
+    """Layer -> [d, d], whose columns are the steps of unit gradients (graft=None, momentum=0, lr=1)."""
     found = {layer: [] for layer in layers(module, fold_bias)}
     sizes = {layer: layer.shape.numel() for layer in found}
     for index in range(max(sizes.values())):
@@ -350,7 +350,7 @@ def damped_powers(blocks, dampings, exponent):
 
 
 def relative(blocks, shape, damping):
-    """Damping of every block [rows | 1]: half of the block's mean curvature plus half of the layer's."""
+    """For each block of a row, [rows | 1]: `damping` times the average of two means, of block and layer."""
     diagonals = [block.diagonal(dim1=1, dim2=2) for block in blocks]
     layer = torch.cat([d.flatten() for d in diagonals]).mean()
     return [damping * (d.mean(1) + layer) / 2 for d in diagonals]
@@ -396,7 +396,7 @@ def test_the_direction_is_the_damped_power_of_every_block(cut, relative_damping,
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "attention"])
-def test_a_damping_beyond_all_curvature_leaves_the_momentum(name):
+def test_with_large_damping_the_direction_is_the_momentum(name):
     case = problem(name)
     opt = MBF(case.module, lr=1e9, damping=1e9, relative_damping=False, graft=None, statistics_every=1)
     before = {p: p.detach().clone() for p in case.module.parameters()}
@@ -406,14 +406,14 @@ def test_a_damping_beyond_all_curvature_leaves_the_momentum(name):
         torch.testing.assert_close(old - parameter.detach(), parameter.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_a_dead_unit_is_damped_as_its_layer_is_and_does_not_move():
+def test_a_dead_unit_does_not_move_and_is_damped_like_its_layer():
     weight = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
     opt = MBF([weight], share="row", block_size=3, lr=1.0, graft=None)
     weight.grad = torch.randn(4, 3, dtype=torch.float64)
     weight.grad[2] = 0
     opt.step()
     assert torch.equal(weight[2], torch.ones(3, dtype=torch.float64))
-    weight.grad[2] = 1e-3  # it wakes up before the next statistics
+    weight.grad[2] = 1e-3  # its first gradient comes before the next statistics
     opt.step()
     assert (weight[2] - 1).abs().max() < 1
 
@@ -470,7 +470,7 @@ def test_power_one_half_with_one_by_one_blocks_is_adam():
     share=st.sampled_from(["row", "layer"]),
     conv_blocks=st.sampled_from(["row", "kernel"]),
 )
-def test_any_shape_any_cut_is_the_dense_formula(shape, width, share, conv_blocks):
+def test_the_direction_equals_the_dense_formula_for_any_shape_and_cut(shape, width, share, conv_blocks):
     weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     cut = (conv_blocks, share, width)
     options = {"momentum": 0.0, "graft": None, "damping": 0.3, "relative_damping": False}
@@ -487,7 +487,7 @@ def test_any_shape_any_cut_is_the_dense_formula(shape, width, share, conv_blocks
     torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_blocks_as_wide_as_a_row_are_no_cut():
+def test_a_block_size_above_the_length_of_a_row_does_not_cut():
     results = []
     for width in (7, 8, 1000):
         case = problem("linear", seed=1)
@@ -516,13 +516,13 @@ RECIPES = {
 
 
 def refreshes(step, statistics_every, inverse_every):
-    """Whether inverses are recomputed in this step: early on with every observation (published)."""
+    """Whether inverses are recomputed in this step; as published, at first with every observation."""
     return step % (statistics_every if step < inverse_every else inverse_every) == 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
-def test_steps_equal_the_formula_worked_out_densely(name, recipe):
+def test_steps_equal_the_dense_formula(name, recipe):
     case, twin = problem(name), problem(name)
     cut = ("kernel", "row", 3)
     options = {
@@ -577,7 +577,7 @@ def test_steps_equal_the_formula_worked_out_densely(name, recipe):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
-def test_a_batch_with_every_sample_twice_is_the_same_batch():
+def test_a_batch_with_every_sample_twice_gives_the_same_steps():
     results = []
     for repeats in (1, 2):
         case = problem("conv2d padding")
@@ -592,7 +592,7 @@ def test_a_batch_with_every_sample_twice_is_the_same_batch():
 
 
 @pytest.mark.parametrize("share", [None, "layer"])
-def test_kernel_blocks_are_never_shared_and_the_description_says_that_sharing_is_for_rows(share):
+def test_kernel_blocks_are_never_shared_and_describe_says_so(share):
     network = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.Flatten(), nn.Linear(12, 4, bias=False))
     kernels, rows = MBF(network, conv_blocks="kernel", share=share).describe().layers
     assert (kernels.structure, kernels.blocks) == ("kernel blocks", 6)
@@ -601,7 +601,7 @@ def test_kernel_blocks_are_never_shared_and_the_description_says_that_sharing_is
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_half_precision_is_damped_by_its_rounding(dtype):
+def test_curvature_in_half_precision_is_damped_by_its_rounding_error(dtype):
     weight = nn.Parameter(torch.zeros(64, 32))
     opt = MBF([weight], lr=0.0, damping=1e-6, curvature_dtype=dtype, statistics_every=1)
     generator = torch.Generator().manual_seed(0)

@@ -7,18 +7,11 @@ import torch
 from torch import nn
 
 from minifisher import TNT
-from minifisher.linalg.modes import TensorReading
-from minifisher.methods.mode_factors import outer_product_moments
 from minifisher.statistics.layers import layer_of
 from minifisher.statistics.likelihood import sampled_loss
 from minifisher.statistics.records import BatchGradient, LayerSamples
 from tests.helpers import NETS, dense_preconditioner, joined, per_sample_gradients, problem
-
-
-def moment(tensor: torch.Tensor, mode: int) -> torch.Tensor:
-    """mat_i mat_i^T, entry by entry."""
-    slices = list(tensor.unbind(mode))
-    return torch.stack([torch.stack([(a * b).sum() for b in slices]) for a in slices])
+from tests.methods.weights_as_tensors import moment
 
 
 def modes(weight: torch.Tensor) -> torch.Tensor:
@@ -27,13 +20,13 @@ def modes(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Given(LayerSamples):
-    """Per-sample gradients [N, *shape] that are known."""
+    """Samples with given per-sample gradients, [N, *shape]."""
 
     def __init__(self, gradients: torch.Tensor) -> None:
         self.all, self.count = gradients, len(gradients)
 
     def chunks(self):
-        for gradient in self.all:  # one position an output, whose input is a unit vector
+        for gradient in self.all:  # one position for each row; its input is a unit vector
             rows = gradient.reshape(gradient.shape[0], -1)
             yield rows[None, None], torch.eye(len(rows), dtype=rows.dtype)[None, None]
 
@@ -51,7 +44,7 @@ def curvature_of(shape: tuple[int, ...], **options: object):
 # ---- what is measured ----
 
 
-def test_the_exact_estimator_needs_samples():
+def test_the_exact_estimator_needs_per_sample():
     with pytest.raises(ValueError, match="per_sample=True"):
         TNT(nn.Linear(3, 2), fisher="exact")
     TNT(nn.Linear(3, 2), fisher="exact", per_sample=True)
@@ -95,7 +88,7 @@ def check_factors(optimizer: TNT, layer, own: torch.Tensor, max_dim: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["linear", "linear on tokens", "conv2d groups"])
-def test_the_gradient_is_that_of_the_mean_loss_for_sampled_labels(name):
+def test_factors_are_those_of_the_mean_loss_with_sampled_labels(name):
     one = problem(name)
     optimizer = TNT(one.module, statistics_every=1, curvature_decay=0.0)
     outputs = one.module(one.inputs).flatten(1)
@@ -112,16 +105,6 @@ def test_the_gradient_is_that_of_the_mean_loss_for_sampled_labels(name):
         torch.testing.assert_close(optimizer.state[weight]["factor_0"][0], moment(modes(gradient), 0))
 
 
-@pytest.mark.parametrize("widths", [(4, 6), (2, 3), (3, 4)])
-def test_moments_of_outer_products_equal_those_of_the_products(widths):
-    reading = TensorReading((4, 6), widths)
-    left, right = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
-    blocks = reading.read(torch.einsum("ni,nj->nij", left, right), 2)
-    result = outer_product_moments(reading, left, right)
-    torch.testing.assert_close(result[0], torch.einsum("nbij,nbkj->bik", blocks, blocks))
-    torch.testing.assert_close(result[1], torch.einsum("nbij,nbik->bjk", blocks, blocks))
-
-
 # ---- the covariance ----
 
 
@@ -135,7 +118,7 @@ def tensor_normal(shape: tuple[int, ...], count: int) -> tuple[torch.Tensor, lis
     for factor in factors:
         noise = torch.tensordot(
             noise, factor, dims=([1], [1])
-        )  # the new mode comes last: K turns restore the order
+        )  # the product becomes the last mode; after K products the order is restored
     return noise, [factor @ factor.T for factor in factors]
 
 
@@ -193,7 +176,7 @@ def test_the_direction_equals_the_dense_inverse(shape, limit, K, relative):
     torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_the_direction_works_on_stacks():
+def test_stacked_layers_are_preconditioned_as_single_ones():
     curvature, layer = curvature_of((5, 7), max_dim=3)
     gradients = torch.randn(2, 5, 7, dtype=torch.float64)
     stack = {name: torch.stack((value, value)) for name, value in curvature.init(layer).items()}
@@ -207,7 +190,7 @@ def test_the_direction_works_on_stacks():
         torch.testing.assert_close(together[index], curvature.precondition(state, gradients[index], 0.1))
 
 
-def test_a_dead_block_stays_finite():
+def test_a_block_without_gradient_is_damped_like_its_layer():
     curvature, layer = curvature_of((4, 4), max_dim=2)
     gradient = torch.randn(4, 4, dtype=torch.float64)
     gradient[:2] = 0
@@ -217,7 +200,7 @@ def test_a_dead_block_stays_finite():
     direction = curvature.precondition(state, gradient, 0.1)
     assert torch.isfinite(direction).all()
     dead, live = state["inverse_0"][0].diagonal(), state["inverse_0"][-1].diagonal()
-    assert (dead < 100 * live.max()).all()  # damped as its layer is, not as its own nothing would be
+    assert (dead < 100 * live.max()).all()  # not damped relative to its own curvature, which is zero
 
 
 # ---- what a user sees ----
@@ -235,12 +218,12 @@ def test_a_folded_bias_is_one_more_input():
     torch.testing.assert_close(optimizer.state[layer.weight]["factor_1"][0], expected)
 
 
-def test_bare_tensors_are_refused_with_the_cure():
+def test_bare_tensors_raise_an_error_that_asks_for_the_module():
     with pytest.raises(ValueError, match=r"looks inside the backward pass .* pass the nn.Module"):
         TNT([torch.zeros(3, 4, requires_grad=True)])
 
 
-def test_describe_says_what_only_the_gradient_is_read_of():
+def test_describe_names_weights_that_only_the_gradient_is_read_of():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     rows = {row.name: row.reason for row in TNT(module).describe().layers}
     assert "gradient" not in rows["0.weight"]
@@ -248,7 +231,7 @@ def test_describe_says_what_only_the_gradient_is_read_of():
     assert "only its gradient is read" in rows["0.bias"]
 
 
-def test_it_trains_with_its_defaults():
+def test_the_loss_falls_with_the_defaults():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     inputs = torch.randn(60, 1, 4, 4)

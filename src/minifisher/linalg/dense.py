@@ -8,7 +8,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from minifisher.linalg.damping import LEAST_SCALE
 
-NO_CURVATURE = LEAST_SCALE  # until every method calls minifisher.linalg.damping
 
 _MOST_ATTEMPTS = 6  # the added damping grows tenfold each time, to eps * 1e5 of the mean diagonal
 

@@ -1,80 +1,64 @@
-"""K-BFGS: the inverse Hessian of a layer as a Kronecker product of two BFGS matrices.
+"""K-BFGS: the inverse Hessian matrix of a layer as the Kronecker product of two BFGS matrices.
 
 Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
-NeurIPS 2020, arXiv 2006.08877. Convolutions follow KFAC's patches, which is our reading: see docs/methods.md.
+NeurIPS 2020, arXiv 2006.08877. The patches of convolutions are those of KFAC, which is our reading: see
+docs/methods.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from minifisher.curvature import Curvature, Plan, no_curvature
-from minifisher.linalg.bfgs import (
-    bfgs_update,
-    dot,
-    double_damped,
-    reciprocal,
-    times,
-    unit,
-)
-from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, inverse_power, working_dtype
-from minifisher.optimizer import CurvatureOptimizer
+from minifisher.linalg.bfgs import bfgs_update, dot, double_damped, reciprocal, times, unit
+from minifisher.linalg.dense import add_to_diagonal, inverse_power
+from minifisher.methods.choices import curvature_dtype
+from minifisher.methods.kronecker import KroneckerCurvature, KroneckerOptimizer, scale_of_groups
 from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Secant, Statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.curvature import State
+    from minifisher.curvature import Plan, State
     from minifisher.statistics.layers import Layer
 
-# What is chosen where the user says nothing; docs/methods.md has the measurements.
+# Defaults; docs/methods.md has the measurements.
 _STATISTICS_EVERY = 4
 _INVERSE_EVERY = 20
-# What rounding leaves of a mean of zero, in units of eps and the root mean square: up to 1.4 was measured.
-_ROUNDINGS = 4
+# The mean of numbers that sum to zero is a rounding error, in float arithmetic up to 1.4 eps times their root
+# mean square (measured). Anything below this many eps is taken for such an error.
+_ROUNDING_ERRORS = 4
 
 
 @dataclass(frozen=True)
-class KroneckerBFGS(Curvature):
-    """H = H_a (x) H_g for each group of a layer; direction H_g M H_a.
+class KroneckerBFGS(KroneckerCurvature):
+    """The inverse Hessian H = H_a (x) H_g of each group of a layer; the direction is H_g M H_a.
 
-    H_a: the inverse of A + gamma_A I with A = E[(1/N) sum_ns a_ns a_ns^T], exact at first and then by BFGS on
-    the Hessian action s = H_a v, y = (A + gamma_A I) s, v = mean a (2020, Section 3); the input of a folded
-    bias counts in v as the 1 that it is, or `averages_bias` (published code) as the mean of the others.
-    H_g: BFGS on averages of s = mean h' - mean h and y = mean g' - mean g, double damped (Section 4), with
-    mu2 = sqrt(lambda). Relative: gamma_A is sqrt(lambda) times the mean of A's diagonal, and y is measured
-    in units of the mean of g^2, whose inverse H_g starts from; absolute (published): 1 for both.
+    H_a approximates (A + gamma_A I)^-1, A = E[(1/N) sum_ns a_ns a_ns^T]. It is exact at first, and later
+    updated by BFGS with s = H_a v, y = (A + gamma_A I) s, v = mean a (2020, Section 3). In v, the input of a
+    folded bias is 1, or with `averages_bias` the mean of the other inputs (published code).
+
+    H_g is updated by BFGS with the averages of s = mean h' - mean h and y = mean g' - mean g. Pairs are
+    double damped, with mu2 = sqrt(lambda) (Section 4).
+
+    Absolute damping, as published: gamma_A = sqrt(lambda), and H_g starts from I. Relative: gamma_A is
+    sqrt(lambda) times the mean of A's diagonal, H_g starts from I / mean g^2, and y / mean g^2 takes the
+    place of y in the conditions of double damping.
     """
 
     needs = Secant
     averages = ("input_moment", "input_mean", "gradient_moment")
-
-    shape: torch.Size  # [out, ...], of the layer
-    groups: int
-    dtype: torch.dtype
-    relative_damping: bool = True
-    mu1: float = 0.2
-    inverse_every: int = 20  # refreshes, between which H_a is updated
-    averages_bias: bool = False
-
     structure: ClassVar[str] = "Kronecker BFGS"
 
-    @property
-    def block_shape(self) -> tuple[int, int]:
-        """Outputs and inputs of one group; a folded bias is an input."""
-        return self.shape[0] // self.groups, self.shape[1:].numel()
-
-    @property
-    def widest(self) -> int:
-        """The largest matrix."""
-        return max(self.block_shape)
+    mu1: float = 0.2
+    inverse_every: int = 20  # refreshes between two exact H_a
+    averages_bias: bool = False
 
     def init(self, layer: Layer) -> State:
-        """A, mean g^2, s and y are averaged, v is the latest; the inverses are made of them."""
+        """Averages of A, g^2, s and y; the latest v; H_a and H_g; and counts."""
         outputs, inputs = self.block_shape
         state = {
             "input_moment": self._zeros(layer, inputs, inputs),
@@ -93,13 +77,10 @@ class KroneckerBFGS(Curvature):
         outputs, _ = self.block_shape
         return {"output_inverse": self._zeros(layer, outputs, outputs)}
 
-    def _zeros(self, layer: Layer, *size: int) -> Tensor:
-        return layer.weight.new_zeros((self.groups, *size), dtype=self.dtype)
-
     # ---- observe ----
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
-        """A, mean g^2, s and y <- decay X + (1 - decay) X_new; v is the latest."""
+        """X <- decay X + (1 - decay) X_new for A, mean g^2, s and y; v is replaced."""
         if isinstance(statistics, LayerSamples):
             self._observe_samples(state, statistics, decay)
         else:
@@ -133,21 +114,21 @@ class KroneckerBFGS(Curvature):
 
     @staticmethod
     def _above_rounding(state: State, gradient_change: Tensor) -> Tensor:
-        """Whether y, a difference of means of g, is more than rounding leaves of such sums.
+        """Whether any y is more than the rounding error of a mean of g.
 
-        Before a batch norm it is not: no change of the mean output passes, so that mean g is 0.
+        Before a batch norm it is not. The loss does not depend on the mean output there, so mean g is 0.
         """
-        level = _ROUNDINGS * torch.finfo(gradient_change.dtype).eps * state["gradient_moment"].sqrt()
+        level = _ROUNDING_ERRORS * torch.finfo(gradient_change.dtype).eps * state["gradient_moment"].sqrt()
         return (gradient_change.square().mean(-1).sqrt() > level).any()
 
     # ---- refresh ----
 
     def refresh(self, state: State, damping: float) -> None:
-        """One BFGS update of H_a and one of H_g; at first and every `inverse_every` times H_a is exact."""
+        """Update H_a and H_g by BFGS; the first time, and then every `inverse_every` times, H_a is exact."""
         refreshes = int(state["refreshes"].flatten()[0])
         root = damping**0.5
         self._refresh_inputs(state, root, refreshes % self.inverse_every == 0)
-        scale = self._unit_of(state["gradient_moment"])
+        scale = self._scale(state["gradient_moment"])
         if not refreshes:
             self._start_outputs(state, scale)
         self._refresh_outputs(state, root, scale)
@@ -155,8 +136,8 @@ class KroneckerBFGS(Curvature):
 
     def _refresh_inputs(self, state: State, root: float, exactly: bool) -> None:
         mean_diagonal = state["input_moment"].diagonal(dim1=-2, dim2=-1).mean(-1)
-        shift = root * self._unit_of(mean_diagonal)
-        damped = add_to_diagonal(state["input_moment"], shift.unsqueeze(-1))
+        level = root * self._scale(mean_diagonal)
+        damped = add_to_diagonal(state["input_moment"], level.unsqueeze(-1))
         inverse = state["input_inverse"]
         if exactly:
             inverse.copy_(inverse_power(damped, 1.0))
@@ -165,7 +146,7 @@ class KroneckerBFGS(Curvature):
             _keep_finite(inverse, bfgs_update(inverse, *unit(change, times(damped, change))))
 
     def _refresh_outputs(self, state: State, root: float, scale: Tensor) -> None:
-        """One pair into H_g, double damped in units of `scale` [..., groups]."""
+        """Update H_g by the pair, which is double damped in units of `scale`, [..., groups]."""
         units = scale.unsqueeze(-1)
         new = state["pair_is_new"][..., None, None]
         s, y = unit(state["output_change"] * new, state["gradient_change"] * new)
@@ -178,11 +159,8 @@ class KroneckerBFGS(Curvature):
         state["skipped_pairs"] += (known & ~taken).sum(-1)
         state["pair_is_new"].zero_()
 
-    def _unit_of(self, means: Tensor) -> Tensor:  # [..., groups]
-        """Relative: the average of the group's mean and the layer's; absolute: 1."""
-        if not self.relative_damping:
-            return torch.ones_like(means)
-        return (0.5 * (means + means.mean(-1, keepdim=True))).clamp_min(NO_CURVATURE)
+    def _scale(self, means: Tensor) -> Tensor:  # [..., groups]
+        return scale_of_groups(means) if self.relative_damping else torch.ones_like(means)
 
     def _start_outputs(self, state: State, scale: Tensor) -> None:
         """H_g = I / scale."""
@@ -190,7 +168,7 @@ class KroneckerBFGS(Curvature):
         state["output_inverse"].diagonal(dim1=-2, dim2=-1).copy_(1 / scale.unsqueeze(-1))
 
     def _learn(self, state: State, change: Tensor, gradient_change: Tensor, scale: Tensor) -> Tensor:
-        """The pair into H_g; which were taken, [..., groups]."""
+        """Update H_g by a pair; returns where it was used, [..., groups]."""
         updated = bfgs_update(state["output_inverse"], change, gradient_change)
         finite = _keep_finite(state["output_inverse"], updated)
         return finite & (reciprocal(change, gradient_change).squeeze(-1) > 0)
@@ -199,8 +177,7 @@ class KroneckerBFGS(Curvature):
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """H_g M H_a."""
-        leading = direction.shape[: direction.ndim - len(self.shape)]
-        matrix = direction.reshape(*leading, self.groups, *self.block_shape).to(self.dtype)
+        matrix = self._read(direction).to(self.dtype)
         product = self._times_outputs(state, matrix) @ state["input_inverse"]
         return product.reshape(direction.shape).to(direction.dtype)
 
@@ -210,94 +187,95 @@ class KroneckerBFGS(Curvature):
 
 
 def _keep_finite(inverse: Tensor, updated: Tensor) -> Tensor:
-    """The update in place where all of it is finite, and where that is, [..., groups]."""
+    """Replace each matrix by its update if that is finite; returns where it is, [..., groups]."""
     finite = torch.isfinite(updated).all(-1).all(-1)
     inverse.copy_(torch.where(finite[..., None, None], updated, inverse))
     return finite
 
 
-class KroneckerBFGSOptimizer(CurvatureOptimizer):
-    """What KBFGS and KBFGSL share: the choice between a BFGS curvature and the first-order step."""
+class KroneckerBFGSOptimizer(KroneckerOptimizer):
+    """The options and the plan of KBFGS and KBFGSL."""
 
-    folds = ("linear", "convolution")
-    estimators = ("empirical",)  # secants and inputs come from the training loss's own backward pass
+    estimators = ("empirical",)  # the second pass repeats the training loss
 
     curvature_decay: float = option(default=0.9)
     damping: float = option(default=1.0)
     fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(default="empirical", init=False)
-    fold_bias: bool = option(default=True)
-    mu1: float = option(default=0.2, at_least=0, below=1, meaning="Threshold of the first damping of pairs.")
+    mu1: float = option(
+        default=0.2,
+        at_least=0,
+        below=1,
+        meaning="A pair is damped where s^T y < mu1 y^T H_g y (the first of the two dampings).",
+    )
     bias_input: Literal["one", "mean"] = option(
-        default="one", meaning="The input of a folded bias in the mean input: 1, or the mean of the others."
+        default="one",
+        meaning='Input of a folded bias in the mean input v: "one", its value, or "mean", the mean of the '
+        "other inputs, as in the published code.",
     )
-    max_dim: int | None = option(
-        default=8192, at_least=1, meaning="A layer with a wider matrix takes the first-order step."
-    )
-
-    def _curvature(self, common: dict[str, Any], options: dict[str, Any]) -> KroneckerBFGS:
-        return KroneckerBFGS(**common)
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """Two BFGS matrices where the samples of a layer can be read, else the first-order step."""
-        if not layer.reads_samples:
-            return no_curvature(layer.note)
-        every = options["statistics_every"] or _STATISTICS_EVERY
+        """Two BFGS matrices, or the first-order step if a layer has no samples or too wide matrices."""
+        plan = super().plan(layer, options)
+        if not isinstance(plan.curvature, KroneckerBFGS):
+            return plan
         inverse_every = options["inverse_every"] or _INVERSE_EVERY
-        common = {
+        return replace(plan, reason=f"{plan.reason}; H_a inverted every {inverse_every} steps")
+
+    def _schedule(self, options: dict[str, Any]) -> tuple[int, int]:
+        """Every observation is followed by an update of H_a and H_g."""
+        every: int = options["statistics_every"] or _STATISTICS_EVERY
+        return every, every
+
+    def _curvature(self, layer: Layer, options: dict[str, Any]) -> KroneckerBFGS:
+        return KroneckerBFGS(**self._fields(layer, options))
+
+    def _fields(self, layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
+        if options["curvature_dtype"] == torch.bfloat16:
+            raise ValueError(
+                "curvature_dtype of a BFGS matrix must be float32, float64 or None, got bfloat16: rounded to "
+                "it, the matrix would not stay positive definite"
+            )
+        updates_every, _ = self._schedule(options)
+        return {
             "shape": layer.shape,
             "groups": layer.groups,
-            "dtype": _dtype(layer, options["curvature_dtype"]),
+            "dtype": curvature_dtype(layer, options),
             "relative_damping": options["relative_damping"],
             "mu1": options["mu1"],
-            "inverse_every": max(1, inverse_every // every),
+            "inverse_every": max(1, (options["inverse_every"] or _INVERSE_EVERY) // updates_every),
             "averages_bias": layer.bias is not None and options["bias_input"] == "mean",
         }
-        curvature = self._curvature(common, options)
-        outputs, inputs = curvature.block_shape
-        if curvature.widest > (options["max_dim"] or curvature.widest):
-            return no_curvature(f"a matrix of {curvature.widest} is above max_dim={options['max_dim']}")
-        reason = f"inputs {inputs}, outputs {outputs}; H_a inverted every {inverse_every} steps"
-        return Plan(curvature, curvature.structure, reason, layer.groups, outputs * inputs, every, every)
 
 
 class KBFGS(KroneckerBFGSOptimizer):
-    """Kronecker-factored BFGS: W <- W - lr H_g M H_a for every layer, without a Fisher matrix of the outputs.
+    """Kronecker-factored BFGS: W <- W - lr H_g M H_a, with BFGS matrices for the two sides of a layer.
 
-    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877. For a Linear W [out, in] (a bias folded in is one more
-    input), with inputs a, outputs h = W a and output gradients g of the samples:
+    For W [out, in] of a Linear, with inputs a, outputs h = W a and output gradients g of the samples:
 
-        A <- beta A + (1 - beta) mean a a^T             # [in, in]
-        H_a ~ (A + gamma_A I)^-1                        # [in, in], BFGS on s = H_a v, y = (A + gamma_A I) s
-        s, y: averages of mean h' - mean h, mean g' - mean g    # [out], ' is after the step
+        A <- beta A + (1 - beta) mean a a^T                         # [in, in]
+        H_a ~ (A + gamma_A I)^-1                                    # [in, in]
+              updated by BFGS with v = mean a, s = H_a v, y = (A + gamma_A I) s
+        s, y: averages of mean h' - mean h and mean g' - mean g     # [out], ' means after the step
         H_g <- (I - s y^T / s^T y) H_g (I - y s^T / s^T y) + s s^T / s^T y    # [out, out]
 
-    A convolution reads as KFAC's patches: A sums over positions, s and y are means over them (our reading);
-    with groups, every group has its own pair of matrices. All else takes the graft's first-order step.
+    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877; the published algorithm as arguments: docs/methods.md. A
+    convolution is read as in KFAC: A sums over positions, s and y are means over them (our reading). Each
+    group of a grouped convolution has its own two matrices. Every other weight takes the first-order step.
 
-    `step(closure)` is needed: after the step it evaluates the closure again, on the same mini-batch. That
-    second pass leaves `.grad` of the parameters, the module's buffers (running statistics of batch norm) and
-    torch's random numbers as the first one left them, and draws the same dropout masks; whatever else the
-    closure does (fetch the next batch, write a log) happens twice. Pairs whose s^T y would break positive
-    definiteness are damped twice (`mu1`, and mu2 = sqrt(lambda)); none is dropped in silence: `diagnostics()`
-    counts pairs, damped_pairs and skipped_pairs (not a number, no curvature left, or y lost in rounding, as
-    before a batch norm) for each weight.
+    `step` needs a closure. After the step it calls the closure again, on the same mini-batch. This second
+    pass restores the `.grad` of the parameters, the buffers of the module (such as the running statistics of
+    batch norm) and torch's random numbers; dropout masks are those of the first pass. Other effects of the
+    closure, such as fetching the next batch or writing a log, happen twice.
 
-    Costs of a layer, for N samples of S positions: a second pass, O(N S in^2) for A and O(in^2 + out^2) for
-    the updates every `statistics_every` steps; O(in^3) for the exact H_a every `inverse_every` steps (a
-    number beyond the last step: once, as published); O(out in (in + out)) a step. Memory 2 in^2 + out^2
-    numbers. `damping` is lambda: gamma_A = sqrt(lambda); with `relative_damping` gamma_A is that times the
-    mean diagonal of A, and H_g is measured in units of the mean of g^2. `bias_input` is what v has for the
-    bias's input: "one", which it is, or "mean", the mean of the other inputs, as the published code has it. A
-    layer wider than `max_dim` takes the first-order step. The published algorithm as arguments:
-    docs/methods.md. Raises TypeError where `step` gets no closure, ValueError where `params` hold no module
-    that it can look into.
+    A pair with too small s^T y would make H_g indefinite: it is damped twice, with `mu1` and with mu2 =
+    sqrt(lambda). A pair is skipped if it is not finite or only a rounding error, as before a batch norm.
+    `diagnostics()` counts pairs, damped_pairs and skipped_pairs of each weight.
+
+    `lr` is in step lengths of `graft`. `damping` is lambda: gamma_A = sqrt(lambda), with `relative_damping`
+    times the mean of A's diagonal.
+
+    For N samples and S positions: the state has 2 in^2 + out^2 numbers. A step costs O(out in (in + out));
+    every `statistics_every` steps, a second pass and O(N S in^2 + out^2); every `inverse_every` steps,
+    O(in^3) for an exact H_a (published: only once, so `inverse_every` is larger than the number of steps).
+    Raises TypeError if `step` gets no closure, ValueError for parameters without their nn.Module.
     """
-
-
-def _dtype(layer: Layer, wanted: torch.dtype | None) -> torch.dtype:
-    if wanted == torch.bfloat16:
-        raise ValueError(
-            "curvature_dtype of a BFGS matrix must be float32, float64 or None, got bfloat16: rounded so, "
-            "it would not stay positive definite"
-        )
-    return wanted or working_dtype(layer.weight.dtype)

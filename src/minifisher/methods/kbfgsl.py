@@ -1,4 +1,4 @@
-"""K-BFGS(L): K-BFGS whose output side remembers pairs instead of a matrix.
+"""K-BFGS(L): K-BFGS with limited memory, which stores pairs instead of the matrix of the outputs.
 
 Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
 NeurIPS 2020, arXiv 2006.08877.
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LimitedMemoryKroneckerBFGS(KroneckerBFGS):
-    """H_g from the latest `memory` pairs alone, in compact form: m x out numbers instead of out x out."""
-
-    memory: int = 100
+    """K-BFGS whose H_g is kept as its latest m = `memory` pairs: 2 m out numbers instead of out^2."""
 
     structure: ClassVar[str] = "Kronecker L-BFGS"
 
+    memory: int = 100
+
     @property
     def widest(self) -> int:
-        """The largest matrix."""
+        """The width of the largest matrix: no matrix has the width of the outputs."""
         return self.block_shape[1]
 
     def _init_outputs(self, layer: Layer) -> State:
@@ -51,7 +51,7 @@ class LimitedMemoryKroneckerBFGS(KroneckerBFGS):
         ratio = reciprocal(change, gradient_change)
         taken = ratio > 0
         for name, fresh in (("output_changes", change), ("gradient_changes", gradient_change)):
-            # Scaled to s^T y = 1, which is the same pair and keeps the compact form well conditioned.
+            # Pairs are scaled to s^T y = 1: the update is the same, and the compact form well conditioned.
             later = torch.cat((state[name][..., 1:, :], (fresh * ratio.sqrt()).unsqueeze(-2)), dim=-2)
             state[name].copy_(torch.where(taken.unsqueeze(-1), later, state[name]))
         state["initial_inverse"].copy_(1 / scale)
@@ -65,21 +65,27 @@ class LimitedMemoryKroneckerBFGS(KroneckerBFGS):
         )
 
     def _scaled_pairs(self, state: State) -> tuple[Tensor, Tensor]:
-        """The pairs of gamma^-1 H_g, which start from I, with gamma the initial inverse."""
+        """The pairs of H_g / gamma, which starts from I, where gamma I is the initial H_g."""
         root = state["initial_inverse"].sqrt()[..., None, None]
         return state["output_changes"] / root, state["gradient_changes"] * root
 
 
 class KBFGSL(KroneckerBFGSOptimizer):
-    """Kronecker-factored BFGS with limited memory: as KBFGS, with H_g from the latest `pairs` pairs alone.
+    """Kronecker-factored BFGS with limited memory: W <- W - lr H_g M H_a, H_g made of the latest m pairs.
 
-    Goldfarb, Ren, Bahamou 2020, arXiv 2006.08877: W <- W - lr H_g M H_a, H_g = gamma (I + [S Y] C [S Y]^T)
-    with S, Y the m pairs [m, out] and C [2 m, 2 m] (Byrd, Nocedal, Schnabel 1994); gamma = 1, or the inverse
-    mean of g^2 with `relative_damping`. Memory is 2 in^2 + 2 m out + 4 m^2 numbers a layer; a step costs O(m
-    out in + in^2 out), a pair O(m^2 out + m^3). `max_dim` holds for the inputs only. All else as in KBFGS.
+    H_g = gamma (I + [S Y] C [S Y]^T), with S and Y the m = `pairs` latest pairs [m, out] and C [2 m, 2 m]
+    (Byrd, Nocedal, Schnabel 1994). gamma is 1, or with `relative_damping` 1 / mean g^2. Goldfarb, Ren,
+    Bahamou 2020, arXiv 2006.08877.
+
+    Everything else is as in KBFGS. The state has 2 in^2 + 2 m out + 4 m^2 numbers; a step costs O(m out in +
+    in^2 out), an update of H_g O(m^2 out + m^3).
     """
 
-    pairs: int = option(default=100, at_least=1, meaning="The latest pairs that are remembered.")
+    pairs: int = option(default=100, at_least=1, meaning="Number m of the latest pairs that H_g is made of.")
+    max_dim: int | None = option(
+        default=8192,
+        meaning="Largest number of inputs; a layer with more takes the first-order step.",
+    )
 
-    def _curvature(self, common: dict[str, Any], options: dict[str, Any]) -> KroneckerBFGS:
-        return LimitedMemoryKroneckerBFGS(**common, memory=options["pairs"])
+    def _curvature(self, layer: Layer, options: dict[str, Any]) -> KroneckerBFGS:
+        return LimitedMemoryKroneckerBFGS(**self._fields(layer, options), memory=options["pairs"])

@@ -1,4 +1,4 @@
-"""Mini-blocks that rows do not share, so small that every step factorises them anew and stores no inverse."""
+"""MBF with small blocks that rows do not share: every step factorises them anew and stores no inverse."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class PackedBlocks(FusedCurvature):
         return packed.Tiling(self.reading)
 
     def shard(self, shape: torch.Size) -> PackedBlocks | None:
-        """The same curvature of a piece of the weight; None where its tiles are not those of the whole.
+        """The same curvature of a piece of the weight; None if the piece would have other tiles.
 
-        A piece may have any of the rows. Of each row it must have all, or whole tiles, or whole blocks if the
-        row is one tile.
+        A piece has any number of whole rows, or a part of each row: whole tiles, or whole blocks if a row is
+        one tile.
         """
         whole, length = self._tiling, shape[1:].numel()
         piece = replace(self, reading=replace(self.reading, rows=shape[0], length=length), shape=shape)
@@ -57,7 +57,7 @@ class PackedBlocks(FusedCurvature):
         return piece if length == self.reading.length or (length % unit == 0 and fits) else None
 
     def state_axes(self, dimension: int) -> dict[str, int | None]:
-        """Rows are the first axis of the triangles; along a row tiles, or the blocks of the only tile."""
+        """Axis 0 of `fisher` counts rows, axis 1 the tiles of a row, axis 3 the blocks of a tile."""
         axis = 0 if dimension == 0 else 1 if self._tiling.tiles > 1 else 3
         return {"fisher": axis, "mean": None}
 
@@ -82,7 +82,7 @@ class PackedBlocks(FusedCurvature):
             trace = blocks.diagonal(dim1=-2, dim2=-1).sum()
             fresh = trace.view(1) / self.shape.numel() if self.relative_damping else None
         if fresh is not None:
-            state["mean"].copy_(self._mean(state, fresh, decay))
+            state["mean"].copy_(self._averaged_mean(state, fresh, decay))
 
     def _second_moment(self, samples: LayerSamples) -> Tensor:
         """(1/N) sum_n d_nb d_nb^T of every block, [rows, blocks, b, b]."""
@@ -99,8 +99,8 @@ class PackedBlocks(FusedCurvature):
         return mean_square(rows, leading.numel()).view(*leading, 1)
 
     @staticmethod
-    def _mean(state: State, fresh: Tensor, decay: float) -> Tensor:
-        """The new mean of the layer's diagonal, [..., 1]: the average with the one of this observation."""
+    def _averaged_mean(state: State, fresh: Tensor, decay: float) -> Tensor:
+        """The mean of the layer's diagonal, [..., 1], after averaging the fresh one in."""
         return state["mean"].lerp(fresh.to(state["mean"].dtype), 1 - decay)
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
@@ -118,7 +118,7 @@ class PackedBlocks(FusedCurvature):
         rows = self._rows(gradient)
         means = gradient.new_zeros(1)
         if self.relative_damping:
-            means = self._mean(state, self._mean_square(rows), decay)
+            means = self._averaged_mean(state, self._mean_square(rows), decay)
         computed = packed.fused_step(
             state["fisher"],
             rows,

@@ -1,39 +1,43 @@
-"""What Shampoo, SOAP and TNT have in common: one matrix for each mode of a weight, and how it is measured."""
+"""What Shampoo, SOAP and TNT share: a second moment for each mode of a weight, its blocks and options."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.curvature import Curvature
+from minifisher.curvature import Curvature, Plan
+from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import add_to_diagonal, inverse_power, working_dtype
 from minifisher.linalg.modes import TensorReading, even_width, merged, mode_products, second_moment
+from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
+from minifisher.optimizer import CurvatureOptimizer
+from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics, mean_gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
 
-# What is chosen where the user says nothing; docs/methods.md has the measurements.
-_WIDTH = 256
-# A block is at most so many times as wide along one mode as along all others together: then factors, and what
-# is refreshed from them, take at most 16 times the memory of the weight.
+# Defaults; docs/methods.md has the measurements.
+_WIDTH = 256  # entries of a block along one mode, at most
+# A block is at most this many times as wide along one mode as along all others together. The factors and what
+# is computed from them then take at most 16 times the memory of the weight.
 _ASPECT = 7
 
 
 @dataclass(frozen=True)
-class ModeFactors(Curvature):
-    """One symmetric matrix for each mode i of each block: H_i = E[mat_i(D) mat_i(D)^T], [blocks, w_i, w_i].
+class ModeCurvature(Curvature):
+    """A curvature with matrices [blocks, w_i, w_i] for each mode i of a weight.
 
-    The direction is M x_1 P_1 ... x_K P_K; a subclass says in `refresh` which function P_i is of the factors.
-    E is over mini-batch gradients D, or over per-sample gradients D_n.
+    The weight is read as a tensor of K modes and cut into blocks of w_1 x ... x w_K entries.
     """
 
     reading: TensorReading
@@ -41,8 +45,26 @@ class ModeFactors(Curvature):
     needs: type[Statistics]
     dtype: torch.dtype
     relative_damping: bool = True
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        """[..., *shape] as blocks [..., blocks, w_1, ..., w_K], in the dtype to compute in."""
+        return self.reading.read(tensor.to(working_dtype(self.dtype)), len(self.shape))
+
+    def _matrices(self, state: State, name: str) -> list[Tensor]:
+        """`name_i` of the state for every mode i, in the dtype to compute in."""
+        return [state[f"{name}_{mode}"].to(working_dtype(self.dtype)) for mode in range(self.reading.order)]
+
+
+@dataclass(frozen=True)
+class ModeFactors(ModeCurvature):
+    """A factor H_i = E[mat_i(D) mat_i(D)^T] for each mode i; the direction is M x_1 P_1 ... x_K P_K.
+
+    P_i is a damped inverse or root that `refresh` of a subclass computes from the factors. E is the mean over
+    mini-batch gradients D, or over per-sample gradients D_n.
+    """
+
     per_sample: bool = True
-    """Of LayerSamples: H_i over the samples' gradients D_n, or over their mean alone."""
+    """Whether samples count one by one, with D_n, or as their mean gradient."""
 
     @property
     def averages(self) -> tuple[str, ...]:
@@ -51,11 +73,11 @@ class ModeFactors(Curvature):
 
     @property
     def reads_mean_gradient(self) -> bool:
-        """Where the mean over samples comes before the product."""
+        """Whether samples count as their mean gradient."""
         return not self.per_sample
 
     def init(self, layer: Layer) -> State:
-        """`factor_i` is averaged, `inverse_i` is what was last refreshed from it: [blocks, w_i, w_i]."""
+        """`factor_i`, which is H_i, and `inverse_i`, which is P_i: [blocks, w_i, w_i]."""
         state = {}
         for mode, width in enumerate(self.reading.widths):
             size = (self.reading.blocks, width, width)
@@ -70,16 +92,8 @@ class ModeFactors(Curvature):
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """M x_1 P_1 ... x_K P_K for every block."""
-        blocks = self._read(direction)
-        inverses = [state[f"inverse_{mode}"].to(blocks.dtype) for mode in range(self.reading.order)]
-        return self.reading.write(mode_products(blocks, inverses), self.shape).to(direction.dtype)
-
-    def _read(self, tensor: Tensor) -> Tensor:
-        """[..., *shape] as blocks [..., blocks, w_1, ..., w_K], in the dtype to compute in."""
-        return self.reading.read(tensor.to(working_dtype(self.dtype)), len(self.shape))
-
-    def _factors(self, state: State) -> list[Tensor]:
-        return [state[f"factor_{i}"].to(working_dtype(self.dtype)) for i in range(self.reading.order)]
+        product = mode_products(self._read(direction), self._matrices(state, "inverse"))
+        return self.reading.write(product, self.shape).to(direction.dtype)
 
     # ---- statistics ----
 
@@ -109,39 +123,51 @@ class ModeFactors(Curvature):
             return
         order = self.reading.order
         for gradients in samples.gradients():
-            # The samples are one more mode, which every product sums over.
+            # As one more mode, the samples are summed over in every product.
             blocks = self._read(gradients).movedim(0, -1)
             yield [second_moment(blocks, mode, order + 1) for mode in range(order)]
 
     def _is_outer_product(self, inputs: Tensor, gradients: Tensor) -> bool:
-        """Whether every D_n is g_n a_n^T: one position, and modes (out, in)."""
+        """Whether every D_n is g_n a_n^T: there is one position, and the modes are (out, in)."""
         sizes = gradients.shape[1:], inputs.shape[1:]
         return sizes == tuple((1, 1, n) for n in self.reading.dims)
 
-    # ---- scale ----
+    # ---- damping ----
+
+    def _damping_levels(self, state: State, damping: float) -> list[Tensor]:
+        """lambda_i of every block for each mode i, [..., blocks]."""
+        block, layer = self._mean_squares(state)
+        if self.relative_damping:
+            return self._relative_damping(curvature_scale(block, layer), damping)
+        return [block.new_tensor(damping).expand_as(block)] * self.reading.order
+
+    @abstractmethod
+    def _relative_damping(self, scale: Tensor, damping: float) -> list[Tensor]:
+        """The same if `damping` is relative; `scale` is that of the mean squares, [..., blocks]."""
 
     def _mean_squares(self, state: State) -> tuple[Tensor, Tensor]:
-        """The mean square of the gradient's entries in each block, [..., blocks], and in the layer, [..., 1].
+        """The mean square of a gradient's entries in each block, [..., blocks], and in the layer, [..., 1].
 
-        The trace of H_i is the sum of squares, the same for all modes; padding does not count.
+        The trace of every H_i is the sum of squares. Padding does not count.
         """
         sums = state["factor_0"].to(working_dtype(self.dtype)).diagonal(dim1=-2, dim2=-1).sum(-1)
         entries = self._entries(sums)
         return sums / entries, sums.sum(-1, keepdim=True) / entries.sum()
 
     def _entries(self, like: Tensor) -> Tensor:
-        """The entries of every block, [blocks]."""
+        """The number of entries of every block, [blocks]."""
         return math.prod(self._lengths(like), start=like.new_ones(()))
 
     def _lengths(self, like: Tensor) -> list[Tensor]:
-        """The entries of every block along each mode, [blocks]."""
+        """The number of entries of every block along each mode, [blocks]."""
         return [self.reading.lengths(mode, like) for mode in range(self.reading.order)]
 
 
 def outer_product_moments(reading: TensorReading, left: Tensor, right: Tensor) -> list[Tensor]:
-    """sum_n mat_i(D_n) mat_i(D_n)^T of D_n = l_n r_n^T, which is never formed: left [n, n_1], right [n, n_2].
+    """sum_n mat_i(D_n) mat_i(D_n)^T for D_n = l_n r_n^T, without forming D_n: [blocks, w_i, w_i].
 
-    In block (p, q) it is sum_n |r_nq|^2 l_np l_np^T and sum_n |l_np|^2 r_nq r_nq^T: [blocks, w_i, w_i].
+    left is [n, n_1], right [n, n_2]. The moments of block (p, q) are sum_n |r_nq|^2 l_np l_np^T and
+    sum_n |l_np|^2 r_nq r_nq^T.
     """
     pieces = [
         TensorReading((n,), (width,)).read(vectors, 1)  # [n, blocks along the mode, w_i]
@@ -165,24 +191,62 @@ def damped_power(matrices: Tensor, damping: Tensor, power: float) -> Tensor:
     return damped.pow(-power) if matrices.shape[-1] == 1 else inverse_power(damped, power)
 
 
-def choose_reading(
-    shape: torch.Size, options: dict[str, Any], kept: int = 1
-) -> tuple[TensorReading, str, str]:
-    """The modes and blocks of a weight under `max_dim` and `merge_dims`, in words too, and the reason."""
+# ---- options and plans ----
+
+
+class ModeOptimizer(CurvatureOptimizer):
+    """The options of the methods that read a weight as a tensor."""
+
+    power: float = power_option(1.0)
+    max_dim: int | None = option(
+        default=None,
+        at_least=1,
+        meaning="Largest width of a block along a mode; longer modes are cut evenly; None: 256, less if "
+        "the other modes are short, and 1 for vectors.",
+    )
+    merge_dims: int | None = option(
+        default=None,
+        at_least=1,
+        meaning="Neighbouring dimensions, from the last on, form one mode while their product is at most "
+        "this: 9 gives (out, in, k1 k2) for 3x3 kernels, 1 merges nothing; None: (out, all others).",
+    )
+
+
+def choose_reading(shape: torch.Size, options: Mapping[str, Any], kept: int = 1) -> TensorReading:
+    """The modes and blocks of a weight; with merge_dims=None, all but `kept` dimensions are merged."""
     dims, widest = merged(shape, options["merge_dims"], kept), options["max_dim"]
     if widest is None and len(dims) == 1:
         widest = 1
     widths = tuple(even_width(n, widest or _widest(mode, dims)) for mode, n in enumerate(dims))
-    reading = TensorReading(dims, widths)
-    structure = "one factor" if len(dims) == 1 else f"{len(dims)} factors"
-    return reading, "diagonal" if max(widths) == 1 else structure, _reason(reading, options["max_dim"])
+    return TensorReading(dims, widths)
 
 
-def choose_schedule(reading: TensorReading, from_gradient: bool, options: dict[str, Any]) -> tuple[int, int]:
-    """T1 and T2: a diagonal of the mini-batch gradient costs next to nothing and is kept up to date."""
-    cheap = from_gradient and max(reading.widths) == 1
+def factor_fields(layer: Layer, reading: TensorReading, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModeFactors` that Shampoo and TNT choose alike."""
+    return {
+        "reading": reading,
+        "shape": layer.shape,
+        "needs": gradient_or_samples(layer, options),
+        "dtype": curvature_dtype(layer, options),
+        "relative_damping": options["relative_damping"],
+    }
+
+
+def choose_schedule(curvature: ModeFactors, options: Mapping[str, Any]) -> tuple[int, int]:
+    """T1 and T2; a diagonal of the mini-batch gradient is so cheap that both are 1."""
+    cheap = curvature.needs is BatchGradient and max(curvature.reading.widths) == 1
     every, refresh = (1, 1) if cheap else (4, 20)
     return options["statistics_every"] or every, options["inverse_every"] or refresh
+
+
+def plan_of(curvature: ModeCurvature, max_dim: int | None, schedule: tuple[int, int]) -> Plan:
+    """The plan of a curvature, described in words."""
+    reading = curvature.reading
+    structure = "one factor" if reading.order == 1 else f"{reading.order} factors"
+    if max(reading.widths) == 1:
+        structure = "diagonal"
+    reason = _reason(reading, max_dim)
+    return Plan(curvature, structure, reason, reading.blocks, max(reading.widths), *schedule)
 
 
 def _reason(reading: TensorReading, max_dim: int | None) -> str:
