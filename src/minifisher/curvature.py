@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -46,13 +46,11 @@ class Curvature(ABC):
 
     # ---- what the engine asks ----
 
-    @property
-    def averages_momentum(self) -> bool:
-        """Whether it steps by the mean of past gradients, as Adam does, instead of by their sum M.
+    averages_momentum: ClassVar[bool] = False
+    """Whether it steps by the mean of past gradients, as Adam does, instead of by their sum M.
 
-        A weight decay that is not decoupled then joins the gradient that the curvature observes, too.
-        """
-        return False
+    A weight decay that is not decoupled then joins the gradient that the curvature observes, too.
+    """
 
     @property
     def capturable(self) -> bool:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import is_distributed, world_size
 from minifisher.distributed.placement import place_layers
-from minifisher.distributed.ranks import Together, mean_over_ranks, mean_secants, total
 from minifisher.options import CommonOptions, as_groups, check_parameter
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,
@@ -42,6 +41,7 @@ from minifisher.step.layer_stack import (
 )
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
+from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -84,7 +84,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         values = self.bind(arguments, options)
         params = values.pop("params")
         self.check(values)
-        super().__init__(as_groups(params), {**values, "format_version": FORMAT_VERSION})
+        Optimizer.__init__(self, as_groups(params), {**values, "format_version": FORMAT_VERSION})
         self._complete = True
         self._check_estimators({layer: member.group for layer, member in self._enrolled.items()})
         self._arm()
@@ -166,6 +166,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 layers.setdefault(member.group["fisher"], []).append(layer)
         self._captures.release()
         self._captures = Captures(layers, self.defaults["statistics_memory"])
+        self._reads_samples = bool(self._captures)
 
     # ---- the step ----
 
@@ -189,17 +190,17 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 two_passes.first() if two_passes is not None else closure() if closure is not None else None
             )
         with torch.no_grad(), full_precision(self.param_groups):
-            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
+            samples = self._captures.collect(partial(loss_scale, self)) if self._reads_samples else {}
             taken = self._take_step(samples, adapts)
         if two_passes is not None and taken is not None:
             self._look_again(two_passes, loss, taken)
-        if self._captures:
+        if self._reads_samples:
             self._arm()
         return loss
 
     def _take_step(self, samples: Samples, predicts: bool) -> StepTaken | None:
         """Step; None where it was skipped."""
-        if not unscale(self):
+        if hasattr(self, "found_inf") and not unscale(self):  # a GradScaler drives this step
             return None
         active = self._layers_with_gradients()
         # What samples other processes have seen is found out when they are averaged.
@@ -211,7 +212,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             taken = take_step(stacks, samples, ranks, self.defaults.get("kl_clip"), predicts)
         if taken is None:
             self._counters.skip()
-        else:
+        elif taken.fallbacks or taken.frozen:
             self._counters.add(taken.fallbacks, taken.frozen)
         return taken
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
 else:  # a type checker reads it; at run time it would do nothing
 
-    def dataclass_transform(**_: Any) -> Any:
+    def dataclass_transform(**_: Any) -> Any:  # noqa: D103
         return lambda decorated: decorated
 
 
@@ -130,7 +130,7 @@ class Option:
         return wanted + none + (f": {self.note}" if self.note else "")
 
 
-_UNLESS_SET = {
+_UNLESS_SET: dict[str, Any] = {
     "at_least": None,
     "above": None,
     "below": None,
@@ -191,7 +191,7 @@ class HasOptions:
                 setattr(cls, name, collected[name])
         cls.options = collected
         if "__init__" not in vars(cls):
-            cls.__signature__ = _signature(collected.values())
+            setattr(cls, "__signature__", _signature(collected.values()))  # noqa: B010 - mypy knows no such name
 
     @classmethod
     def bind(cls, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,8 +243,12 @@ def _evaluated(annotation: Any, module: str) -> Any:
 
 def _completed(declared: Option, name: str, annotation: Any, base: Option | None) -> Option:
     """The declaration with its name, and with what it does not set as in the base class or by default."""
-    rest = _UNLESS_SET if base is None else {key: getattr(base, key) for key in (*_UNLESS_SET, "default")}
-    unset = {key: value for key, value in rest.items() if getattr(declared, key) is _UNSET}
+    keys = [*_UNLESS_SET, *(["default"] if base is not None else [])]
+    unset: dict[str, Any] = {
+        key: _UNLESS_SET[key] if base is None else getattr(base, key)
+        for key in keys
+        if getattr(declared, key) is _UNSET
+    }
     completed = replace(declared, name=name, annotation=annotation, **unset)
     if completed.choices:
         return completed
@@ -358,8 +362,8 @@ class CommonOptions(HasOptions):
     )
     fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(
         default="gradient",
-        meaning="Where the curvature comes from: the mini-batch gradient, or samples with their own labels, with "
-        "labels drawn from the model, or with all labels.",
+        meaning="What the curvature is made of: the gradient of the mini-batch; or samples, with the labels "
+        "of the data, with labels drawn from the model, or with all labels.",
     )
     statistics_every: int | None = option(
         default=None, at_least=1, meaning="Steps between statistics (T1); None chooses what is cheap."

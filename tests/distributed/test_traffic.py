@@ -125,9 +125,9 @@ def one_rank_overflows() -> bool:
     # Samples whose squares overflow in one process, while the mean gradient is finite in all.
     functional.cross_entropy(model(images), labels).backward()
     if dist.get_rank() == 1:
-        capture = optimizer._captures["empirical"]
-        passes = next(iter(capture._passes.values()))
-        passes._answered[0].output_gradients[0].fill_(torch.inf)
+        capture = optimizer._captures.by_estimator["empirical"]
+        calls = next(iter(capture._calls.values()))
+        calls._with_gradient[0].output_gradients[0].fill_(torch.inf)
     optimizer.step()
     same = all(torch.equal(old, new) for old, new in zip(before.values(), network.parameters(), strict=True))
     training.train(model, optimizer, range(3, 5))

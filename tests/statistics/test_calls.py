@@ -1,4 +1,4 @@
-"""Whatever backward passes there were: the samples are those whose gradients are in `.grad`."""
+"""Whatever backward passes are run, the samples are those whose gradients are summed in `.grad`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from tests.helpers import problem
 
 def gradient_for_the_inputs(model, loss, inputs):
     for _ in range(3):
-        attacked = inputs.clone().requires_grad_()
-        torch.autograd.grad(loss(model(attacked)), attacked)
+        perturbed = inputs.clone().requires_grad_()
+        torch.autograd.grad(loss(model(perturbed)), perturbed)
     loss(model(inputs)).backward()
 
 
 def gradient_for_the_inputs_on_the_same_graph(model, loss, inputs):
-    attacked = inputs.clone().requires_grad_()
-    found = loss(model(attacked))
-    torch.autograd.grad(found, attacked, retain_graph=True)
+    perturbed = inputs.clone().requires_grad_()
+    found = loss(model(perturbed))
+    torch.autograd.grad(found, perturbed, retain_graph=True)
     found.backward()
 
 
 def backward_for_the_inputs(model, loss, inputs):
-    attacked = inputs.clone().requires_grad_()
-    loss(model(attacked)).backward(inputs=[attacked])
+    perturbed = inputs.clone().requires_grad_()
+    loss(model(perturbed)).backward(inputs=[perturbed])
     loss(model(inputs)).backward()
 
 
@@ -50,60 +50,60 @@ def cleared_after_the_forward_pass(model, loss, inputs):
         found.backward()
 
 
-def cleared_between_two_walks_of_one_graph(model, loss, inputs):
+def cleared_between_two_backward_passes_on_one_graph(model, loss, inputs):
     found = loss(model(inputs))
     found.backward(retain_graph=True)
     model.zero_grad()
     found.backward()
 
 
-def cleared_between_two_graphs_of_one_pass(model, loss, inputs):
+def cleared_between_two_graphs_of_one_forward_pass(model, loss, inputs):
     first, second = loss(model(inputs)), loss(model(2 * inputs))
     first.backward()
     model.zero_grad()
     second.backward()
 
 
-def zero_after_the_step_of_somebody_else(model, loss, inputs):
+def set_to_zero_after_another_optimizer_took_a_step(model, loss, inputs):
     for _ in range(3):
         found = loss(model(inputs))
         model.zero_grad(set_to_none=False)
         found.backward()
-        move(model)
+        change_weights(model)
     found = loss(model(inputs))
     model.zero_grad(set_to_none=False)
     found.backward()
 
 
-def accumulated_over_weights_that_move(model, loss, inputs):
+def accumulated_while_the_weights_change(model, loss, inputs):
     for part in (inputs[:2], inputs[2:4]):
         (loss(model(part)) / 2).backward()
-        move(model)
+        change_weights(model)
 
 
-def accumulated_behind_an_attack(model, loss, inputs):
+def accumulated_after_gradients_for_the_inputs(model, loss, inputs):
     for part in (inputs[:2], inputs[2:4]):
-        attacked = part.clone().requires_grad_()
-        torch.autograd.grad(loss(model(attacked)), attacked)
+        perturbed = part.clone().requires_grad_()
+        torch.autograd.grad(loss(model(perturbed)), perturbed)
         (loss(model(part)) / 2).backward()
 
 
-SCENES = [
+SCRIPTS = [
     gradient_for_the_inputs,
     gradient_for_the_inputs_on_the_same_graph,
     backward_for_the_inputs,
     gradient_for_the_weights,
     cleared_before_the_forward_pass,
     cleared_after_the_forward_pass,
-    cleared_between_two_walks_of_one_graph,
-    cleared_between_two_graphs_of_one_pass,
-    zero_after_the_step_of_somebody_else,
-    accumulated_over_weights_that_move,
-    accumulated_behind_an_attack,
+    cleared_between_two_backward_passes_on_one_graph,
+    cleared_between_two_graphs_of_one_forward_pass,
+    set_to_zero_after_another_optimizer_took_a_step,
+    accumulated_while_the_weights_change,
+    accumulated_after_gradients_for_the_inputs,
 ]
 
 
-def move(model):
+def change_weights(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
@@ -122,14 +122,16 @@ def assert_samples_of_the_gradients(capture):
     ("name", "backend"),
     [("linear", None), ("twice", None), ("in-place activation", None), ("linear", "aot_eager")],
 )
-@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
-def test_the_samples_are_those_of_the_gradient(scene, name, backend):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_samples_are_those_whose_gradients_are_in_grad(script, name, backend):
     case = problem(name)
     model = torch.compile(case.module, backend=backend) if backend else case.module
     capture = Capture(layers_of(case.module), 1 << 30)
     capture.arm()
-    scene(model, lambda outputs: outputs.sin().sum(1).mean(), case.inputs)
-    expected = {accumulated_over_weights_that_move: 4, accumulated_behind_an_attack: 4}.get(scene, 5)
+    script(model, lambda outputs: outputs.sin().sum(1).mean(), case.inputs)
+    expected = {accumulated_while_the_weights_change: 4, accumulated_after_gradients_for_the_inputs: 4}.get(
+        script, 5
+    )
     assert set(assert_samples_of_the_gradients(capture)) == {expected}
     capture.release()
 
@@ -152,20 +154,20 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("model_labels", [False, True])
 @pytest.mark.parametrize(
     ("name", "backend"),
     [*((name, None) for name in TRANSFORMS), ("grad", "aot_eager"), ("vmap", "aot_eager")],
 )
-def test_function_transforms_are_not_seen(name, backend, sampled):
+def test_calls_inside_function_transforms_are_not_recorded(name, backend, model_labels):
     case = problem("linear")
     transform = TRANSFORMS[name](case.module)
-    capture = Capture(layers_of(case.module), 1 << 30, sampled)
+    capture = Capture(layers_of(case.module), 1 << 30, model_labels)
     capture.arm()
     (case.mean_loss() / 2).backward()
     (torch.compile(transform, backend=backend) if backend else transform)(case.inputs)
     (case.mean_loss() / 2).backward()
-    if sampled:
+    if model_labels:
         assert capture.collect() == {}
     else:
         assert set(assert_samples_of_the_gradients(capture)) == {10}
@@ -173,7 +175,7 @@ def test_function_transforms_are_not_seen(name, backend, sampled):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_layer_inside_and_outside_of_a_checkpoint(reentrant):
+def test_a_layer_called_inside_and_outside_of_a_checkpoint(reentrant):
     torch.manual_seed(0)
     layer, inputs = nn.Linear(3, 3).double(), torch.randn(5, 3).double()
     capture = Capture(layers_of(layer), 1 << 30)
@@ -185,7 +187,7 @@ def test_a_layer_inside_and_outside_of_a_checkpoint(reentrant):
     assert_samples_of_the_gradients(capture)
 
 
-def test_backward_passes_are_forgotten_and_forward_passes_are_not():
+def test_forget_backward_keeps_the_forward_passes():
     case = problem("linear")
     capture = Capture(layers_of(case.module), 1 << 30)
     capture.arm()
@@ -197,17 +199,17 @@ def test_backward_passes_are_forgotten_and_forward_passes_are_not():
     assert set(assert_samples_of_the_gradients(capture)) == {5}
 
 
-def test_what_labels_that_were_drawn_told_stays_where_gradients_are_cleared():
+def test_forget_backward_keeps_the_gradients_of_model_labels():
     case = problem("linear")
-    capture = Capture(layers_of(case.module), 1 << 30, sampled=True)
+    capture = Capture(layers_of(case.module), 1 << 30, model_labels=True)
     capture.arm()
     outputs = case.module(case.inputs)
-    capture.sample(outputs.sum())
+    capture.differentiate(outputs.sum())
     capture.forget_backward()
     assert len(capture.collect()) == 2
 
 
-def test_a_weight_that_is_frozen_before_the_backward_pass_tells_nothing():
+def test_a_weight_frozen_before_the_backward_pass_has_no_samples():
     case = problem("linear")
     capture = Capture(layers_of(case.module), 1 << 30)
     capture.arm()

@@ -23,7 +23,7 @@ LARGE = 1 << 30
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def captured(case, fold_bias=False, memory=LARGE):
+def captured_samples(case, fold_bias=False, memory=LARGE):
     """Layer -> LayerSamples of one training step's backward pass."""
     capture = Capture(layers_of(case.module, EVERY_KIND if fold_bias else ()), memory)
     capture.arm()
@@ -36,31 +36,31 @@ def oracle(case):
     return per_sample_gradients(case.module, case.loss, case.inputs, case.targets)
 
 
-def together(samples):
+def all_gradients(samples):
     return torch.cat(list(samples.gradients()))
 
 
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("name", NETS)
-def test_per_sample_gradients_are_those_of_one_backward_pass_a_sample(name, fold_bias):
+def test_per_sample_gradients_equal_those_of_one_backward_pass_for_each_sample(name, fold_bias):
     case = problem(name)
     expected = oracle(case)
     readable = [
         layer for layer in layers_of(case.module, EVERY_KIND if fold_bias else ()) if layer.reads_samples
     ]
-    found = {layer.weight: (layer, samples) for layer, samples in captured(case, fold_bias).items()}
+    found = {layer.weight: (layer, samples) for layer, samples in captured_samples(case, fold_bias).items()}
     assert set(found) == {layer.weight for layer in readable}
     for layer, samples in found.values():
         assert samples.count == 5
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("name", NETS)
-def test_chunks_are_the_normal_form_of_the_same_gradients(name, fold_bias):
+def test_chunks_give_the_same_gradients_in_the_normal_form(name, fold_bias):
     case = problem(name)
     expected = oracle(case)
-    for layer, samples in captured(case, fold_bias, memory=1).items():
+    for layer, samples in captured_samples(case, fold_bias, memory=1).items():
         chunks = list(samples.chunks())
         assert [inputs.shape[0] for inputs, _ in chunks] == [1] * 5
         for n, (inputs, gradients) in enumerate(chunks):
@@ -78,7 +78,7 @@ def test_backpack_agrees():
         nn.Flatten(), nn.Linear(16, 3),
     ).double()  # fmt: skip
     case = Problem(module, torch.randn(6, 2, 6, 5).double(), torch.randint(3, (6,)))
-    found = captured(case)
+    found = captured_samples(case)
     twin = backpack.extend(copy.deepcopy(module))
     loss = backpack.extend(nn.CrossEntropyLoss())(twin(case.inputs), case.targets)
     with backpack.backpack(extensions.BatchGrad()):
@@ -87,11 +87,11 @@ def test_backpack_agrees():
     assert len(found) == 3
     for layer, samples in found.items():
         # BackPACK leaves the 1/N of the mean loss in.
-        torch.testing.assert_close(together(samples), theirs[layer.name].grad_batch * 6, **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), theirs[layer.name].grad_batch * 6, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d groups", "twice", "tied", "convolution on two sizes"])
-def test_micro_batches_are_one_large_batch(name):
+def test_micro_batches_equal_one_large_batch(name):
     case = problem(name, count=6)
     capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     capture.arm()
@@ -100,10 +100,10 @@ def test_micro_batches_are_one_large_batch(name):
     expected = oracle(case)
     for layer, samples in capture.collect().items():
         assert samples.count == 6
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
-def test_calls_with_unlike_counts_are_different_samples():
+def test_calls_with_different_numbers_of_samples_are_different_samples():
     torch.manual_seed(0)
     module = nn.Linear(3, 2).double()
     capture = Capture(layers_of(module), LARGE)
@@ -113,7 +113,7 @@ def test_calls_with_unlike_counts_are_different_samples():
     (samples,) = capture.collect().values()
     expected = torch.einsum("no,ni->noi", 2 * module(torch.cat((few, many))), torch.cat((few, many)))
     assert samples.count == 5
-    torch.testing.assert_close(together(samples), expected, **CLOSE)
+    torch.testing.assert_close(all_gradients(samples), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(("module", "shape"), [(nn.Linear(3, 2), (3,)), (nn.Conv2d(2, 3, 2), (2, 4, 3))])
@@ -124,10 +124,10 @@ def test_an_input_without_a_sample_dimension_is_one_sample(module, shape):
     module(inputs).pow(2).sum().backward()
     (samples,) = capture.collect().values()
     assert samples.count == 1
-    torch.testing.assert_close(together(samples)[0], module.weight.grad, **CLOSE)
+    torch.testing.assert_close(all_gradients(samples)[0], module.weight.grad, **CLOSE)
 
 
-def test_a_call_without_a_gradient_is_dropped_and_does_not_merge_what_follows():
+def test_a_call_without_a_gradient_is_ignored_and_later_passes_stay_apart():
     case = problem("linear", count=4)
     capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
@@ -136,13 +136,13 @@ def test_a_call_without_a_gradient_is_dropped_and_does_not_merge_what_follows():
         (case.loss(case.module(case.inputs[part]), case.targets[part]) / 2).backward()
     expected = oracle(case)
     for layer, samples in capture.collect().items():
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_graph_that_is_dropped_takes_its_calls_along(sampled):
+@pytest.mark.parametrize("model_labels", [False, True])
+def test_a_graph_that_is_dropped_frees_its_calls(model_labels):
     case = problem("twice on tokens")
-    capture = Capture(layers_of(case.module), LARGE, sampled)
+    capture = Capture(layers_of(case.module), LARGE, model_labels)
     capture.arm()
     gc.disable()
     try:
@@ -154,11 +154,11 @@ def test_a_graph_that_is_dropped_takes_its_calls_along(sampled):
         assert memory.expired()
     finally:
         gc.enable()
-    assert capture.seen
+    assert capture.saw_calls
     assert capture.collect() == {}
 
 
-def test_a_graph_that_is_kept_after_collecting_holds_its_own_call_alone():
+def test_a_graph_kept_after_collect_keeps_only_its_own_call():
     case = problem("linear")
     capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
@@ -173,14 +173,14 @@ def test_a_graph_that_is_kept_after_collecting_holds_its_own_call_alone():
     assert second.expired()
 
 
-def test_a_sampled_graph_that_is_kept_after_collecting_holds_no_call():
+def test_with_model_labels_a_graph_kept_after_collect_keeps_no_call():
     case = problem("linear")
-    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, model_labels=True)
     capture.arm()
     inputs = case.inputs.clone()
     memory = StorageWeakRef(inputs.untyped_storage())
     outputs = case.module(inputs)
-    capture.sample(outputs.sum())
+    capture.differentiate(outputs.sum())
     outputs.sum().backward()
     del inputs
     assert not memory.expired()
@@ -188,7 +188,7 @@ def test_a_sampled_graph_that_is_kept_after_collecting_holds_no_call():
     assert memory.expired()
 
 
-def test_a_layer_that_was_not_used_is_absent():
+def test_an_unused_layer_is_absent():
     module = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     capture = Capture(layers_of(module), LARGE)
     capture.arm()
@@ -196,13 +196,13 @@ def test_a_layer_that_was_not_used_is_absent():
     assert [layer.name for layer in capture.collect()] == ["0.weight"]
 
 
-def test_frozen_weights_are_not_kept():
+def test_frozen_weights_have_no_samples():
     case = problem("linear")
     case.module[0].weight.requires_grad_(False)
-    assert [layer.name for layer in captured(case)] == ["2.weight"]
+    assert [layer.name for layer in captured_samples(case)] == ["2.weight"]
 
 
-def test_an_empty_batch_is_nothing():
+def test_an_empty_batch_has_no_samples():
     module = nn.Linear(2, 2)
     capture = Capture(layers_of(module), LARGE)
     capture.arm()
@@ -211,17 +211,17 @@ def test_an_empty_batch_is_nothing():
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
-def test_padding_changed_after_construction_is_read_as_the_module_reads_it(mode):
+def test_padding_changed_after_construction_is_used_as_the_module_uses_it(mode):
     case = problem("conv2d reflect" if mode == "reflect" else "conv2d padding")
     case.module[0].padding = (0, 0) if mode == "reflect" else (2, 1)
     case.module[0].dilation = (1, 2)
     case.targets.zero_()  # the output has fewer entries now
     expected = oracle(case)
-    for layer, samples in captured(case).items():
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+    for layer, samples in captured_samples(case).items():
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
-def test_two_losses_of_one_pass_add_up():
+def test_two_losses_of_one_forward_pass_add_up():
     case = problem("linear")
     capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
@@ -230,7 +230,7 @@ def test_two_losses_of_one_pass_add_up():
     (0.75 * loss).backward()
     expected = oracle(case)
     for layer, samples in capture.collect().items():
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -245,7 +245,7 @@ def test_activation_checkpoints(reentrant):
     assert len(found) == 2
     for layer, samples in found.items():
         assert samples.count == 5
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["conv2d padding", "conv2d groups", "conv2d 1x1"])
@@ -257,8 +257,8 @@ def test_channels_last_images(name):
         case.inputs.to(memory_format=torch.channels_last),
         case.targets,
     )
-    for layer, samples in captured(laid_out, memory=20_000).items():
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+    for layer, samples in captured_samples(laid_out, memory=20_000).items():
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
 def test_input_by_keyword():
@@ -278,13 +278,13 @@ def test_autocast_statistics_are_float32():
     case.loss(outputs.float(), case.targets).backward()
     expected = oracle(case)
     for layer, samples in capture.collect().items():
-        found, reference = together(samples), joined(layer, expected)
+        found, reference = all_gradients(samples), joined(layer, expected)
         assert found.dtype == torch.float32
         assert all(tensor.dtype == torch.float32 for chunk in samples.chunks() for tensor in chunk)
         assert (found - reference).norm() < 0.02 * reference.norm()
 
 
-def test_an_input_changed_in_place_under_autocast_is_read_as_it_was():
+def test_an_input_changed_in_place_after_the_call_under_autocast_is_recorded_as_it_was():
     torch.manual_seed(0)
     module, inputs = nn.Linear(3, 2), torch.randn(4, 3)
     capture = Capture(layers_of(module), LARGE)
@@ -298,25 +298,25 @@ def test_an_input_changed_in_place_under_autocast_is_read_as_it_was():
     torch.testing.assert_close(found[:, 0, 0], kept.bfloat16().float())
 
 
-def test_half_precision_parameters_are_read_in_float32():
+def test_statistics_of_half_precision_parameters_are_float32():
     case = problem("linear", dtype=torch.bfloat16)
-    assert {together(samples).dtype for samples in captured(case).values()} == {torch.float32}
+    assert {all_gradients(samples).dtype for samples in captured_samples(case).values()} == {torch.float32}
 
 
-def test_evaluation_is_not_seen():
+def test_calls_under_no_grad_are_not_recorded():
     module = nn.Linear(2, 2)
     capture = Capture(layers_of(module), LARGE)
     capture.arm()
     with torch.no_grad():
         module(torch.ones(1, 2))
-    assert not capture.seen
+    assert not capture.saw_calls
     module(torch.ones(1, 2))
-    assert capture.seen
+    assert capture.saw_calls
     capture.collect()
-    assert not capture.seen
+    assert not capture.saw_calls
 
 
-def test_nothing_is_kept_after_disarm_and_gradients_are_untouched():
+def test_after_disarm_nothing_is_recorded_and_gradients_stay_the_same():
     case = problem("attention")
     capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     capture.arm()
@@ -328,11 +328,11 @@ def test_nothing_is_kept_after_disarm_and_gradients_are_untouched():
     capture.disarm()
     case.module.zero_grad()
     case.mean_loss().backward()
-    assert not capture.seen
+    assert not capture.saw_calls
     assert all(torch.equal(a, p.grad) for a, p in zip(observed, case.module.parameters(), strict=True))
 
 
-def test_released_hooks_are_gone():
+def test_release_removes_the_hooks():
     case = problem("attention")
     capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
     hooks = lambda: sum(len(module._forward_hooks) for module in case.module.modules())  # noqa: E731
@@ -343,7 +343,7 @@ def test_released_hooks_are_gone():
     assert not capture.armed
 
 
-def test_a_capture_thrown_away_while_armed_leaves_nothing():
+def test_a_capture_deleted_while_armed_leaves_no_hook():
     module = nn.Linear(2, 2)
     capture = Capture(layers_of(module), LARGE)
     capture.arm()
@@ -352,7 +352,7 @@ def test_a_capture_thrown_away_while_armed_leaves_nothing():
     assert not module._forward_hooks
 
 
-def test_a_program_that_ends_armed_ends_quietly():
+def test_a_program_that_ends_while_armed_prints_nothing():
     program = """
         import torch
         from minifisher.statistics.capture import Capture
@@ -366,10 +366,10 @@ def test_a_program_that_ends_armed_ends_quietly():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_an_armed_module_can_be_copied_and_pickled(sampled):
+@pytest.mark.parametrize("model_labels", [False, True])
+def test_an_armed_module_can_be_copied_and_pickled(model_labels):
     module = nn.Linear(2, 2)
-    capture = Capture(layers_of(module), LARGE, sampled)
+    capture = Capture(layers_of(module), LARGE, model_labels)
     capture.arm()
     module(torch.ones(3, 2)).sum()
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -378,85 +378,85 @@ def test_an_armed_module_can_be_copied_and_pickled(sampled):
     assert capture.collect() == {}
 
 
-def test_sampled_reads_the_summed_loss_and_nothing_else():
+def test_differentiate_reads_the_summed_loss_and_not_the_training_loss():
     case = problem("conv2d groups")
-    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, model_labels=True)
     capture.arm()
     outputs = case.module(case.inputs)
     other = (case.targets + 1) % outputs.flatten(1).shape[1]
-    capture.sample(functional.cross_entropy(outputs.flatten(1), other, reduction="sum"))
+    capture.differentiate(functional.cross_entropy(outputs.flatten(1), other, reduction="sum"))
     assert all(parameter.grad is None for parameter in case.module.parameters())
     case.loss(outputs, case.targets).backward()
     expected = per_sample_gradients(case.module, case.loss, case.inputs, other)
     found = capture.collect()
     assert len(found) == 2
     for layer, samples in found.items():
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
     reference = oracle(case)
     for parameter in case.module.parameters():
         torch.testing.assert_close(parameter.grad, reference[parameter].mean(0), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["in-place activation", "in-place after convolution", "twice", "tied"])
-def test_sampled_over_micro_batches(name):
+def test_differentiate_over_micro_batches(name):
     case = problem(name, count=4)
-    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, model_labels=True)
     capture.arm()
     for part in (slice(0, 2), slice(2, 4)):
         outputs = case.module(case.inputs[part])
-        capture.sample(2 * case.loss(outputs, case.targets[part]))  # mean of two, summed
+        capture.differentiate(2 * case.loss(outputs, case.targets[part]))  # mean of two, summed
         case.loss(outputs, case.targets[part]).backward()
     expected = oracle(case)
     for layer, samples in capture.collect().items():
         assert samples.count == 4
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
-def test_sampled_without_a_sample_collects_nothing():
+def test_with_model_labels_the_training_loss_alone_gives_no_samples():
     case = problem("linear")
-    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, model_labels=True)
     capture.arm()
     case.mean_loss().backward()
-    assert capture.seen
+    assert capture.saw_calls
     assert capture.collect() == {}
 
 
-def test_sampled_through_activation_checkpoints():
+def test_differentiate_through_activation_checkpoints():
     case = problem("linear")
-    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, model_labels=True)
     capture.arm()
     outputs = checkpoint(case.module, case.inputs, use_reentrant=False)
-    capture.sample(5 * case.loss(outputs, case.targets))
+    capture.differentiate(5 * case.loss(outputs, case.targets))
     case.loss(outputs, case.targets).backward()
     expected = oracle(case)
     found = capture.collect()
     assert len(found) == 2
     for layer, samples in found.items():
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
 def test_outputs_without_a_graph_are_refused():
     case = problem("linear")
-    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, model_labels=True)
     capture.arm()
     outputs = case.module(case.inputs)
-    with pytest.raises(RuntimeError, match="hang on no graph"):
-        capture.sample(outputs.detach().sum())
+    with pytest.raises(RuntimeError, match="do not require a gradient"):
+        capture.differentiate(outputs.detach().sum())
 
 
-def test_an_output_of_another_network_tells_nothing():
+def test_the_output_of_another_network_gives_no_samples():
     case, other = problem("linear"), problem("linear", seed=1)
-    capture = Capture(layers_of(case.module), LARGE, sampled=True)
+    capture = Capture(layers_of(case.module), LARGE, model_labels=True)
     capture.arm()
     outputs = case.module(case.inputs)
-    capture.sample(other.module(other.inputs).sum())
+    capture.differentiate(other.module(other.inputs).sum())
     assert capture.collect() == {}
     del outputs
 
 
-def test_sample_of_an_empirical_capture_is_refused():
-    with pytest.raises(RuntimeError, match="sampled=True"):
-        Capture([], LARGE).sample(torch.tensor(0.0))
+def test_differentiate_needs_a_capture_with_model_labels():
+    with pytest.raises(RuntimeError, match="model_labels=True"):
+        Capture([], LARGE).differentiate(torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("route", ["chunks", "gradients"])

@@ -1,4 +1,4 @@
-"""Compiled models under capture: the same samples as in eager mode, and never more than two graphs."""
+"""Samples of compiled models are those of eager mode, and a model has at most two compiled graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._functorch import config as functorch_config
 from torch.nn import functional
 
 import minifisher
-from minifisher.statistics.calls import Pending
+from minifisher.statistics.calls import PendingCall
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import EVERY_KIND, layers_of
 from tests.helpers import NETS, joined, per_sample_gradients, problem
@@ -32,7 +32,7 @@ def _nothing_compiled_before():
     torch.compiler.reset()
 
 
-def together(samples):
+def all_gradients(samples):
     return torch.cat(list(samples.gradients()))
 
 
@@ -45,20 +45,20 @@ def assert_samples(found, case, targets):
     expected = per_sample_gradients(case.module, case.loss, case.inputs, targets)
     for layer, samples in found.items():
         assert samples.count == len(targets)
-        torch.testing.assert_close(together(samples), joined(layer, expected), **CLOSE)
+        torch.testing.assert_close(all_gradients(samples), joined(layer, expected), **CLOSE)
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_compiled_model_shows_what_an_eager_one_does(name, sampled):
+@pytest.mark.parametrize("model_labels", [False, True])
+def test_a_compiled_model_has_the_samples_of_an_eager_one(name, model_labels):
     case = problem(name)
     model, _ = compiled(case.module, "aot_eager")
-    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, sampled)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, model_labels)
     capture.arm()
     outputs = model(case.inputs)
-    targets = (case.targets + 1) % outputs.flatten(1).shape[1] if sampled else case.targets
-    if sampled:
-        capture.sample(functional.cross_entropy(outputs.flatten(1), targets, reduction="sum"))
+    targets = (case.targets + 1) % outputs.flatten(1).shape[1] if model_labels else case.targets
+    if model_labels:
+        capture.differentiate(functional.cross_entropy(outputs.flatten(1), targets, reduction="sum"))
         assert all(parameter.grad is None for parameter in case.module.parameters())
     case.loss(outputs, case.targets).backward()
     found = capture.collect()
@@ -71,7 +71,7 @@ def test_a_compiled_model_shows_what_an_eager_one_does(name, sampled):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("before", [False, True])
-def test_two_graphs_however_often_the_switch_is_turned(backend, before):
+def test_two_graphs_however_often_the_capture_is_armed(backend, before):
     case = problem("linear")
     model, counter = compiled(case.module, backend)
     if before:
@@ -85,52 +85,52 @@ def test_two_graphs_however_often_the_switch_is_turned(backend, before):
         capture.disarm()
         assert_samples(found, case, case.targets)
         case.loss(model(case.inputs), case.targets).backward()
-        assert not capture.seen
+        assert not capture.saw_calls
     assert counter.frame_count == 2 + before
 
 
-def test_several_draws_of_a_compiled_model_are_those_of_an_eager_one():
+def test_several_losses_of_a_compiled_model_give_the_samples_of_an_eager_one():
     case, found = problem("conv2d padding"), []
     for model in (case.module, compiled(case.module, "aot_eager")[0]):
-        capture = Capture(layers_of(case.module), LARGE, sampled=True)
+        capture = Capture(layers_of(case.module), LARGE, model_labels=True)
         capture.arm()
         outputs = model(case.inputs).flatten(1)
-        capture.sample(outputs.sin().sum(), outputs.square().sum())
+        capture.differentiate(outputs.sin().sum(), outputs.square().sum())
         outputs.cos().sum().backward()
-        found.append({layer.name: together(samples) for layer, samples in capture.collect().items()})
+        found.append({layer.name: all_gradients(samples) for layer, samples in capture.collect().items()})
         capture.release()
     assert len(found[0]["0.weight"]) == 10
     torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
-def test_labels_drawn_for_some_layers_are_no_training_loss_of_others(backend):
+def test_model_labels_of_one_layer_do_not_count_as_training_loss_of_another(backend):
     case = problem("linear")
     model = compiled(case.module, backend)[0] if backend else case.module
     first, last = layers_of(case.module)[0], layers_of(case.module)[2]
-    sampled, empirical = Capture([first], LARGE, sampled=True), Capture([last], LARGE)
-    sampled.arm()
+    with_model_labels, empirical = Capture([first], LARGE, model_labels=True), Capture([last], LARGE)
+    with_model_labels.arm()
     empirical.arm()
     outputs = model(case.inputs)
-    sampled.sample(outputs.sin().sum())
+    with_model_labels.differentiate(outputs.sin().sum())
     case.loss(outputs, case.targets).backward()
     found = empirical.collect()
     empirical.disarm()
-    sampled.disarm()
+    with_model_labels.disarm()
     assert len(found) == 1
     assert_samples(found, case, case.targets)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_compiled_model_is_read_over_micro_batches(sampled):
+@pytest.mark.parametrize("model_labels", [False, True])
+def test_samples_of_a_compiled_model_over_micro_batches(model_labels):
     case = problem("linear", count=6)
     model, _ = compiled(case.module, "aot_eager")
-    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, sampled)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE, model_labels)
     capture.arm()
     for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
         outputs = model(case.inputs[part])
-        if sampled:
-            capture.sample(2 * case.loss(outputs, case.targets[part]))
+        if model_labels:
+            capture.differentiate(2 * case.loss(outputs, case.targets[part]))
         (case.loss(outputs, case.targets[part]) / 3).backward()
     found = capture.collect()
     capture.disarm()
@@ -139,13 +139,13 @@ def test_a_compiled_model_is_read_over_micro_batches(sampled):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_compiled_graph_that_is_dropped_takes_its_calls_along(sampled, backend):
+@pytest.mark.parametrize("model_labels", [False, True])
+def test_a_compiled_graph_that_is_dropped_frees_its_calls(model_labels, backend):
     case = problem("linear")
     model, _ = compiled(case.module, backend)
-    capture = Capture(layers_of(case.module), LARGE, sampled)
+    capture = Capture(layers_of(case.module), LARGE, model_labels)
     capture.arm()
-    alive = lambda: sum(type(thing) is Pending for thing in gc.get_objects())  # noqa: E731
+    alive = lambda: sum(type(thing) is PendingCall for thing in gc.get_objects())  # noqa: E731
     outputs = model(case.inputs)
     assert alive() == 2
     del outputs
@@ -154,7 +154,7 @@ def test_a_compiled_graph_that_is_dropped_takes_its_calls_along(sampled, backend
     assert capture.collect() == {}
 
 
-def test_copies_and_pickles_of_an_armed_compiled_model_show_nothing():
+def test_copies_and_pickles_of_an_armed_compiled_model_record_nothing():
     module = nn.Linear(2, 2)
     capture = Capture(layers_of(module), LARGE)
     capture.arm()
@@ -165,7 +165,7 @@ def test_copies_and_pickles_of_an_armed_compiled_model_show_nothing():
         assert capture.collect() == {}
 
 
-def test_compiled_code_outlives_its_capture():
+def test_compiled_code_still_works_after_its_capture_is_deleted():
     module = nn.Linear(2, 2)
     model, _ = compiled(module, "aot_eager")
     capture = Capture(layers_of(module), LARGE)
@@ -178,13 +178,13 @@ def test_compiled_code_outlives_its_capture():
     model(torch.ones(3, 2)).sum().backward()
 
 
-@pytest.mark.parametrize("let_go", [Capture.disarm, Capture.release, id], ids=["disarm", "release", "drop"])
-def test_a_setting_of_the_process_is_as_before_in_whatever_order_captures_let_go(let_go):
-    first, second = (Capture(layers_of(nn.Linear(2, 2)), LARGE, sampled=True) for _ in range(2))
+@pytest.mark.parametrize("end", [Capture.disarm, Capture.release, id], ids=["disarm", "release", "delete"])
+def test_the_setting_of_torch_is_restored_in_whatever_order_captures_end(end):
+    first, second = (Capture(layers_of(nn.Linear(2, 2)), LARGE, model_labels=True) for _ in range(2))
     with functorch_config.patch(donated_buffer=True):
         first.arm()
         second.arm()
-        let_go(first)
+        end(first)
         del first
         gc.collect()
         assert not functorch_config.donated_buffer
@@ -193,24 +193,24 @@ def test_a_setting_of_the_process_is_as_before_in_whatever_order_captures_let_go
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_has_no_taps(strict):
+def test_an_exported_program_has_no_operators_of_ours(strict):
     case = problem("linear")
     capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
     program = torch.export.export(case.module, (case.inputs,), strict=strict)
     assert not [node for node in program.graph.nodes if "minifisher" in str(node.target)]
-    assert not capture.seen
+    assert not capture.saw_calls
     case.mean_loss().backward()
     assert len(capture.collect()) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "error::torch.jit.TracerWarning")
-def test_a_traced_program_is_that_of_the_model_alone():
+def test_a_traced_program_contains_the_model_alone():
     case = problem("linear")
     capture = Capture(layers_of(case.module), LARGE)
     capture.arm()
     traced = torch.jit.trace(case.module, case.inputs)
-    assert not capture.seen
+    assert not capture.saw_calls
     torch.testing.assert_close(traced(case.inputs), case.module(case.inputs))
 
 
@@ -285,8 +285,8 @@ def test_every_method_trains_a_compiled_model(name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
-def test_inductor_uses_buffers_again_and_the_samples_stay(fisher, monkeypatch):
-    # Whatever imported distutils before: setuptools insists on its own copy otherwise.
+def test_samples_stay_correct_although_inductor_reuses_buffers(fisher, monkeypatch):
+    # If distutils was imported before, setuptools would otherwise insist on its own copy.
     monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 
     def make(module):

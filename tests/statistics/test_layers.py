@@ -20,7 +20,7 @@ class Standardized(nn.Conv2d):
 
 
 class Named(nn.Linear):
-    """A subclass that computes as its base."""
+    """A subclass that keeps the forward method of its base."""
 
 
 class LanguageModel(nn.Module):
@@ -43,7 +43,7 @@ def layer_named(module, name, fold_bias=False):
 
 @pytest.mark.parametrize("fold_bias", [False, True])
 @pytest.mark.parametrize("name", NETS)
-def test_every_parameter_exactly_once_and_in_order(name, fold_bias):
+def test_every_parameter_is_in_one_layer_and_in_order(name, fold_bias):
     module = NETS[name][0]()
     layers = layers_of(module, EVERY_KIND if fold_bias else ())
     order = {parameter: place for place, parameter in enumerate(module.parameters())}
@@ -65,7 +65,7 @@ def test_every_parameter_exactly_once_and_in_order(name, fold_bias):
         (nn.Conv3d(2, 2, 3), "convolution", 1),
     ],
 )
-def test_what_is_understood(module, kind, groups):
+def test_layers_whose_samples_can_be_recorded(module, kind, groups):
     layer = layer_named(module, "weight")
     assert (layer.kind, layer.groups, layer.modules, layer.note) == (kind, groups, (module,), "")
 
@@ -82,17 +82,17 @@ def test_what_is_understood(module, kind, groups):
         (nn.Bilinear(2, 2, 2), "weight", "Bilinear"),
         (Attention(4), "attention.in_proj_weight", "in_proj_weight of MultiheadAttention"),
         (Attention(4), "attention.out_proj.weight", "MultiheadAttention"),
-        (Scaled(2, 2), "weight", "Scaled with a forward of its own"),
-        (Standardized(2, 2, 1), "weight", "Standardized with a forward of its own"),
-        (patched(), "weight", "Linear with a forward of its own"),
+        (Scaled(2, 2), "weight", "Scaled with its own forward method"),
+        (Standardized(2, 2, 1), "weight", "Standardized with its own forward method"),
+        (patched(), "weight", "Linear with its own forward method"),
         (parametrizations.weight_norm(nn.Linear(2, 2)), "parametrizations.weight.original1", "parametrised"),
         (prune.identity(nn.Linear(2, 2), "weight"), "weight_orig", "weight_orig of Linear"),
         (nn.LazyLinear(3), "weight", "LazyLinear before its first forward pass"),
-        (LanguageModel(), "embedding.weight", "tied between 2 places, of which Embedding"),
+        (LanguageModel(), "embedding.weight", "used in 2 places, among them Embedding"),
     ],
 )
 @pytest.mark.parametrize("fold_bias", [False, True])
-def test_what_is_not_understood_says_why(module, name, reason, fold_bias):
+def test_other_layers_say_why_their_samples_cannot_be_recorded(module, name, reason, fold_bias):
     layer = layer_named(module, name, fold_bias)
     assert reason in layer.note
     assert "only its gradient is read" in layer.note
@@ -100,13 +100,13 @@ def test_what_is_not_understood_says_why(module, name, reason, fold_bias):
     assert (layer.kind, layer.bias) == ("other", None)
 
 
-def test_a_lazy_module_is_understood_after_its_first_forward_pass():
+def test_samples_of_a_lazy_module_can_be_recorded_after_its_first_forward_pass():
     module = nn.LazyLinear(3)
     module(torch.ones(1, 2))
     assert layer_named(module, "weight").reads_samples
 
 
-def test_a_tied_weight_is_one_layer_with_its_biases_apart():
+def test_a_tied_weight_is_one_layer_and_its_biases_are_layers_of_their_own():
     module = Tied()
     layers = layers_of(module, EVERY_KIND)
     assert [layer.name for layer in layers] == ["first.weight", "first.bias", "second.bias"]
@@ -130,10 +130,10 @@ def test_a_module_called_twice_folds_its_bias():
     assert layer_named(module, "layer.weight", fold_bias=True).bias is module.layer.bias
 
 
-def test_weights_tied_between_unlike_convolutions_are_not_read():
+def test_samples_of_a_weight_tied_between_convolutions_with_different_groups_are_not_recorded():
     module = nn.Sequential(nn.Conv2d(2, 2, 3, groups=1), nn.Conv2d(4, 2, 3, groups=2))
     module[1].weight = module[0].weight
-    assert "tied between unlike layers" in layer_named(module, "0.weight").note
+    assert "tied between layers of different kinds" in layer_named(module, "0.weight").note
 
 
 @pytest.mark.parametrize("fold_bias", [False, True])

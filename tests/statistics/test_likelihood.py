@@ -15,7 +15,7 @@ DRAWS = 40_000
 
 
 def score(likelihood, outputs, seed=0):
-    """The gradient of the loss of one draw, [*outputs.shape]."""
+    """The gradient of the loss on labels drawn once, [*outputs.shape]."""
     outputs = outputs.clone().requires_grad_()
     loss = sampled_loss(outputs, likelihood, torch.Generator().manual_seed(seed))
     return torch.autograd.grad(loss, outputs)[0]
@@ -46,38 +46,38 @@ def test_gaussian_noise_has_variance_one():
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
-def test_the_loss_is_summed_and_repeats_with_its_generator(likelihood):
+def test_the_loss_is_a_sum_over_samples_and_repeats_with_the_same_generator(likelihood):
     outputs = torch.randn(4, 5, 3, dtype=torch.float64)
     twice = score(likelihood, torch.cat((outputs, outputs)))
     assert twice.shape == (8, 5, 3)
     assert torch.equal(score(likelihood, outputs), score(likelihood, outputs))
     assert not torch.equal(score(likelihood, outputs), score(likelihood, outputs, seed=1))
-    # A sum: each sample's gradient has the size it would have alone, so the two halves together have both.
+    # A sum over twice as many samples has a longer gradient; a mean would not.
     assert twice.norm() > 1.2 * score(likelihood, outputs).norm()
 
 
-def test_one_draw_a_data_point_in_half_precision():
+def test_the_loss_of_a_half_precision_prediction_is_float32():
     assert sampled_loss(torch.randn(3, 2).bfloat16(), "categorical").dtype == torch.float32
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
-def test_a_prediction_that_is_not_a_number_gives_such_a_loss(likelihood):
+def test_a_prediction_that_is_nan_has_a_loss_that_is_nan(likelihood):
     assert sampled_loss(torch.tensor([[0.0, float("nan")]]), likelihood).isnan()
 
 
-def test_unknown_likelihoods_are_listed():
+def test_an_unknown_likelihood_raises_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="'categorical', 'bernoulli', 'gaussian', got 'poisson'"):
         sampled_loss(torch.ones(2, 2), "poisson")
 
 
-def test_integers_are_no_prediction():
+def test_a_prediction_of_integers_raises():
     with pytest.raises(TypeError, match="int64"):
         sampled_loss(torch.ones(2, 2, dtype=torch.int64), "categorical")
 
 
 def captured_outer_products(capture, case, loss_of, weights):
     """Layer -> (1/N) sum_n weight_n vec(D_n) vec(D_n)^T for one choice of the labels."""
-    capture.sample(loss_of(case.module(case.inputs)))
+    capture.differentiate(loss_of(case.module(case.inputs)))
     return {
         layer: torch.einsum("n,ni,nj->ij", weights, d, d) / len(weights)
         for layer, samples in capture.collect().items()
@@ -89,7 +89,7 @@ def captured_outer_products(capture, case, loss_of, weights):
 @pytest.mark.parametrize("name", ["linear", "twice", "tied"])
 def test_over_all_labels_the_sampled_estimator_is_the_exact_fisher(name, fold_bias):
     case = problem(name, count=3)
-    capture = Capture(layers_of(case.module, EVERY_KIND if fold_bias else ()), 1 << 20, sampled=True)
+    capture = Capture(layers_of(case.module, EVERY_KIND if fold_bias else ()), 1 << 20, model_labels=True)
     capture.arm()
     probability = case.module(case.inputs).softmax(1).detach()
     total = {}
@@ -112,17 +112,17 @@ def test_over_all_labels_the_sampled_estimator_is_the_exact_fisher(name, fold_bi
 def test_over_many_draws_the_sampled_estimator_is_the_exact_fisher(likelihood):
     case = problem("linear", count=1)
     module, inputs = case.module, case.inputs
-    capture = Capture(layers_of(module, EVERY_KIND), 1 << 30, sampled=True)
+    capture = Capture(layers_of(module, EVERY_KIND), 1 << 30, model_labels=True)
     capture.arm()
     generator = torch.Generator().manual_seed(0)
-    capture.sample(sampled_loss(module(inputs.expand(DRAWS, -1)), likelihood, generator))
+    capture.differentiate(sampled_loss(module(inputs.expand(DRAWS, -1)), likelihood, generator))
     for layer, samples in capture.collect().items():
         gradients = torch.cat(list(samples.gradients())).flatten(1)
         exact = dense_exact_fisher(layer, module, likelihood, inputs)
         assert (gradients.T @ gradients / DRAWS - exact).norm() < 0.03 * exact.norm()
 
 
-def test_the_two_dense_oracles_agree_where_the_labels_are_the_predicted_ones():
+def test_the_empirical_oracle_averaged_over_predicted_labels_is_the_exact_oracle():
     case = problem("linear", count=1)
     layer = layers_of(case.module, EVERY_KIND)[0]
     probability = case.module(case.inputs).softmax(1).detach()[0]
@@ -134,7 +134,7 @@ def test_the_two_dense_oracles_agree_where_the_labels_are_the_predicted_ones():
     torch.testing.assert_close(exact, expected)
 
 
-def test_likelihoods_of_sequences_draw_a_label_a_position():
+def test_one_label_is_drawn_for_each_position_of_a_sequence():
     torch.manual_seed(0)
     tokens = score("categorical", torch.zeros(200, 7, 2, dtype=torch.float64))
     labels = (0.5 - tokens).argmax(-1)

@@ -1,4 +1,4 @@
-"""Means of outputs and output gradients against those that a network worked out by hand gives."""
+"""Mean outputs and mean output gradients, compared with a formula for a single layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_means_are_over_samples_and_positions_and_per_sample(name):
+def test_means_are_taken_over_samples_and_positions_of_per_sample_gradients(name):
     module, size, groups, channels = CASES[name]
     module = module.double()
     inputs = torch.randn(size, dtype=torch.float64)
@@ -52,29 +52,29 @@ def test_means_are_over_samples_and_positions_and_per_sample(name):
     torch.testing.assert_close(mean_gradient, by_group(gradients, groups, channels))
 
 
-def attack(module, inputs):
-    attacked = inputs.clone().requires_grad_()
-    torch.autograd.grad(module(attacked).square().sum(), attacked)
+def gradient_for_the_inputs(module, inputs):
+    perturbed = inputs.clone().requires_grad_()
+    torch.autograd.grad(module(perturbed).square().sum(), perturbed)
 
 
-def transform(module, inputs):
+def function_transform(module, inputs):
     torch.func.grad(lambda inputs: module(inputs).square().sum())(inputs)
 
 
-@pytest.mark.parametrize("before", [attack, transform])
-def test_gradients_for_the_inputs_inside_the_closure_leave_no_trace(before):
+@pytest.mark.parametrize("before", [gradient_for_the_inputs, function_transform])
+def test_gradients_for_the_inputs_inside_the_closure_do_not_count(before):
     module = nn.Linear(3, 4)
     inputs, weights = torch.randn(5, 3), torch.randn(5, 4)
     (layer, _) = layers_of(module)
-    usual, behind = OutputMeans([layer]), OutputMeans([layer])
+    usual, after_others = OutputMeans([layer]), OutputMeans([layer])
     evaluate(module, inputs, weights, usual)
-    with behind.recording():
+    with after_others.recording():
         before(module, inputs)
-    evaluate(module, inputs, weights, behind)
-    torch.testing.assert_close(behind.read(), usual.read(), rtol=0, atol=0)
+    evaluate(module, inputs, weights, after_others)
+    torch.testing.assert_close(after_others.read(), usual.read(), rtol=0, atol=0)
 
 
-def test_an_activation_in_place_does_not_change_what_was_recorded():
+def test_an_in_place_activation_does_not_change_the_means():
     module = nn.Linear(3, 4)
     inputs, weights = torch.randn(5, 3), torch.randn(5, 4)
     (layer, _) = layers_of(module)
@@ -85,7 +85,7 @@ def test_an_activation_in_place_does_not_change_what_was_recorded():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_an_activation_checkpoint_counts_once(reentrant):
+def test_a_call_inside_an_activation_checkpoint_counts_once(reentrant):
     module = nn.Sequential(nn.Linear(3, 4))
     inputs, weights = torch.randn(5, 3, requires_grad=True), torch.randn(5, 4)
     layer = layers_of(module)[0]
@@ -95,7 +95,7 @@ def test_an_activation_checkpoint_counts_once(reentrant):
     torch.testing.assert_close(checkpointed.read()[layer], usual.read()[layer])
 
 
-def test_micro_batches_are_the_samples_of_one_batch():
+def test_micro_batches_have_the_means_of_one_batch():
     module = nn.Linear(3, 4)
     inputs, weights = torch.randn(5, 3), torch.randn(5, 4)
     layer = layers_of(module)[0]
@@ -118,7 +118,7 @@ def test_a_layer_used_twice_has_the_positions_of_both_uses():
         torch.testing.assert_close(mean, expected)
 
 
-def test_a_secant_is_the_change_for_layers_that_both_passes_saw():
+def test_a_secant_is_the_change_of_layers_with_means_before_and_after():
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     first, _, second, _ = layers_of(module)
     inputs, weights = torch.randn(5, 3), torch.randn(5, 4)
@@ -134,7 +134,7 @@ def test_a_secant_is_the_change_for_layers_that_both_passes_saw():
     torch.testing.assert_close(found[first].gradient_change, after.read()[first][1] - before.read()[first][1])
 
 
-def test_no_hook_stays_and_a_forward_pass_without_gradient_is_not_recorded():
+def test_no_hook_remains_and_calls_under_no_grad_are_not_recorded():
     module = nn.Linear(3, 4)
     layer = layers_of(module)[0]
     means = OutputMeans([layer])

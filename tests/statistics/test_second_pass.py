@@ -1,4 +1,4 @@
-"""The second evaluation of the closure: what it sees, and that it leaves no trace."""
+"""The second evaluation of the closure: what it computes, and what it restores."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def network():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_after_the_step_gradients_buffers_and_random_numbers_are_those_of_the_first_pass(method, set_to_none):
+def test_gradients_buffers_and_random_numbers_after_the_step_are_those_of_the_first_pass(method, set_to_none):
     module, reference = network(), network()
     inputs = torch.randn(8, 1, 6, 6)
     optimizer = minifisher.METHODS[method](module, lr=0.1)
@@ -63,7 +63,7 @@ def test_after_the_step_gradients_buffers_and_random_numbers_are_those_of_the_fi
         assert torch.equal(buffer, expected)
 
 
-def test_both_passes_draw_the_same_dropout_masks():
+def test_both_passes_have_the_same_dropout_masks():
     module = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5))
     optimizer = minifisher.KBFGS(module, lr=1e-3)
     record = []
@@ -71,7 +71,7 @@ def test_both_passes_draw_the_same_dropout_masks():
     assert torch.equal(record[0][1] == 0, record[1][1] == 0)
 
 
-def test_a_gradient_that_is_a_view_of_a_reused_buffer_survives():
+def test_a_gradient_that_is_a_view_of_a_reused_buffer_is_restored():
     module = nn.Linear(3, 2, bias=False)
     bucket = torch.zeros(6)
     optimizer = minifisher.KBFGS(module, lr=0.1)
@@ -103,7 +103,7 @@ def test_a_step_without_a_closure_says_what_to_do(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_of_no_length_makes_the_state_without_a_closure(method):
+def test_a_step_with_lr_zero_makes_the_state_without_a_closure(method):
     module = nn.Linear(3, 2)
     optimizer = minifisher.METHODS[method](module, lr=0.0, statistics_every=1)
     for parameter in module.parameters():
@@ -115,7 +115,7 @@ def test_a_step_of_no_length_makes_the_state_without_a_closure(method):
     assert optimizer.diagnostics()["weights"]["weight"]["observations"] == 1
 
 
-def test_the_second_pass_is_made_only_when_due():
+def test_the_second_pass_is_run_only_when_statistics_are_due():
     module = nn.Linear(3, 2)
     optimizer = minifisher.KBFGS(module, statistics_every=3)
     record = []
@@ -126,7 +126,7 @@ def test_the_second_pass_is_made_only_when_due():
     assert len(record) == 9
 
 
-def test_a_step_that_was_skipped_has_no_second_pass():
+def test_a_skipped_step_has_no_second_pass():
     module = nn.Linear(3, 2)
     optimizer = minifisher.KBFGS(module)
     record = []
@@ -136,7 +136,7 @@ def test_a_step_that_was_skipped_has_no_second_pass():
     assert optimizer.skipped_steps == 1
 
 
-def test_observe_inside_the_second_closure_is_ignored():
+def test_observe_in_the_second_pass_is_ignored():
     module = nn.Linear(3, 2)
     optimizer = minifisher.KFAC(module, fisher="sampled", adaptive_damping=True)
     inputs = torch.randn(5, 3)
@@ -158,7 +158,7 @@ def test_observe_inside_the_second_closure_is_ignored():
     assert optimizer.diagnostics()["weights"]["weight"]["observations"] == 1
 
 
-def test_an_error_in_the_second_pass_leaves_gradients_and_hooks_in_order():
+def test_after_an_error_in_the_second_pass_gradients_and_hooks_are_restored():
     module = nn.Linear(3, 2)
     optimizer = minifisher.KBFGS(module)
     calls = []

@@ -16,29 +16,28 @@ TRITON_INSTALLED = find_spec("triton") is not None
 _PLAIN = (Tensor, nn.Parameter)  # a subclass, such as DTensor, may define other operations
 
 
-def suits_numba(*tensors: Tensor, bfloat16: bool = False) -> bool:
+def suits_numba(*tensors: Tensor, bfloat16: bool = False, device: str = "cpu") -> bool:
     """Whether the numba kernels take these tensors: plain, contiguous, not empty, float32, on the CPU.
 
     With `bfloat16` that dtype is accepted too.
     """
-    return NUMBA_INSTALLED and _suit(tensors, "cpu", bfloat16)
+    return (
+        (NUMBA_INSTALLED or device != "cpu")
+        and not torch.compiler.is_compiling()
+        and all(
+            type(tensor) in _PLAIN
+            and (tensor.dtype == torch.float32 or (bfloat16 and tensor.dtype == torch.bfloat16))
+            and tensor.device.type == device
+            and tensor.is_contiguous()
+            and tensor.numel() > 0
+            for tensor in tensors
+        )
+    )
 
 
 def suits_triton(*tensors: Tensor, bfloat16: bool = False) -> bool:
     """The same as `suits_numba` for triton kernels: the tensors must be on a CUDA device."""
-    return TRITON_INSTALLED and _suit(tensors, "cuda", bfloat16)
-
-
-def _suit(tensors: tuple[Tensor, ...], device: str, bfloat16: bool) -> bool:
-    dtypes = (torch.float32, torch.bfloat16) if bfloat16 else (torch.float32,)
-    return not torch.compiler.is_compiling() and all(
-        type(tensor) in _PLAIN
-        and tensor.dtype in dtypes
-        and tensor.device.type == device
-        and tensor.is_contiguous()
-        and tensor.numel() > 0
-        for tensor in tensors
-    )
+    return TRITON_INSTALLED and suits_numba(*tensors, bfloat16=bfloat16, device="cuda")
 
 
 # elementwise_cpu is imported only when it is used: importing numba takes most of a second.

@@ -6,6 +6,7 @@ for some milliseconds, on the cores that the other compiled kernels of the step 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,13 +122,11 @@ def adam_step_norm(
     squares = np.empty(layers, np.float32)
     if layers == 1:
         rows = [array[0] for array in arrays]
-        squares[0] = run_parallel(
-            lambda start, stop: update_moments(*rows, *numbers, start, stop), entries, _ENTRIES_PER_THREAD
-        )
+        squares[0] = run_parallel(partial(update_moments, *rows, *numbers), entries, _ENTRIES_PER_THREAD)
     else:
         layers_per_thread = max(1, _ENTRIES_PER_THREAD // max(1, entries))
         run_parallel(
-            lambda start, stop: _update_moments_of_layers(*arrays, *numbers, squares, start, stop),
+            partial(_update_moments_of_layers, *arrays, *numbers, squares),
             layers,
             layers_per_thread,
         )
@@ -137,12 +136,10 @@ def adam_step_norm(
 def sum_of_squares(tensor: Tensor) -> float:
     """The sum of the squares of all entries."""
     vector = tensor.detach().view(-1).numpy()
-    return run_parallel(
-        lambda start, stop: _sum_of_squares(vector, start, stop), vector.shape[0], _ENTRIES_PER_THREAD
-    )
+    return run_parallel(partial(_sum_of_squares, vector), vector.shape[0], _ENTRIES_PER_THREAD)
 
 
 def add_scaled(weight: Tensor, direction: Tensor, factor: float) -> None:
     """W <- W + factor direction, in place."""
     w, d, f = weight.detach().view(-1).numpy(), direction.view(-1).numpy(), np.float32(factor)
-    run_parallel(lambda start, stop: _add_scaled(w, d, f, start, stop), w.shape[0], _ENTRIES_PER_THREAD)
+    run_parallel(partial(_add_scaled, w, d, f), w.shape[0], _ENTRIES_PER_THREAD)

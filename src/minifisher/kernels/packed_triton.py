@@ -178,9 +178,7 @@ def _kernel(
     tile, first_row = first + place, first // tiles
     row, real = tile // tiles, tile < count
     here = real[None, :, None] & (block < blocks)
-    start = (
-        (tile % tiles)[None, :, None] * blocks + block
-    ) * width  # index in its row of the block's first entry
+    start = ((tile % tiles)[None, :, None] * blocks + block) * width  # first entry of the block in its row
     mask = here & (index < width) & (start + index < length)
     # 64 bits are needed only for the index of a program's first entry.
     offsets = first_row.to(tl.int64) * length + (((row - first_row) * length)[None, :, None] + start + index)
@@ -205,9 +203,8 @@ def _kernel(
             mean = tl.load(means + row, mask=real, other=0.0)[None, :, None]
             level = damping * _curvature_scale(triangle, i, j, tl.minimum(length - start, width), mean)
         solution = tl.where(mask, _solve(triangle, level, _to_own_thread(m, index, width), i, j, width), 0.0)
-        # Each thread stores its own block. For neighbouring threads to store neighbouring entries, `offsets`
-        # and `mask` would be kept until here, in 60 registers. The other order of summation prevents the
-        # compiler from recognising that `own` equals `offsets`.
+        # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
+        # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
         tl.store(direction + tl.max_contiguous(own, (1, 1, 1)), solution, mask=mask)
         tl.store(squares + tile, _sum_of_squares(solution), mask=real)

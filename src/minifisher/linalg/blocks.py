@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,12 @@ class BlockReading:
     length: int
     width: int
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """The number of blocks of one row."""
         return math.ceil(self.length / self.width)
 
-    @property
+    @cached_property
     def padding(self) -> int:
         """The number of zeros that fill the last block of each row."""
         return self.blocks * self.width - self.length

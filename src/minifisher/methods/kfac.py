@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from minifisher.curvature import Curvature, Plan, no_curvature
-from minifisher.linalg.dense import NO_CURVATURE, add_to_diagonal, eigendecomposition, inverse_power, working_dtype
+from minifisher.linalg.dense import (
+    NO_CURVATURE,
+    add_to_diagonal,
+    eigendecomposition,
+    inverse_power,
+    working_dtype,
+)
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Statistics

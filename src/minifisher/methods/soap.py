@@ -43,10 +43,7 @@ class EigenbasisAdam(Curvature):
     relative_damping: bool = True
     needs: type[Statistics] = BatchGradient
 
-    @property
-    def averages_momentum(self) -> bool:
-        """Yes: a step has Adam's length."""
-        return True
+    averages_momentum = True  # so that a step has Adam's length
 
     def init(self, layer: Layer) -> State:
         """`factor_i` and `rotated_square`, V, are averaged; `basis_i` is what was last refreshed.

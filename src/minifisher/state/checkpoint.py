@@ -163,7 +163,7 @@ def _whole(layer: Layer, plan: Plan, parameter: Tensor, name: str, held: Tensor)
 
 
 def without_stacks(entries: Mapping[Tensor, Entry]) -> defaultdict[Tensor, Entry]:
-    """The same state, each tensor with memory of its own: pickle would write the whole stack for each view."""
+    """The same state without views: pickle would write the whole stack for each view of it."""
     copied = {
         parameter: {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
         for parameter, entry in entries.items()

@@ -1,1 +1,1 @@
-"""What a backward pass can tell about a layer, measured only when it is due."""
+"""Statistics of layers, recorded from forward and backward passes only in the steps that need them."""

@@ -1,4 +1,4 @@
-"""The calls of a layer's modules, forward pass by forward pass, until what they saw is collected."""
+"""The calls of a layer's modules, from the forward pass until their samples are collected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from minifisher.statistics.positions import batched
+from minifisher.statistics.positions import with_sample_dimension
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,169 +22,179 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Pending:
-    """One call of a module, waiting for its output gradient."""
+class PendingCall:
+    """One call of a module, which waits for its output gradient."""
 
     module: nn.Module
-    inputs: Tensor
+    inputs: Tensor  # [n, ...]
     number: int
-    """One after another, as the calls were made."""
-    output_number: int = 0
-    """Which output of its node the call's is."""
+    """Counts the calls in the order in which they were made."""
     compiled: bool = False
-    turn: int = 0
-    """The forward pass that it belongs to."""
+    """Whether compiled code made the call."""
+    output_index: int = 0
+    """Which output of its autograd node the output of the module is."""
+    forward_pass: int = 0
+    """Counts the forward passes of the layer."""
     recomputed: bool = False
-    """Made inside a backward pass, as activation checkpoints do."""
-    task: int = -1
-    """The backward pass that answered it."""
-    output_gradients: tuple[Tensor, ...] = ()
-    """One of the training loss, or one of each loss that was sampled."""
-    drawn: Tensor | None = None
-    """What compiled code handed back of the loss that is being sampled."""
+    """Whether the call was made inside a backward pass, as activation checkpointing does."""
+    backward_pass: int = -1
+    """Autograd's id of the backward pass that computed the gradient."""
+    output_gradients: tuple[Tensor, ...] = ()  # [n, ...] each
+    """One of the training loss, or one of each loss on labels from the model."""
+    compiled_gradient: Tensor | None = None
+    """What compiled code has delivered of the loss that is being differentiated."""
 
-    def take(self, gradients: Tensor | None) -> Tensor | None:
-        """The gradient of the loss that was just sampled, which autograd answered with `gradients`."""
-        if self.compiled:
-            gradients, self.drawn = self.drawn, None
-        return gradients
+    def take_gradient(self, from_autograd: Tensor | None) -> Tensor | None:
+        """The output gradient of the loss just differentiated: compiled code delivers its own."""
+        if not self.compiled:
+            return from_autograd
+        gradient, self.compiled_gradient = self.compiled_gradient, None
+        return gradient
 
 
-class Passes:
-    """The calls that one layer saw since the last `collect`.
+class CallsOfLayer:
+    """The calls of one layer since the last `collect`.
 
-    Calls of one forward pass are the same samples at other positions: a call that begins after an earlier one
-    has received its gradient opens another pass, of other samples.
+    Calls of one forward pass have the same samples at different positions. A call that is made after an
+    earlier call received its gradient begins a new forward pass, with other samples.
 
-    Of the training loss they keep what `.grad` of the weight keeps: a backward pass that adds nothing to it
-    (`torch.autograd.grad`, for the inputs of an attack) tells nothing, and what was in it before it became
-    None, or zero, is forgotten.
+    Of the training loss, the output gradients kept are those that are summed in `.grad` of the weight. A
+    backward pass that adds nothing to `.grad` is ignored (`torch.autograd.grad` for adversarial inputs, say).
+    Once `.grad` is None or zero again, the gradients of earlier backward passes are forgotten.
 
-    A call without a gradient lives with the graph that it belongs to: here is no more than a weak reference.
+    A call without a gradient lives as long as its autograd graph: this class holds a weak reference to it.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        # Of the weight, and of the backward pass, when a call was answered last.
-        self._version, self._task = 0, -1
-        self._calls: WeakValueDictionary[int, Pending] = WeakValueDictionary()
-        self._answered: list[Pending] = []
-        self._turn = 0
-        self._last_answered = -1
+        # Both as they were when a gradient arrived last.
+        self._weight_version, self._backward_pass = 0, -1
+        self._calls: WeakValueDictionary[int, PendingCall] = WeakValueDictionary()
+        self._with_gradient: list[PendingCall] = []
+        self._forward_pass = 0
+        self._last_with_gradient = -1  # a forward pass
 
-    def add(self, call: Pending) -> None:
-        """Another call."""
-        self._turn = max(self._turn, self._last_answered + 1)
-        call.turn, call.recomputed = self._turn, torch._C._current_graph_task_id() != -1
+    def add(self, call: PendingCall) -> None:
+        """Add a call that was just made."""
+        self._forward_pass = max(self._forward_pass, self._last_with_gradient + 1)
+        call.forward_pass, call.recomputed = self._forward_pass, torch._C._current_graph_task_id() != -1
         self._calls[call.number] = call
 
-    def pending(self) -> list[Pending]:
-        """The calls that may still get a gradient for the first time."""
+    def without_gradient(self) -> list[PendingCall]:
+        """The calls that have no gradient yet."""
         return [call for call in self._calls.values() if not call.output_gradients]
 
-    def receive(self, call: Pending, gradients: Tensor) -> None:
-        """The gradient of the training loss; of a graph that is walked twice the second of two terms."""
-        if not adds_to_gradient(self._weight):
+    def add_gradient(self, call: PendingCall, gradients: Tensor) -> None:
+        """Add an output gradient of the training loss; two backward passes on one graph bring two terms."""
+        if not accumulates_into_grad(self._weight):
             return
-        task = torch._C._current_graph_task_id()
-        # One that is recomputed has another backward pass around it, which may have added nothing yet.
-        if task != self._task and not call.recomputed and self._answered and self._is_cleared():
-            self.forget(but=task)
-        self._version, self._task, call.task = self._weight._version, task, task
-        arrived = batched(call.module, gradients.detach())
-        self._answer(call, (sum(call.output_gradients, arrived),))
+        backward_pass = torch._C._current_graph_task_id()
+        is_new = backward_pass != self._backward_pass
+        # A recomputed call is in a backward pass inside another one, which may not have filled .grad yet.
+        if is_new and not call.recomputed and self._with_gradient and self._grad_was_cleared():
+            self.forget_gradients(except_of=backward_pass)
+        self._weight_version = self._weight._version
+        self._backward_pass = call.backward_pass = backward_pass
+        arrived = with_sample_dimension(call.module, gradients.detach())
+        self._store(call, (sum(call.output_gradients, arrived),))
 
-    def _is_cleared(self) -> bool:
-        """Whether nothing of earlier backward passes is in `.grad`."""
-        gradient = self._weight.grad  # whether it is zero is only asked where somebody took a step
-        return gradient is None or (self._weight._version != self._version and not gradient.any())
+    def _grad_was_cleared(self) -> bool:
+        """Whether `.grad` contains nothing of earlier backward passes."""
+        gradient = self._weight.grad
+        # To look for zeros costs time: do so only where the weight has changed, that is, after a step.
+        return gradient is None or (self._weight._version != self._weight_version and not gradient.any())
 
-    def forget(self, but: int | None = None) -> None:
-        """What backward passes told, except the one named; a call whose graph is kept waits once more."""
-        for call in self._answered:
-            if call.task != but:
+    def forget_gradients(self, except_of: int | None = None) -> None:
+        """Forget the gradients of all backward passes but one; a call whose graph is kept waits again."""
+        for call in self._with_gradient:
+            if call.backward_pass != except_of:
                 call.output_gradients = ()
-        self._answered = [call for call in self._answered if call.output_gradients]
+        self._with_gradient = [call for call in self._with_gradient if call.output_gradients]
 
-    def receive_all(self, call: Pending, gradients: Iterable[Tensor | None]) -> None:
-        """The gradients of several losses; one that does not depend on the call counts as zero."""
-        batches = [None if g is None else batched(call.module, g.detach()) for g in gradients]
+    def set_gradients(self, call: PendingCall, gradients: Iterable[Tensor | None]) -> None:
+        """Store the output gradients of several losses; where a loss does not depend on the call, zeros."""
+        batches = [None if g is None else with_sample_dimension(call.module, g.detach()) for g in gradients]
         arrived = next((batch for batch in batches if batch is not None), None)
         if arrived is not None:
             zeros = torch.zeros_like(arrived)
-            self._answer(call, tuple(zeros if batch is None else batch for batch in batches))
+            self._store(call, tuple(zeros if batch is None else batch for batch in batches))
 
-    def _answer(self, call: Pending, gradients: tuple[Tensor, ...]) -> None:
-        if call.number not in self._calls:  # collected by now
+    def _store(self, call: PendingCall, gradients: tuple[Tensor, ...]) -> None:
+        if call.number not in self._calls:  # already collected
             return
         if not call.output_gradients:
-            self._answered.append(call)
-            self._last_answered = max(self._last_answered, call.turn)
+            self._with_gradient.append(call)
+            self._last_with_gradient = max(self._last_with_gradient, call.forward_pass)
         call.output_gradients = gradients
 
-    def take(self) -> list[list[Pending]]:
-        """The calls that got a gradient, those of one forward pass together; and forget all of them."""
-        passes: dict[int, list[Pending]] = defaultdict(list)
+    def take(self) -> list[list[PendingCall]]:
+        """Remove all calls; return those that have a gradient, one list for each forward pass."""
+        forward_passes: dict[int, list[PendingCall]] = defaultdict(list)
         for call in self._calls.values():
             if call.output_gradients:
-                passes[call.turn].append(call)
+                forward_passes[call.forward_pass].append(call)
         self._calls.clear()
-        self._answered.clear()
-        return list(passes.values())
+        self._with_gradient.clear()
+        return list(forward_passes.values())
 
 
-def may_be_answered(layer: Layer | None, output: Tensor) -> TypeGuard[Layer]:
-    """Whether a call may get a gradient of the training loss; a replica's has no layer of ours."""
-    # Tensors of a transform are not those of training, and what is done to traced ones is recorded.
+def can_receive_gradient(layer: Layer | None, output: Tensor) -> TypeGuard[Layer]:
+    """Whether a call may receive a gradient of the training loss; the layer of a replica's module is None."""
+    # Inside torch.func the tensors are not those of training; inside torch.jit.trace our operations would be
+    # recorded as part of the model.
     if layer is None or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return False
     return output.requires_grad and layer.weight.requires_grad and output.numel() > 0
 
 
-def adds_to_gradient(weight: Tensor) -> bool:
-    """Whether the backward pass that goes on adds to `.grad` of the weight."""
-    if torch._C._current_graph_task_id() == -1 or not weight.requires_grad:  # -1: of torch.func, compiled
+def accumulates_into_grad(weight: Tensor) -> bool:
+    """Whether the backward pass that is running adds to `.grad` of the weight."""
+    # Compiled code inside torch.func runs backward formulas outside of any backward pass: the id is -1.
+    if torch._C._current_graph_task_id() == -1 or not weight.requires_grad:
         return False
     with torch.enable_grad():
         use: Any = weight.view_as(weight).grad_fn
-    if use is None:  # below autograd: torch._dynamo.compiled_autograd walks compiled code by itself
+    if use is None:  # torch._dynamo.compiled_autograd runs below autograd
         return True
     try:
         return bool(torch._C._will_engine_execute_node(use.next_functions[0][0]))
-    except RuntimeError:  # torch.autograd.grad for the weight itself, which the engine does not tell apart
+    except RuntimeError:  # raised for torch.autograd.grad with respect to the weight itself
         return False
 
 
-def fasten(call: Pending, output: Tensor) -> None:
-    """The graph of the output holds the call from now on, until `edges_below` finds it there."""
+def attach_to_graph(call: PendingCall, output: Tensor) -> None:
+    """Let the autograd graph of the output keep the call alive, until `take_from_graph` finds it there."""
     edge = get_gradient_edge(output)
-    call.output_number = edge.output_nr
-    _notes(edge.node)[call] = None
+    call.output_index = edge.output_nr
+    _metadata(edge.node)[call] = None
 
 
-def edges_below(losses: Iterable[Tensor], calls: Iterable[Pending]) -> dict[Pending, GradientEdge]:
-    """Where the outputs of those calls are that the graph of the losses holds; it lets go of them."""
+def take_from_graph(
+    losses: Iterable[Tensor], calls: Iterable[PendingCall]
+) -> dict[PendingCall, GradientEdge]:
+    """The outputs of the calls that the losses depend on, as edges; the graph lets go of these calls."""
     wanted, edges = set(calls), {}
-    for node in _nodes_below(losses):
-        notes = _notes(node)
-        for call in wanted.intersection(notes):
-            del notes[call]
-            edges[call] = GradientEdge(node, call.output_number)
+    for node in _nodes(losses):
+        metadata = _metadata(node)
+        for call in wanted.intersection(metadata):
+            del metadata[call]
+            edges[call] = GradientEdge(node, call.output_index)
     return edges
 
 
-def _notes(node: Any) -> dict[Any, None]:
-    """A dictionary that lives as long as the node; torch's anomaly mode keeps notes of its own there."""
-    notes: dict[Any, None] = node.metadata
-    return notes
+def _metadata(node: Any) -> dict[Any, None]:
+    """A dictionary that lives as long as the node; torch's anomaly mode stores strings there."""
+    metadata: dict[Any, None] = node.metadata
+    return metadata
 
 
-def _nodes_below(losses: Iterable[Tensor]) -> Iterator[Node]:
-    waiting = [loss.grad_fn for loss in losses]
+def _nodes(losses: Iterable[Tensor]) -> Iterator[Node]:
+    """Every node of the autograd graphs of the losses."""
+    to_visit = [loss.grad_fn for loss in losses]
     seen: set[Node] = set()
-    while waiting:
-        node = waiting.pop()
+    while to_visit:
+        node = to_visit.pop()
         if node is not None and node not in seen:
             seen.add(node)
             yield node
-            waiting += [below for below, _ in node.next_functions]
+            to_visit += [function for function, _ in node.next_functions]

@@ -1,4 +1,4 @@
-"""Hooks that keep what a layer saw when statistics are due; no `.grad` is ever touched."""
+"""Forward and backward hooks that record the samples of layers; no `.grad` is touched."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
+from torch._compile import _disable_dynamo  # the public one would import the compiler at once
 
 from minifisher.callers import stacklevel_of_caller
-from minifisher.statistics.calls import Passes, Pending, edges_below, fasten, may_be_answered
-from minifisher.statistics.compiled_hooks import (
-    forget_compiled_code,
-    graphs_that_are_walked_twice,
-    place_of,
-    tap,
+from minifisher.statistics.calls import (
+    CallsOfLayer,
+    PendingCall,
+    attach_to_graph,
+    can_receive_gradient,
+    take_from_graph,
 )
-from minifisher.statistics.likelihood import LABELLED
-from minifisher.statistics.positions import batched
+from minifisher.statistics.compiled_hooks import (
+    discard_compiled_code,
+    no_donated_buffers,
+    number_of,
+    record,
+)
+from minifisher.statistics.likelihood import MODEL_LABEL_LOSSES
+from minifisher.statistics.positions import with_sample_dimension
 from minifisher.statistics.samples import Call, CapturedSamples
 
 if TYPE_CHECKING:
@@ -33,35 +39,34 @@ if TYPE_CHECKING:
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
 
-
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
 
-_UNLABELLED = (
-    'fisher="{}" has seen a forward pass but no labels: call optimizer.observe(outputs) between the forward '
-    "pass and loss.backward()"
+_NO_LABELS = (
+    'fisher="{}" takes its labels from the model, but none were drawn: call optimizer.observe(outputs) '
+    "between the forward pass and loss.backward()"
 )
-_SILENT = (
-    "{} got a gradient, but no call of its module {}: it has no samples and steps without their curvature. "
-    'Call the module itself, not torch.nn.functional with its weight, {}, or use fisher="gradient" where the '
-    "method has it; of these weights this warning is not repeated"
+_NO_SAMPLES = (
+    "{} got a gradient, but no call of its module {}. Without samples its curvature is not updated. Call the "
+    'module itself instead of torch.nn.functional with its weight, {}; or use fisher="gradient" if the '
+    "method offers it. This warning is shown once for each weight"
 )
-_SILENT_BECAUSE = {
+_NO_SAMPLES_BECAUSE = {
     False: ("took part in loss.backward()", "and let loss.backward() fill .grad"),
-    True: ("led to the outputs that optimizer.observe was given", "and observe outputs that depend on it"),
-}  # by whether labels are drawn
+    True: ("led to the outputs given to optimizer.observe", "and observe outputs that depend on it"),
+}  # whether the labels come from the model
 
 
 class Captures:
-    """The captures of one optimizer, one for each estimator that reads samples; false where there is none.
+    """The captures of one optimizer, one for each estimator that reads samples; false where there are none.
 
-    `arm` turns hooks on for the coming step, `collect` hands over the samples that the step's backward passes
-    left. The hooks of one estimator are turned on together, as soon as one of its layers is due: a compiled
-    model then has two graphs, and not one for every set of layers.
+    `arm` turns the hooks on for the coming step. `collect` returns what they recorded. The hooks of one
+    estimator are on as soon as statistics of one of its layers are due, so that a compiled model has two
+    graphs instead of one for each set of layers.
     """
 
     def __init__(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> None:
         self.by_estimator = {
-            estimator: Capture(layers, memory, estimator in LABELLED)
+            estimator: Capture(layers, memory, estimator in MODEL_LABEL_LOSSES)
             for estimator, layers in layers_by_estimator.items()
             if any(layer.reads_samples for layer in layers)
         }
@@ -70,7 +75,7 @@ class Captures:
         return bool(self.by_estimator)
 
     def arm(self, is_due: Callable[[Layer], bool]) -> None:
-        """Turn hooks on where the coming step reads statistics of a layer, and off elsewhere."""
+        """Turn the hooks of an estimator on if statistics of one of its layers are due, else off."""
         for capture in self.by_estimator.values():
             if any(is_due(layer) for layer in capture.layers):
                 capture.arm()
@@ -78,34 +83,36 @@ class Captures:
                 capture.disarm()
 
     def disarm(self) -> None:
-        """Turn all hooks off; what was captured so far stays until `collect`."""
+        """Turn all hooks off; what they recorded stays until `collect`."""
         for capture in self.by_estimator.values():
             capture.disarm()
 
     def draw_labels(self, outputs: Tensor, likelihood: str) -> None:
-        """Run the extra backward pass of the estimators whose labels come from the model, where armed."""
+        """Draw labels from the model's prediction, and run the extra backward pass, where hooks are on."""
         for estimator, capture in self.by_estimator.items():
-            if estimator in LABELLED and capture.armed:
+            if estimator in MODEL_LABEL_LOSSES and capture.armed:
                 with torch.enable_grad():
-                    capture.sample(*LABELLED[estimator](outputs, likelihood))
+                    capture.differentiate(*MODEL_LABEL_LOSSES[estimator](outputs, likelihood))
 
     def forget_backward(self) -> None:
-        """Forget the gradients of earlier backward passes, because every `.grad` was cleared."""
+        """Forget the earlier backward passes of the training loss: call it when every `.grad` is cleared."""
         for capture in self.by_estimator.values():
             capture.forget_backward()
 
     def collect(self, loss_scale: Callable[[bool], float]) -> dict[Layer, LayerSamples]:
-        """Hand over the samples of every layer that has some, and forget them.
+        """Return the samples of every layer that has some, and forget them.
 
-        `loss_scale(captured)` returns what the training loss was multiplied by; `captured` says whether there
-        are output gradients to divide by it. Raises RuntimeError where `draw_labels` should have been
-        called, and warns where a layer has a gradient but no samples.
+        `loss_scale(captured)` returns the factor by which the training loss was multiplied; `captured` says
+        whether output gradients have to be divided by it. Raises RuntimeError where `draw_labels` was not
+        called. Warns of a layer that has a gradient but no samples.
         """
         collected: dict[Layer, LayerSamples] = {}
         for estimator, capture in self.by_estimator.items():
-            seen = capture.seen
-            samples = capture.collect(loss_scale(seen and estimator == "empirical"))
-            capture.check_heard(samples, estimator, seen)
+            saw_calls = capture.saw_calls
+            samples = capture.collect(loss_scale(saw_calls and estimator == "empirical"))
+            if saw_calls and not samples and estimator in MODEL_LABEL_LOSSES:
+                raise RuntimeError(_NO_LABELS.format(estimator))
+            capture.warn_of_missing(samples)
             collected.update(samples)
         return collected
 
@@ -117,194 +124,204 @@ class Captures:
 
 
 class Capture:
-    """Keeps inputs and output gradients of layers between `arm` and `collect`.
+    """Records the inputs and output gradients of layers, for one estimator.
 
-    The empirical estimator reads the training loss's own backward pass; the sampled one (`sampled=True`) the
-    extra one that `sample` makes. `Passes` tells which calls are of the same samples; calls of one pass with
-    different numbers of samples cannot be, and count as others. A call whose gradient never arrives is
-    dropped: with its graph, so that a network in use without `no_grad` takes no memory here.
+    By default the gradients are those of the training loss. With `model_labels=True` they are those of the
+    losses given to `differentiate`. `CallsOfLayer` decides which calls have the same samples. A call that
+    never receives a gradient is freed with its autograd graph, so that a network used without `no_grad` takes
+    no memory here.
 
-    The hooks stay as long as the capture and look at one switch. A compiled model therefore has two graphs,
-    an armed one and a bare one, however often it is turned; what was compiled before is compiled anew.
+    The hooks are registered once and ask a switch whether to record. A compiled model therefore has two
+    graphs, one that records and one that does not, however often the switch is turned. Models compiled before
+    the hooks were registered are compiled again.
     """
 
-    def __init__(self, layers: Iterable[Layer], memory: int, sampled: bool = False) -> None:
-        self._layers = {module: layer for layer in layers for module in layer.modules}
-        self.layers = tuple(dict.fromkeys(self._layers.values()))
-        """The layers whose samples it reads."""
+    def __init__(self, layers: Iterable[Layer], memory: int, model_labels: bool = False) -> None:
+        self._layer_of = {module: layer for layer in layers for module in layer.modules}
+        self.layers = tuple(dict.fromkeys(self._layer_of.values()))
+        """The layers whose samples it records."""
         self._memory = memory
-        self._sampled = sampled
-        self._draws = False
-        self._reported: set[Layer] = set()
-        self._passes: dict[Layer, Passes] = {}
+        self._model_labels = model_labels
+        self._is_differentiating = False
+        self._warned_of: set[Layer] = set()
+        self._calls: dict[Layer, CallsOfLayer] = {}
         self._switch = _Switch()
-        self._calls: weakref.WeakValueDictionary[int, Pending] = weakref.WeakValueDictionary()
+        self._compiled_calls: weakref.WeakValueDictionary[int, PendingCall] = weakref.WeakValueDictionary()
         self._numbers = count()
         hooks = ExitStack()
-        hooks.callback(self._switch.off)
-        for module in self._layers:
+        hooks.callback(self._switch.turn_off)
+        for module in self._layer_of:
             hook = _ForwardHook(self, module, self._switch)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        if self._layers:
-            forget_compiled_code()
-        # Also when the optimizer is thrown away while armed.
-        self._release = weakref.finalize(self, hooks.close)
-        self._release.atexit = False
+        if self._layer_of:
+            discard_compiled_code()
+        # Runs also when the optimizer is deleted while the hooks are on.
+        self._remove_hooks = weakref.finalize(self, hooks.close)
+        self._remove_hooks.atexit = False
 
     @property
     def armed(self) -> bool:
-        """Whether the hooks keep what they see."""
+        """Whether the hooks record."""
         return self._switch.on
 
     @property
-    def seen(self) -> bool:
-        """Whether a forward pass was seen since the last `collect`."""
-        return bool(self._passes)
+    def saw_calls(self) -> bool:
+        """Whether a call was recorded since the last `collect`, with or without a gradient."""
+        return bool(self._calls)
 
     @_disable_dynamo
     def arm(self) -> None:
-        """Keep what the hooks see from now on."""
+        """Record from now on."""
         if self.armed:
             return
         self._forget()
         self._switch.on = True
-        if self._sampled:
-            self._switch.held.enter_context(graphs_that_are_walked_twice)
+        if self._model_labels:
+            self._switch.settings.enter_context(no_donated_buffers)
 
     @_disable_dynamo
     def disarm(self) -> None:
-        """Keep no more; what was kept stays until it is collected."""
-        self._switch.off()
+        """Stop recording; what was recorded stays until `collect`."""
+        self._switch.turn_off()
 
     @_disable_dynamo
     def release(self) -> None:
-        """Take the hooks away for good."""
-        self._release()
+        """Remove the hooks for good."""
+        self._remove_hooks()
 
-    def sample(self, *loss_sums: Tensor) -> None:
-        """Fills the output gradients with those of a loss *summed* over samples; the graph stays usable.
+    def differentiate(self, *loss_sums: Tensor) -> None:
+        """Run a backward pass from each loss, a *sum* over samples, and record the output gradients.
 
-        Of several losses each is a further draw: every sample counts once for each of them.
+        Each loss stands for one choice of labels: every sample counts once for each of them. The graph can be
+        used again.
         """
-        if not self._sampled:
-            raise RuntimeError("this capture reads the training loss: make it with sampled=True")
-        pending = [call for passes in self._passes.values() for call in passes.pending()]
-        if pending and not all(loss_sum.requires_grad for loss_sum in loss_sums):
-            raise RuntimeError("the outputs hang on no graph: observe them as the model returned them")
-        edges: dict[Pending, Any] = edges_below(loss_sums, pending)
-        edges.update({call: self._layers[call.module].weight for call in pending if call.compiled})
-        if not edges:
+        if not self._model_labels:
+            raise RuntimeError("this capture reads the training loss: make it with model_labels=True")
+        waiting = [call for calls in self._calls.values() for call in calls.without_gradient()]
+        if waiting and not all(loss_sum.requires_grad for loss_sum in loss_sums):
+            raise RuntimeError(
+                "the outputs do not require a gradient: pass optimizer.observe the outputs as the model "
+                "returned them, not detached and not computed under torch.no_grad()"
+            )
+        targets: dict[PendingCall, Any] = take_from_graph(loss_sums, waiting)
+        # Compiled graphs have no edges at layer outputs: they deliver the gradient on the way to the weight.
+        targets.update({call: self._layer_of[call.module].weight for call in waiting if call.compiled})
+        if not targets:
             return
-        draws = [self._draw(loss_sum, edges) for loss_sum in loss_sums]
-        for call, received in zip(edges, zip(*draws, strict=True), strict=True):
-            self._passes[self._layers[call.module]].receive_all(call, received)
+        by_loss = [self._output_gradients(loss_sum, targets) for loss_sum in loss_sums]
+        for call, gradients in zip(targets, zip(*by_loss, strict=True), strict=True):
+            self._calls[self._layer_of[call.module]].set_gradients(call, gradients)
 
-    def _draw(self, loss_sum: Tensor, edges: dict[Pending, Any]) -> list[Tensor | None]:
-        self._draws = True
+    def _output_gradients(self, loss_sum: Tensor, targets: dict[PendingCall, Any]) -> list[Tensor | None]:
+        self._is_differentiating = True
         try:
             gradients = torch.autograd.grad(
-                loss_sum, list(edges.values()), retain_graph=True, allow_unused=True
+                loss_sum, list(targets.values()), retain_graph=True, allow_unused=True
             )
         finally:
-            self._draws = False
-        return [call.take(gradient) for call, gradient in zip(edges, gradients, strict=True)]
+            self._is_differentiating = False
+        return [call.take_gradient(gradient) for call, gradient in zip(targets, gradients, strict=True)]
 
     def forget_backward(self) -> None:
-        """Every `.grad` was cleared: the backward passes so far do not count, the forward passes still do."""
-        if not self._sampled:
-            for passes in self._passes.values():
-                passes.forget()
+        """Forget the backward passes of the training loss, not the forward passes: `.grad` was cleared."""
+        if not self._model_labels:
+            for calls in self._calls.values():
+                calls.forget_gradients()
 
     def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
-        """What each layer saw, and forget it; a layer without a gradient is absent.
+        """Return the samples of every layer that received a gradient, and forget all calls.
 
-        The training loss was multiplied by `loss_scale` before its backward pass.
+        `loss_scale` is the factor by which the training loss was multiplied before its backward pass.
         """
-        collected = {layer: _complete(passes.take()) for layer, passes in self._passes.items()}
+        collected = {layer: _complete_calls(calls.take()) for layer, calls in self._calls.items()}
         self._forget()
         return {
             layer: self._samples(layer, passes, loss_scale) for layer, passes in collected.items() if passes
         }
 
-    def check_heard(self, collected: Collection[Layer], source: str, seen: bool) -> None:
-        """Raises where no labels were drawn; warns once of each weight with a gradient and no samples."""
-        if self._sampled and seen and not collected:
-            raise RuntimeError(_UNLABELLED.format(source))
-        if not self.armed:
-            return
-        missing = (layer for layer in self.layers if layer not in collected and layer not in self._reported)
-        silent = [layer for layer in missing if _has_gradient(layer.weight)]
-        if silent:
-            self._reported.update(silent)
-            names = ", ".join(layer.name for layer in silent)
-            message = _SILENT.format(names, *_SILENT_BECAUSE[self._sampled])
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
-
-    def _forget(self) -> None:
-        self._passes.clear()
-        self._calls.clear()
-
     def _samples(
         self, layer: Layer, passes: tuple[tuple[Call, ...], ...], loss_scale: float
     ) -> CapturedSamples:
         count = sum(calls[0].inputs.shape[0] for calls in passes)
-        # NOTE autograd of a mean loss hands back g / N. Micro-batches, each with its mean loss divided by
-        # their number, hand back the same: the N of all passes together.
-        scale = 1.0 if self._sampled else count / loss_scale
+        # NOTE autograd of a mean loss returns g / N. Micro-batches whose mean losses are divided by their
+        # number return the same, with the N of all micro-batches together.
+        scale = 1.0 if self._model_labels else count / loss_scale
         return CapturedSamples(layer, count, passes, scale, self._memory)
 
-    def keep(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        """One call of a module in eager mode."""
-        layer = self._layers.get(module)
-        if not may_be_answered(layer, output):
+    def warn_of_missing(self, collected: Collection[Layer]) -> None:
+        """Warn of layers that have a gradient but were not collected, once for each layer."""
+        if not self.armed:
             return
-        # Under autocast the module computes with a copy of its input, and the original may change afterwards.
-        kept = batched(module, inputs.detach().to(output.dtype))
-        call, passes = Pending(module, kept, next(self._numbers)), self._passes_of(layer)
-        passes.add(call)
-        # What is put on the graph holds the call.
-        if self._sampled:
-            fasten(call, output)
-        else:
-            # A hook on the tensor also sees the gradient before a following in-place activation; one on the
-            # module does not.
-            output.register_hook(partial(passes.receive, call))  # type: ignore[no-untyped-call]
+        missing = [
+            layer
+            for layer in self.layers
+            if layer not in collected and layer not in self._warned_of and _has_gradient(layer.weight)
+        ]
+        if missing:
+            self._warned_of.update(missing)
+            names = ", ".join(layer.name for layer in missing)
+            message = _NO_SAMPLES.format(names, *_NO_SAMPLES_BECAUSE[self._model_labels])
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
 
-    def show(self, module: nn.Module, inputs: Tensor) -> Pending:
-        """One call of a module in compiled code."""
-        call = Pending(module, batched(module, inputs), next(self._numbers), compiled=True)
-        self._passes_of(self._layers[module]).add(call)
-        self._calls[call.number] = call
+    def record_call(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        """Record a call of a module in eager mode."""
+        layer = self._layer_of.get(module)
+        if not can_receive_gradient(layer, output):
+            return
+        # Under autocast the module computes with a copy of its input; the original may change afterwards.
+        inputs = with_sample_dimension(module, inputs.detach().to(output.dtype))
+        call, calls = PendingCall(module, inputs, next(self._numbers)), self._calls_of(layer)
+        calls.add(call)
+        # From here on the graph keeps the call alive, either way.
+        if self._model_labels:
+            attach_to_graph(call, output)
+        else:
+            # A hook on the tensor sees the gradient also where an in-place activation follows; a backward
+            # hook on the module does not.
+            output.register_hook(partial(calls.add_gradient, call))  # type: ignore[no-untyped-call]
+
+    def record_compiled_call(self, module: nn.Module, inputs: Tensor) -> PendingCall:
+        """Record a call of a module in compiled code, which has to keep the result alive."""
+        inputs = with_sample_dimension(module, inputs)
+        call = PendingCall(module, inputs, next(self._numbers), compiled=True)
+        self._calls_of(self._layer_of[module]).add(call)
+        self._compiled_calls[call.number] = call
         return call
 
-    def hand_back(self, number: int, gradients: Tensor) -> None:
-        """The output gradient of that call."""
-        call = self._calls.get(number)  # None where it was collected by now
+    def record_compiled_gradient(self, number: int, gradients: Tensor) -> None:
+        """Record the output gradient of the compiled call with that number."""
+        call = self._compiled_calls.get(number)  # None if it was collected already
         if call is None or not gradients.numel():
             return
-        if not self._sampled:
-            self._passes[self._layers[call.module]].receive(call, gradients)
-        elif self._draws:
-            call.drawn = gradients if call.drawn is None else call.drawn + gradients
+        if not self._model_labels:
+            self._calls[self._layer_of[call.module]].add_gradient(call, gradients)
+        elif self._is_differentiating:
+            earlier = call.compiled_gradient
+            call.compiled_gradient = gradients if earlier is None else earlier + gradients
 
-    def _passes_of(self, layer: Layer) -> Passes:
-        return self._passes.setdefault(layer, Passes(layer.weight))
+    def _calls_of(self, layer: Layer) -> CallsOfLayer:
+        return self._calls.setdefault(layer, CallsOfLayer(layer.weight))
+
+    def _forget(self) -> None:
+        self._calls.clear()
+        self._compiled_calls.clear()
 
 
 class _Switch:
-    """What every hook of a capture looks at, compiled or not."""
+    """Tells every hook of one capture, eager or compiled, whether to record."""
 
     def __init__(self) -> None:
         self.on = False
-        self.held = ExitStack()
+        self.settings = ExitStack()
+        """Settings of the process that hold while it is on."""
 
-    def off(self) -> None:
+    def turn_off(self) -> None:
         self.on = False
-        self.held.close()
+        self.settings.close()
 
 
 class _ForwardHook:
-    """What is registered on the modules; a copy or a pickle of a module carries one that does nothing."""
+    """The hook that is registered on a module; the hook of a copied or unpickled module does nothing."""
 
     def __init__(
         self, capture: Capture | None = None, module: nn.Module | None = None, switch: _Switch | None = None
@@ -312,7 +329,7 @@ class _ForwardHook:
         self._capture = weakref.ref(capture) if capture is not None else None
         self._module = weakref.ref(module) if module is not None else None
         self._switch = switch or _Switch()
-        self._place = place_of(self)
+        self._number = number_of(self)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -322,29 +339,29 @@ class _ForwardHook:
         inputs = args[0] if args else kwargs["input"]
         if torch.compiler.is_compiling():
             needed = output.requires_grad and module.weight.requires_grad and not _is_exporting()
-            return tap(output, inputs.detach().to(output.dtype), self._place) if needed else None
+            return record(output, inputs.detach().to(output.dtype), self._number) if needed else None
         capture = self._capture() if self._capture is not None else None
         if capture is not None:
-            capture.keep(module, inputs, output)
+            capture.record_call(module, inputs, output)
         return None
 
-    def show(self, inputs: Tensor) -> tuple[int, object]:
-        """An input in compiled code."""
+    def receive_input(self, inputs: Tensor) -> tuple[int, object]:
+        """Called by compiled code in the forward pass."""
         capture, module = self._capture and self._capture(), self._module and self._module()
-        call = capture.show(module, inputs) if capture and module else None
+        call = capture.record_compiled_call(module, inputs) if capture and module else None
         return -1 if call is None else call.number, call
 
-    def hand_back(self, call: int, gradients: Tensor) -> None:
-        """The output gradient of that call."""
+    def receive_gradient(self, call: int, gradients: Tensor) -> None:
+        """Called by compiled code in the backward pass."""
         capture = self._capture and self._capture()
         if capture:
-            capture.hand_back(call, gradients)
+            capture.record_compiled_gradient(call, gradients)
 
     @property
     def __name__(self) -> str:
         raise AttributeError(
-            "torch.jit.script compiles forward hooks, and an optimizer's it cannot: script a fresh model "
-            "with the same state_dict, or use torch.export"
+            "torch.jit.script cannot compile the forward hooks of an optimizer: script a fresh model with "
+            "the same state_dict, or use torch.export"
         )
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
@@ -352,17 +369,21 @@ class _ForwardHook:
 
 
 def _has_gradient(weight: Tensor) -> bool:
-    """Zeros are what a layer has that was idle: `zero_grad` or DistributedDataParallel left them."""
+    """Whether `.grad` has an entry other than zero: an unused layer may have zeros."""
+    # They are left by zero_grad(set_to_none=False) and by DistributedDataParallel.
     return weight.grad is not None and bool(weight.grad.any())
 
 
-def _complete(passes: list[list[Pending]]) -> tuple[tuple[Call, ...], ...]:
-    """The calls whose gradient arrived, those of the same samples and the same draw together."""
+def _complete_calls(passes: list[list[PendingCall]]) -> tuple[tuple[Call, ...], ...]:
+    """Calls with their gradients; those of one forward pass, loss and number of samples in one tuple.
+
+    Calls of one forward pass with different numbers of samples cannot have the same samples.
+    """
     complete: list[tuple[Call, ...]] = []
     for pending in passes:
         together: dict[tuple[int, int], list[Call]] = defaultdict(list)
         for call in pending:
-            for draw, gradients in enumerate(call.output_gradients):
-                together[call.inputs.shape[0], draw].append(Call(call.module, call.inputs, gradients))
+            for loss, gradients in enumerate(call.output_gradients):
+                together[call.inputs.shape[0], loss].append(Call(call.module, call.inputs, gradients))
         complete += [tuple(calls) for calls in together.values()]
     return tuple(complete)

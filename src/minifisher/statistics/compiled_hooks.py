@@ -1,8 +1,9 @@
-"""How a compiled model shows what a layer saw: two operators that a compiler carries along unopened.
+"""Hooks inside compiled models: two custom operators that the compiler does not look into.
 
-Tensor hooks exist in eager mode alone, so a traced layer's output passes through `tap`: forward it shows the
-input, backward it hands back the output gradient. Both reach a `Receiver` by number, which is all that a
-compiled graph can hold. What they hand out are copies, for a compiler uses its buffers again.
+Tensor hooks work in eager mode only. In compiled code the output of a layer passes through `record`, which
+calls a `Receiver` with the input in the forward pass and with the output gradient in the backward pass. A
+compiled graph can hold numbers but no Python objects, so it knows the receiver by a number. A receiver gets
+copies, because compiled code reuses its buffers.
 """
 
 from __future__ import annotations
@@ -20,122 +21,122 @@ from torch._functorch import config as functorch_config
 
 
 class Receiver(Protocol):
-    """Whoever wants to see a layer."""
+    """What is called with the inputs and output gradients of a layer."""
 
-    def show(self, inputs: Tensor) -> tuple[int, object]:
-        """An input arrived: the number under which its gradient will come, and what lives as long as it."""
+    def receive_input(self, inputs: Tensor) -> tuple[int, object]:
+        """Return a number for this call, and an object to keep alive as long as its autograd graph."""
 
-    def hand_back(self, call: int, gradients: Tensor) -> None:
-        """The output gradient of that call arrived."""
+    def receive_gradient(self, call: int, gradients: Tensor) -> None:
+        """Take the output gradient of the call with that number."""
 
 
-_PLACES: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
+_RECEIVERS: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
 _numbers = count()
 
 
-def place_of(receiver: Receiver) -> int:
-    """A number that stands for the receiver as long as somebody holds it."""
-    place = next(_numbers)
-    _PLACES[place] = receiver
-    return place
+def number_of(receiver: Receiver) -> int:
+    """A new number by which compiled code knows the receiver, as long as the receiver lives."""
+    number = next(_numbers)
+    _RECEIVERS[number] = receiver
+    return number
 
 
-def tap(output: Tensor, inputs: Tensor, place: int) -> Tensor:
-    """The output itself; its layer's receiver gets the inputs now and the output gradient later."""
-    output_again: Tensor = _Tap.apply(output, inputs, place)  # type: ignore[no-untyped-call]
-    return output_again
+def record(output: Tensor, inputs: Tensor, receiver: int) -> Tensor:
+    """The output of a layer, unchanged; its receiver gets the inputs now and the output gradient later."""
+    same_output: Tensor = _Record.apply(output, inputs, receiver)  # type: ignore[no-untyped-call]
+    return same_output
 
 
-class _Tap(torch.autograd.Function):
+class _Record(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, place: int) -> Tensor:
-        output_again: Tensor
-        output_again, call = torch.ops.minifisher.show(output, inputs, place)
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, receiver: int) -> Tensor:
+        same_output: Tensor
+        same_output, call = torch.ops.minifisher.record_input(output, inputs, receiver)
         ctx.save_for_backward(call)
-        ctx.place = place
-        return output_again
+        ctx.receiver = receiver
+        return same_output
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:
         (call,) = ctx.saved_tensors
-        return torch.ops.minifisher.hand_back(gradients, call, ctx.place), None, None
+        return torch.ops.minifisher.record_gradient(gradients, call, ctx.receiver), None, None
 
 
-# The tensor that passes through keeps an operator where it stands: it is neither dead code, nor put off until
-# the backward pass. A recorded CUDA graph would not call Python again.
+# Each operator returns the tensor that it is given. So a compiler neither removes it as dead code, nor moves
+# it from the forward into the backward pass. The tag keeps it out of CUDA graphs, whose replay skips Python.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 torch.library.define(
-    "minifisher::show", "(Tensor output, Tensor inputs, int place) -> (Tensor, Tensor)", tags=_TAGS
+    "minifisher::record_input", "(Tensor output, Tensor inputs, int receiver) -> (Tensor, Tensor)", tags=_TAGS
 )
 torch.library.define(
-    "minifisher::hand_back", "(Tensor gradients, Tensor call, int place) -> Tensor", tags=_TAGS
+    "minifisher::record_gradient", "(Tensor gradients, Tensor call, int receiver) -> Tensor", tags=_TAGS
 )
 
 
-def _show(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    receiver = _PLACES.get(place)
-    number, call = (-1, None) if receiver is None else receiver.show(inputs.detach().clone())
-    return output.clone(), _number(number, call)
+def _record_input(output: Tensor, inputs: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
+    found = _RECEIVERS.get(receiver)
+    number, companion = (-1, None) if found is None else found.receive_input(inputs.detach().clone())
+    return output.clone(), _tensor_of(number, companion)
 
 
-class _Memory(bytearray):
-    """The bytes of a tensor, and what lives as long as they."""
-
-    companion: object
-
-
-def _number(number: int, companion: object) -> Tensor:  # [1]
-    # What a graph keeps for its backward pass is all that goes when it goes.
-    memory = _Memory(number.to_bytes(8, sys.byteorder, signed=True))
-    memory.companion = companion
-    return torch.frombuffer(memory, dtype=torch.int64)
-
-
-def _hand_back(gradients: Tensor, call: Tensor, place: int) -> Tensor:
-    receiver = _PLACES.get(place)
-    if receiver is not None:
-        receiver.hand_back(int(call), gradients.detach().clone())
+def _record_gradient(gradients: Tensor, call: Tensor, receiver: int) -> Tensor:
+    found = _RECEIVERS.get(receiver)
+    if found is not None:
+        found.receive_gradient(int(call), gradients.detach().clone())
     return gradients.clone()
 
 
-def _show_shapes(output: Tensor, inputs: Tensor, place: int) -> tuple[Tensor, Tensor]:
+def _record_input_shapes(output: Tensor, inputs: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(output), torch.empty(1, dtype=torch.int64)
 
 
-def _hand_back_shapes(gradients: Tensor, call: Tensor, place: int) -> Tensor:
+def _record_gradient_shapes(gradients: Tensor, call: Tensor, receiver: int) -> Tensor:
     return torch.empty_like(gradients)
 
 
 for _name, _real, _fake in (
-    ("minifisher::show", _show, _show_shapes),
-    ("minifisher::hand_back", _hand_back, _hand_back_shapes),
+    ("minifisher::record_input", _record_input, _record_input_shapes),
+    ("minifisher::record_gradient", _record_gradient, _record_gradient_shapes),
 ):
     torch.library.impl(_name, "CompositeExplicitAutograd", _real)
     torch.library.register_fake(_name, _fake)
 
 
-def forget_compiled_code() -> None:
-    """What was compiled before hooks were put on does not have them: it is compiled once more."""
+class _Memory(bytearray):
+    """The memory of a tensor, and an object that is freed together with it."""
+
+    companion: object
+
+
+def _tensor_of(number: int, companion: object) -> Tensor:  # [1]
+    # A saved tensor is all that a compiled graph frees together with itself.
+    memory = _Memory(number.to_bytes(8, sys.byteorder, signed=True))
+    memory.companion = companion
+    return torch.frombuffer(memory, dtype=torch.int64)
+
+
+def discard_compiled_code() -> None:
+    """Make torch compile every model again: code compiled before the hooks were registered lacks them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
-class _Shared:
-    """A setting of the whole process: made by the first who enters, undone by the last who leaves."""
+class _SharedSetting:
+    """A setting of the whole process: the first `with` block makes it, the end of the last one undoes it."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._make, self._holders, self._held = make, 0, ExitStack()
+        self._make, self._users, self._setting = make, 0, ExitStack()
 
     def __enter__(self) -> None:
-        if not self._holders:
-            self._held.enter_context(self._make())
-        self._holders += 1
+        if not self._users:
+            self._setting.enter_context(self._make())
+        self._users += 1
 
     def __exit__(self, *_: object) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self._held.close()
+        self._users -= 1
+        if not self._users:
+            self._setting.close()
 
 
-graphs_that_are_walked_twice = _Shared(lambda: functorch_config.patch(donated_buffer=False))
-"""Compiled backward passes leave their inputs as they are: there is another one, for labels drawn."""
+no_donated_buffers = _SharedSetting(lambda: functorch_config.patch(donated_buffer=False))
+"""Compiled graphs allow a second backward pass: the first one must not overwrite the saved tensors."""

@@ -1,14 +1,14 @@
-"""How the parameters of a network read as layers: one weight each, and what of it can be captured.
+"""The layers of a network: one weight each, perhaps with its bias.
 
-A layer whose samples can be read is a `torch.nn.Linear` or a `torch.nn.Conv{1,2,3}d` that is *called* as
-such. Of every other parameter only the gradient is read, and its `note` says why: nothing is left out and
-nothing is guessed.
+Samples can be recorded of a `torch.nn.Linear` or `torch.nn.Conv{1,2,3}d` whose forward method is torch's own.
+Every other parameter is a layer too, of which only the gradient is read; its `note` says why.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    Use = tuple[nn.Module, str]  # a module, and the name under which it holds the parameter
+    Use = tuple[nn.Module, str]  # a module, and the name of the parameter in it
 
 _KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -31,47 +31,47 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.Conv3d: "convolution",
 }
 EVERY_KIND = tuple(sorted(set(_KINDS.values())))
-"""The kinds of layer that a capture reads."""
+"""The kinds of layer whose samples can be recorded."""
 
-_METHODS_THAT_COMPUTE = ("forward", "_conv_forward")
+_FORWARD_METHODS = ("forward", "_conv_forward")
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One weight, the bias folded into it if any, and how it reads."""
+    """One weight, the bias folded into it if any, and the modules that use it."""
 
     name: str
     weight: Tensor
     bias: Tensor | None = None
-    """Only where it is folded in, as the weight of one more input that is always 1."""
+    """Set only if it is folded in: as the weight of one more input, which is always 1."""
     modules: tuple[nn.Module, ...] = ()
-    """Every module that computes with the weight; empty where only the gradient can be read."""
+    """Every module that uses the weight; empty if only the gradient can be read."""
     kind: str = "other"
-    """ "linear", "convolution" or "other"."""
+    """One of "linear", "convolution" and "other"."""
     groups: int = 1
-    """Of a grouped convolution."""
+    """The number of groups of a convolution."""
     note: str = ""
-    """Why only the gradient can be read."""
+    """Why only the gradient can be read; empty if samples can be recorded."""
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The weight, and the bias where it is folded in."""
+        """The weight, and the bias if it is folded in."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the joined tensor: the weight's; with a bias [out, in + 1] or [out, in / groups k1 k2 + 1]."""
+        """Shape of the joined tensor: of the weight, or with a bias [out, weight[0].numel() + 1]."""
         if self.bias is None:
             return self.weight.shape
         return torch.Size((self.weight.shape[0], self.weight.shape[1:].numel() + 1))
 
     @property
     def reads_samples(self) -> bool:
-        """Whether a capture can read it sample by sample."""
+        """Whether its samples can be recorded."""
         return bool(self.modules)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor a parameter -> [*shape]; without a bias it is the tensor itself, not a copy."""
+        """One tensor for each parameter -> one tensor [*shape]; without a bias the tensor itself, no copy."""
         if self.bias is None:
             return tensors[0]
         weight, bias = tensors
@@ -85,14 +85,14 @@ class Layer:
 
 
 def layer_of(name: str, parameter: Tensor) -> Layer:
-    """The layer of a tensor that came without its module."""
+    """The layer of a parameter that was given without its module."""
     return Layer(name, parameter, note="given as a bare tensor: only its gradient is read")
 
 
 def layers_of(module: nn.Module, folds: Collection[str] = ()) -> list[Layer]:
-    """Every parameter of the module exactly once, in the order of `named_parameters`.
+    """The layers of a module: every parameter once, in the order of `named_parameters`.
 
-    Layers of a kind in `folds` have their bias folded into the weight, where neither is tied.
+    For the kinds of layer in `folds`, the bias is folded into the weight if neither of them is tied.
     """
     uses = _uses(module)
     biases = _foldable_biases(module, uses, folds)
@@ -115,11 +115,11 @@ def _uses(module: nn.Module) -> dict[Tensor, list[Use]]:
 def _foldable_biases(
     module: nn.Module, uses: Mapping[Tensor, list[Use]], folds: Collection[str]
 ) -> dict[Tensor, Tensor]:
-    """Weight -> bias, where neither is tied: a tied one would be an input of some uses and not of others."""
+    """Weight -> bias. Neither may be tied, because another use of the weight may have no such bias."""
     biases: dict[Tensor, Tensor] = {}
     for owner in module.modules():
         weight, bias = (dict(owner.named_parameters(recurse=False)).get(name) for name in ("weight", "bias"))
-        if weight is None or bias is None or _obstacle(weight, (owner, "weight")):
+        if weight is None or bias is None or _reason_against(weight, (owner, "weight")):
             continue
         if _KINDS[_base(owner)] not in folds:
             continue
@@ -129,42 +129,44 @@ def _foldable_biases(
 
 
 def _layer(name: str, weight: Tensor, bias: Tensor | None, uses: list[Use]) -> Layer:
-    obstacles = [obstacle for obstacle in (_obstacle(weight, use) for use in uses) if obstacle]
-    if obstacles:
-        tied = f"tied between {len(uses)} places, of which " if len(uses) > 1 else ""
-        return Layer(name, weight, note=f"{tied}{', '.join(obstacles)}: only its gradient is read")
+    reasons = [reason for reason in (_reason_against(weight, use) for use in uses) if reason]
+    if reasons:
+        tied = f"used in {len(uses)} places, among them " if len(uses) > 1 else ""
+        return Layer(name, weight, note=f"{tied}{', '.join(reasons)}: only its gradient is read")
     modules = tuple(dict.fromkeys(owner for owner, _ in uses))
     kinds = {(_KINDS[_base(owner)], getattr(owner, "groups", 1)) for owner in modules}
     if len(kinds) > 1:
-        return Layer(name, weight, note="tied between unlike layers: only its gradient is read")
+        return Layer(
+            name, weight, note="tied between layers of different kinds or groups: only its gradient is read"
+        )
     ((kind, groups),) = kinds
     return Layer(name, weight, bias, modules, kind, groups)
 
 
-def _obstacle(parameter: Tensor, use: Use) -> str:
-    """What keeps a capture from reading this use of the parameter; empty where nothing does."""
+def _reason_against(parameter: Tensor, use: Use) -> str:
+    """Why samples of this use of the parameter cannot be recorded; empty if they can."""
     owner, name = use
     module = type(owner).__name__
     if is_lazy(parameter):
         return f"{module} before its first forward pass"
     if isinstance(owner, ParametrizationList):
-        return "parametrised"
+        return "parametrised by torch.nn.utils.parametrize"
     if isinstance(owner, NonDynamicallyQuantizableLinear) and name == "weight":
-        return "output projection of MultiheadAttention, which is never called itself"
+        return "output projection of MultiheadAttention, which does not call this module"
     if not isinstance(owner, tuple(_KINDS)) or name not in ("weight", "bias"):
         return module if name in ("weight", "bias") else f"{name} of {module}"
     if name == "bias":
         return f"bias of {module}"
-    return "" if _computes_as(owner, _base(owner)) else f"{module} with a forward of its own"
+    return "" if _has_forward_of(owner, _base(owner)) else f"{module} with its own forward method"
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
     return next(base for base in _KINDS if isinstance(module, base))
 
 
-def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
-    # A method may be replaced in a subclass or on the instance itself.
+def _has_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:
+    # A subclass may override a method, and an instance may have its own.
     return all(
         name not in vars(module) and getattr(type(module), name, None) is getattr(base, name, None)
-        for name in _METHODS_THAT_COMPUTE
+        for name in _FORWARD_METHODS
     )

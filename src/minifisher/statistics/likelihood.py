@@ -1,4 +1,8 @@
-"""Labels drawn from the model's own prediction, for the true Fisher matrix instead of the empirical one."""
+"""Losses on labels from the model's own prediction: they give the Fisher matrix, not the empirical one.
+
+A likelihood says how outputs z predict labels y. "categorical": logits [..., classes]. "bernoulli": one logit
+for each independent binary label. "gaussian": means, y ~ Normal(z, 1), whose loss is half the squared error.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,27 @@ if TYPE_CHECKING:
 
 
 def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None = None) -> Tensor:
-    """Sum over samples of -log p(y | outputs), one label y drawn from p(. | outputs) a data point.
+    """Sum over samples of -log p(y | z), with labels y drawn from p(. | z).
 
-    "categorical": logits [..., classes]; "bernoulli": independent entries, a logit each; "gaussian": entries
-    y ~ Normal(z, 1), half squared error. (Martens and Grosse, 2015, Section 5.)
+    (Martens and Grosse, 2015, Section 5.) Outputs with positions draw one label for each position.
     """
-    wide = _checked(outputs, likelihood)
-    return _LOSSES[likelihood](wide, generator)
+    outputs = _checked(outputs, likelihood)
+    return _LOSSES[likelihood](outputs, generator)
 
 
 def fisher_losses(outputs: Tensor, likelihood: str) -> tuple[Tensor, ...]:
-    """One loss for each entry of a sample's output: together they stand for every label, with no chance left.
+    """E losses for E outputs z_n of a sample, which replace the average over all labels, without sampling.
 
-    With the likelihood's Fisher matrix F_n = sum_e r_e r_e^T of a sample's E outputs z_n, the e-th loss is
-    sqrt(E) sum_n r_e^T z_n: averaged over samples *and* losses, outer products of gradients are the exact
-    Fisher matrix. Likelihoods as in `sampled_loss`, samples in the first dimension.
+    Let F_n = sum_e r_e r_e^T be the likelihood's Fisher matrix [E, E]. The e-th loss is
+    sqrt(E) sum_n r_e^T z_n. The mean over samples *and* losses of the gradients' outer products is the exact
+    Fisher matrix. The first dimension of the outputs is that of the samples.
     """
-    wide = _checked(outputs, likelihood)
-    if likelihood == "categorical" and wide.dim() == 1:
-        wide = wide.unsqueeze(0)
-    roots = _ROOTS[likelihood](wide).flatten(1) if wide.dim() > 1 else _ROOTS[likelihood](wide).unsqueeze(1)
-    return tuple((roots.sum(0) * roots.shape[1] ** 0.5).unbind())
+    outputs = _checked(outputs, likelihood)
+    if likelihood == "categorical" and outputs.dim() == 1:
+        outputs = outputs.unsqueeze(0)
+    products = _ROOT_PRODUCTS[likelihood](outputs)  # r_e^T z_n
+    products = products.flatten(1) if outputs.dim() > 1 else products.unsqueeze(1)  # [n, E]
+    return tuple((products.sum(0) * products.shape[1] ** 0.5).unbind())
 
 
 def _checked(outputs: Tensor, likelihood: str) -> Tensor:
@@ -44,14 +48,14 @@ def _checked(outputs: Tensor, likelihood: str) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         got = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise TypeError(f"outputs must be the model's floating-point prediction, one tensor, got {got}")
-    # Half precision would lose small probabilities, and the sum.
+    # In half precision small probabilities would be lost, and the sum would be too coarse.
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _categorical(logits: Tensor, generator: Generator | None) -> Tensor:
     rows = logits.flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
-    # The class with the largest logit + Gumbel noise. torch.multinomial and torch.bernoulli would raise on a
-    # prediction that is not a number; here the loss is none either, and whoever averages it can skip it.
+    # The class with the largest sum of logit and Gumbel noise. torch.multinomial and torch.bernoulli would
+    # raise an error if the prediction is NaN; here the loss is NaN, and the optimizer skips the step.
     noise = -torch.empty_like(rows).exponential_(generator=generator).log()
     return functional.cross_entropy(rows, (rows.detach() + noise).argmax(-1), reduction="sum")
 
@@ -74,26 +78,26 @@ _LOSSES: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
 }
 
 
-def _categorical_root(logits: Tensor) -> Tensor:
-    """F = diag(p) - p p^T = sum_e r_e r_e^T, r_e = sqrt(p_e) (unit vector e - p): r_e^T z."""
+def _categorical_products(logits: Tensor) -> Tensor:
+    """r_e^T z with F = diag(p) - p p^T = sum_e r_e r_e^T and r_e = sqrt(p_e) (unit vector e - p)."""
     probabilities = logits.detach().softmax(-1)
     return probabilities.sqrt() * (logits - (probabilities * logits).sum(-1, keepdim=True))
 
 
-def _bernoulli_root(logits: Tensor) -> Tensor:
-    """F = diag(p (1 - p)): r_e^T z."""
+def _bernoulli_products(logits: Tensor) -> Tensor:
+    """r_e^T z with F = diag(p (1 - p))."""
     probabilities = logits.detach().sigmoid()
     return (probabilities * (1 - probabilities)).sqrt() * logits
 
 
-_ROOTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "categorical": _categorical_root,
-    "bernoulli": _bernoulli_root,
+_ROOT_PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "categorical": _categorical_products,
+    "bernoulli": _bernoulli_products,
     "gaussian": lambda means: means,
 }
 
-LABELLED: dict[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
+MODEL_LABEL_LOSSES: dict[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
     "sampled": lambda outputs, likelihood: (sampled_loss(outputs, likelihood),),
     "exact": fisher_losses,
 }
-"""The estimators that take their labels from the model: the losses whose gradients they read."""
+"""Estimators whose labels come from the model -> the losses whose gradients they need."""

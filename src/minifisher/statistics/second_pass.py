@@ -1,4 +1,4 @@
-"""The closure evaluated again after the step: the same mini-batch, the new weights, and no trace left."""
+"""The closure evaluated again after the step: the same mini-batch at the new weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class SecondPass:
-    """Two evaluations of one closure, and what moved between them in `layers`.
+    """Evaluates a closure before and after a step, and measures the change of `layers` in between.
 
-    The second one draws the random numbers of the first, so that dropout masks are the same. Afterwards
-    `.grad` of every parameter, every buffer of the modules (running statistics of batch norm) and torch's
-    random state (CPU, CUDA) are as the first one left them, bit by bit. Other side effects of the closure
-    happen twice.
+    The second evaluation uses the random numbers of the first, so that dropout masks are the same. After it,
+    three things are exactly as the first evaluation left them: `.grad` of every parameter, every buffer of
+    the modules (running statistics of batch norm) and torch's random state (CPU, CUDA). Other side effects of
+    the closure happen twice.
     """
 
     closure: Callable[[], Any]
@@ -43,32 +43,32 @@ class SecondPass:
         self._before, self._after = OutputMeans(self.layers), OutputMeans(self.layers)
 
     def first(self) -> Any:
-        """What the closure returns at the present weights."""
+        """Evaluate the closure before the step; return what it returns."""
         self._random_state = _random_state({parameter.device for parameter in self.parameters})
         with self._before.recording():
             return self.closure()
 
     def second(self) -> Any:
-        """What it returns at the weights by now."""
+        """Evaluate the closure after the step; return what it returns."""
         with (
             torch.no_grad(),
-            _gradients_kept(self.parameters),
-            _buffers_kept(self.modules),
-            _random_numbers_from(self._random_state),
+            _restoring_gradients(self.parameters),
+            _restoring_buffers(self.modules),
+            _using_random_state(self._random_state),
             torch.enable_grad(),
             self._after.recording(),
         ):
             return self.closure()
 
     def secants(self, loss_scale: float) -> dict[Layer, Secant]:
-        """How far the means of the layers moved between the two; what the loss was multiplied by undone."""
+        """The change of the mean outputs and output gradients; the latter are divided by `loss_scale`."""
         return secants(self._before.read(), self._after.read(), loss_scale)
 
 
 @contextmanager
-def _gradients_kept(parameters: list[Tensor]) -> Iterator[None]:
-    # DistributedDataParallel may hand out views of buffers that its next backward pass overwrites.
-    kept = [
+def _restoring_gradients(parameters: list[Tensor]) -> Iterator[None]:
+    # A gradient of DistributedDataParallel may be a view of a buffer that the next backward pass overwrites.
+    saved = [
         (p, p.grad, p.grad.clone() if p.grad is not None and p.grad._is_view() else None) for p in parameters
     ]
     for parameter in parameters:
@@ -76,16 +76,16 @@ def _gradients_kept(parameters: list[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, gradient, copy in kept:
+        for parameter, gradient, copy in saved:
             parameter.grad = gradient
             if gradient is not None and copy is not None:
                 gradient.copy_(copy)
 
 
 @contextmanager
-def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+def _restoring_buffers(modules: list[nn.Module]) -> Iterator[None]:
     owners = {owner for module in modules for owner in module.modules()}
-    kept = [
+    saved = [
         (owner, name, buffer, buffer.clone())
         for owner in owners
         for name, buffer in owner._buffers.items()
@@ -94,7 +94,7 @@ def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for owner, name, buffer, copy in kept:
+        for owner, name, buffer, copy in saved:
             owner._buffers[name] = buffer
             buffer.copy_(copy)
 
@@ -114,7 +114,7 @@ def _set_random_state(state: RandomState) -> None:
 
 
 @contextmanager
-def _random_numbers_from(state: RandomState) -> Iterator[None]:
+def _using_random_state(state: RandomState) -> Iterator[None]:
     later = _random_state(set(state))
     _set_random_state(state)
     try:

@@ -113,7 +113,7 @@ def _directions(
 
 
 def _with_length(stack: LayerStack, direction: Tensor, first_order: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction with its length, or the first-order step where that is not finite; and in how many layers."""
+    """The direction with its length, or the first-order step if that is not finite; and how many layers."""
     layers = len(stack.layers)
     norm, first_order_norm = _norm(direction, layers), _norm(first_order, layers)
     rescales = stack.curvature.needs is not None and stack.graft.rescales

@@ -57,7 +57,7 @@ class MomentumGraft(Graft):
 
 
 class AdamGraft(Graft):
-    """Adam: (1 - mu) M / (1 - mu^t) over sqrt(V / (1 - beta_2^t)) + epsilon (Kingma, Ba 2015, Algorithm 1)."""
+    """Adam: (1 - mu) M / (1 - mu^t) over sqrt(V / (1 - beta_2^t)) + epsilon (Kingma, Ba 2015, Alg. 1)."""
 
     rescales = True
     state_names = ("second_moment",)

@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
-from minifisher.step.first_order import GRAFTS, norms
+from minifisher.step.first_order import GRAFTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ class LayerStack:
     placement: Placement
     state: State
     entries: list[list[dict[str, Any]]]
-    """The entries in the optimizer's state: of every layer's weight, and of its bias where it is folded in."""
+    """The entries in the optimizer's state: of each layer's weight, and of its bias if it is folded in."""
     step: Any
     """Steps taken so far: an int, or with `capturable` a tensor []."""
     observations: Any
@@ -71,6 +71,7 @@ class LayerStack:
     def __post_init__(self) -> None:
         self.plan: Plan = self.placement.plan
         self.curvature: Curvature = self.plan.curvature
+        self.observes_gradient = self.curvature.needs is BatchGradient
         self.graft = GRAFTS[self.options["graft"]]
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
         self.pieces = [local_part(layer) for layer in self.layers]
@@ -94,16 +95,15 @@ class LayerStack:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
-        if len(tensors) == 1:
-            return local(tensors[0])
-        iterator = iter(tensors)
-        joined = [layer.join([local(next(iterator)) for _ in layer.parameters]) for layer in self.layers]
+        held = [tensor if type(tensor) is Tensor else local(tensor) for tensor in tensors]
+        if len(held) == 1:
+            return held[0]
+        iterator = iter(held)
+        joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack(joined) if len(joined) > 1 else joined[0]
 
     def scatter(self, stack: Tensor) -> list[Tensor]:
         """The inverse of `gather`, as views: one tensor a parameter."""
-        if len(self.parameters) == 1:
-            return [stack]
         parts = stack.unbind() if len(self.layers) > 1 else (stack,)
         return [t for piece, part in zip(self.pieces, parts, strict=True) for t in piece.split(part)]
 
@@ -114,33 +114,36 @@ class LayerStack:
     def gradient(self) -> Tensor:
         """D of what is minimised; zero where only the weight or only the bias of a layer has a gradient."""
         gradient = self.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
-        gradient = gradient.to(state_dtype(gradient.dtype))
+        if gradient.dtype == torch.float16:
+            gradient = gradient.to(state_dtype(gradient.dtype))
         gradient = -gradient if self.options["maximize"] else gradient
         return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
+    @property
+    def coupled_decay(self) -> float:
+        """The weight decay that joins the gradient; 0 if it is decoupled."""
+        return 0.0 if self.options["decoupled_weight_decay"] else float(self.options["weight_decay"])
+
     def with_decay(self, gradient: Tensor) -> Tensor:
         """D + weight_decay W, unless the decay is decoupled."""
-        decay = 0.0 if self.options["decoupled_weight_decay"] else self.options["weight_decay"]
+        decay = self.coupled_decay
         return gradient + decay * self.weights() if decay else gradient
 
     def local_parameters(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that has a gradient, as this process holds it, with its part of the stack."""
-        for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
+        parts = [stack] if len(self.parameters) == 1 else self.scatter(stack)
+        for parameter, part in zip(self.parameters, parts, strict=True):
             if parameter.grad is not None:
-                yield local(parameter), part
+                yield parameter if type(parameter) is nn.Parameter else local(parameter), part
 
     def per_length(self, numbers: Tensor) -> Tensor:
-        """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, 1, ...]."""
+        """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, ...]."""
         if self.lengths == 1 and self.rows is None:
             return numbers.view(())
         shape = [1] * len(self.layers[0].shape)
         if self.rows is not None:
             shape[0] = self.rows
         return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
-
-    def norm_of(self, stack: Tensor) -> Tensor:
-        """The norm of every layer, or of every row where rows have lengths of their own, as `per_length`."""
-        return self.per_length(norms(stack, self.lengths))
 
     def keep_counts(self) -> None:
         """Write the counts into the optimizer's state."""
@@ -169,11 +172,13 @@ class LayerStack:
         is_first = self.observations == 1 and self.statistics_due
         return bool(self.observations) and (self.step % every == 0 or is_first)
 
-    def corrected_decay(self) -> float:
-        """The decay that makes the running average free of bias.
+    def corrected_decay(self) -> float | None:
+        """The decay of the coming observation, without bias in the running average; None if none is due.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
+        if self.step % self.plan.statistics_every != 0:
+            return None
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
             return decay
@@ -182,7 +187,7 @@ class LayerStack:
     def has_statistics(self, samples: Samples) -> bool:
         """Whether the backward pass brought what the curvature needs."""
         needs = self.curvature.needs
-        return needs is BatchGradient or (
+        return self.observes_gradient or (
             needs is not None and all(layer in samples for layer in self.layers)
         )
 
@@ -190,7 +195,7 @@ class LayerStack:
         self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float
     ) -> None:
         """Average the statistics of one backward pass into a state of the stack's shapes."""
-        if curvature.needs is BatchGradient:
+        if self.observes_gradient:
             curvature.observe(state, BatchGradient(gradient), decay)
             return
         for index, layer in enumerate(self.layers):
@@ -223,7 +228,7 @@ class LayerStack:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float32 for float16, which cannot hold the square of a gradient, nor a direction; else the dtype itself."""
+    """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from minifisher.distributed.collectives import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from minifisher.statistics.layers import Layer
@@ -25,9 +25,15 @@ def all_finite(layers: Iterable[Layer], samples: Iterable[LayerSamples]) -> bool
     gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
     for layer in layers:
         for parameter in layer.parameters:
-            if parameter.grad is not None:
-                _check_dense(layer.name, parameter.grad)
-                gradients[parameter.grad.device].append(local(parameter.grad))
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise TypeError(
+                    f"{layer.name} has a sparse gradient ({gradient.layout}): use Embedding(sparse=False), "
+                    "or give it to torch.optim.SparseAdam"
+                )
+            gradients[gradient.device].append(gradient if type(gradient) is Tensor else local(gradient))
     norms = []
     for tensors in gradients.values():
         # Float16 ends at 65,504, the norm of such gradients does not.
@@ -39,18 +45,10 @@ def all_finite(layers: Iterable[Layer], samples: Iterable[LayerSamples]) -> bool
     )
 
 
-def _check_dense(name: str, gradient: Tensor) -> None:
-    if gradient.layout != torch.strided:
-        raise TypeError(
-            f"{name} has a sparse gradient ({gradient.layout}): use Embedding(sparse=False), "
-            "or give it to torch.optim.SparseAdam"
-        )
-
-
 def unscale(optimizer: Optimizer) -> bool:
-    """Undo what a GradScaler multiplied every `.grad` by; False if it found a gradient that is not finite.
+    """Undo what the GradScaler of this step did to every `.grad`; False if it found one that is not finite.
 
-    It does nothing without a GradScaler, and only tells what was found after `scaler.unscale_(optimizer)`.
+    After `scaler.unscale_(optimizer)` nothing is left to undo.
     """
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     if found is not None and bool(found):

@@ -7,7 +7,7 @@
 
 D is the gradient of the mini-batch, d what the curvature reads of it or of its samples, s the first-order
 step. `ranks` says what processes exchange: nothing (`Alone`), or averages, directions and lengths
-(`minifisher.distributed.ranks.Together`).
+(`minifisher.step.together.Together`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from minifisher.curvature import FusedCurvature
-from minifisher.statistics.records import BatchGradient
 from minifisher.step.adaptive_damping import predicted_change
 from minifisher.step.first_order import newest_share
 from minifisher.step.update import Update, clip_divergence
@@ -64,7 +63,11 @@ class Alone:
     ) -> bool:
         """Average this process's statistics in."""
         for stack, gradient, decay in zip(stacks, gradients, decays, strict=True):
-            if self.finite and decay is not None and stack.has_statistics(samples):
+            if (
+                self.finite
+                and decay is not None
+                and (stack.observes_gradient or stack.has_statistics(samples))
+            ):
                 stack.observe(stack.curvature, stack.state, gradient, samples, decay)
                 stack.observations += 1
         return self.finite
@@ -113,11 +116,14 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     # D; zero where it is not finite: the ranks then agree not to step.
     gradients = [stack.gradient() if ranks.finite else torch.zeros_like(stack.gradient()) for stack in stacks]
     # All of the below in one pass over memory, where a kernel can.
-    fused = [fused_update(*pair) if ranks.fuses else None for pair in zip(stacks, gradients, strict=True)]
+    fused = [
+        fused_update(stack, gradient) if ranks.fuses and isinstance(stack.curvature, FusedCurvature) else None
+        for stack, gradient in zip(stacks, gradients, strict=True)
+    ]
     rest = [index for index, update in enumerate(fused) if update is None]
     # F <- beta F + (1 - beta) E[d d^T]
     observers = [stacks[index] for index in rest]
-    decays = [stack.corrected_decay() if stack.statistics_due else None for stack in observers]
+    decays = [stack.corrected_decay() for stack in observers]
     if not ranks.average_statistics(observers, [gradients[index] for index in rest], samples, decays):
         return None
     # P <- (F + lambda I)^-power
@@ -126,7 +132,8 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
             stack.curvature.refresh(stack.state, stack.options["damping"])
     # M <- mu M + D, |s|, P M
     updates = [
-        update or compute_direction(*pair) for update, *pair in zip(fused, stacks, gradients, strict=True)
+        update or compute_direction(stack, gradient)
+        for update, stack, gradient in zip(fused, stacks, gradients, strict=True)
     ]
     if not ranks.agree(updates):
         return None
@@ -141,9 +148,11 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
 
     A stack without an observation so far takes the first-order step itself.
     """
-    state, curvature, graft, mu = stack.state, stack.curvature, stack.graft, stack.options["momentum"]
+    state, curvature, graft, options = stack.state, stack.curvature, stack.graft, stack.options
+    mu = options["momentum"]
     stack.step += 1
-    joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
+    joins = options["weight_decay"] and not curvature.averages_momentum  # which joined it to D already
+    joined = stack.with_decay(gradient) if joins else gradient
     first_order_norm = stack.per_length(graft.update(state, joined, stack.lengths, stack.step, mu))
     momentum = state["momentum"] if mu else joined
     if not stack.observations:
@@ -151,25 +160,24 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     else:
         if curvature.averages_momentum:
             momentum = momentum * newest_share(mu, stack.step)
-        direction = curvature.precondition(state, momentum, stack.options["damping"])
-    return Update(stack, gradient, momentum, direction, stack.norm_of(direction), first_order_norm)
+        direction = curvature.precondition(state, momentum, options["damping"])
+    return Update(stack, gradient, momentum, direction, first_order_norm)
 
 
 def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
     """The update by one fused kernel, statistics and momentum included; None where there is none for it."""
     curvature, options, state = stack.curvature, stack.options, stack.state
-    if not isinstance(curvature, FusedCurvature) or curvature.needs is not BatchGradient:
-        return None
-    coupled_decay = options["weight_decay"] and not options["decoupled_weight_decay"]
-    if coupled_decay or stack.rows or not stack.statistics_due:
+    assert isinstance(curvature, FusedCurvature)
+    decay = stack.corrected_decay()
+    if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
         return None
     first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
     if first_order is None:
         return None
-    fused = curvature.fused_step(state, gradient, stack.corrected_decay(), options["damping"], first_order)
+    fused = curvature.fused_step(state, gradient, decay, options["damping"], first_order)
     if fused is None:
         return None
     direction, norm, first_order_norm = fused
     stack.step, stack.observations = stack.step + 1, stack.observations + 1
-    norms = stack.per_length(norm), stack.per_length(first_order_norm)
+    norms = stack.per_length(first_order_norm), stack.per_length(norm)
     return Update(stack, gradient, state["momentum"], direction, *norms, is_fused=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import graft_length
+from minifisher.step.first_order import graft_length, norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +26,8 @@ class Update:
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
     momentum: Tensor  # M, or the mean of past gradients: what the direction was made from, likewise
     direction: Tensor  # P M, likewise
-    norm: Tensor  # of the direction, [] or [layers, rows | 1, 1, ...]
-    first_order_norm: Tensor  # of the step whose length it takes, likewise
+    first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, rows | 1, 1, ...]
+    norm: Tensor | None = None  # of the direction, likewise; None: it is still to be measured
     is_fused: bool = False
     """Whether a fused kernel made it."""
     length: Tensor = field(init=False)  # the factor of the direction, likewise
@@ -38,18 +38,23 @@ class Update:
     frozen: int = 0
     """Layers that stay, because their first-order step is not finite either."""
 
+    def measured_norm(self) -> Tensor:
+        """The norm of the direction, [] or [layers, rows | 1, 1, ...]."""
+        return self.stack.per_length(norms(self.direction, self.stack.lengths))
+
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
         stack = self.stack
+        norm = self.measured_norm() if self.norm is None else self.norm
         rescales = stack.graft.rescales and bool(stack.observations)
-        self.length, usable, frozen = graft_length(self.norm, self.first_order_norm, rescales)
+        self.length, usable, frozen = graft_length(norm, self.first_order_norm, rescales)
         if not usable.all():
-            self._fall_back(usable, frozen)
+            self._fall_back(norm, usable, frozen)
 
-    def _fall_back(self, usable: Tensor, frozen: Tensor) -> None:
+    def _fall_back(self, norm: Tensor, usable: Tensor, frozen: Tensor) -> None:
         stack = self.stack
         # Where one of the two norms is zero no direction was lost: that unit has no gradient.
-        fallen = ~usable & ~frozen & (self.first_order_norm != 0) & (self.norm != 0)
+        fallen = ~usable & ~frozen & (self.first_order_norm != 0) & (norm != 0)
         self.fallbacks, self.frozen = (
             int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
         )

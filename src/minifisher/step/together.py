@@ -68,7 +68,7 @@ class Together:
         samples: Samples,
         decays: Sequence[float | None],
     ) -> bool:
-        """Each rank observes what it saw, and a sum makes it what all saw; False, and no change, if not finite.
+        """Each rank observes its samples, and a sum combines them; False, and no change, if not finite.
 
         If a number is not finite on one rank, the sum is not finite on any rank: all skip the step.
         """
@@ -115,17 +115,16 @@ class Together:
         """Receive directions and sum norms; False, and all as before, if a rank objects."""
         owned = [update for update in updates if update.stack.placement.owner is not None]
         copy_from_owners([(update.direction, _owner(update)) for update in owned])
-        for update in owned:
-            update.norm = update.stack.norm_of(update.direction)
         cut = [update for update in updates if update.stack.length_groups]
-        squares = [torch.stack((u.norm, u.first_order_norm)).double().square_() for u in cut]
+        norms = [torch.stack((update.measured_norm(), update.first_order_norm)) for update in cut]
+        squares = [norm.double().square_() for norm in norms]
         self._sum([(square, u.stack.length_groups) for square, u in zip(squares, cut, strict=True)])
         if self._objects:
             for snapshot in self._snapshots:
                 snapshot.restore()
             return False
         for square, update in zip(squares, cut, strict=True):
-            update.norm, update.first_order_norm = square.sqrt().to(update.norm.dtype)
+            update.norm, update.first_order_norm = square.sqrt().to(update.first_order_norm.dtype)
         return True
 
 
