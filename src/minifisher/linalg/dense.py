@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from minifisher.linalg.damping import LEAST_SCALE
-
-
 _MOST_ATTEMPTS = 6  # the added damping grows tenfold each time, to eps * 1e5 of the mean diagonal
 
 

@@ -14,8 +14,8 @@ class Changes:
 class Entry(dict[str, Any]):
     """What `optimizer.state[parameter]` holds. The engine writes with `dict` methods, which note nothing.
 
-    Tensors of equal layers are views of one stack. An assignment puts another tensor in the place of a view; the
-    note tells the next step to form the stacks anew.
+    Tensors of equal layers are views of one stack. An assignment puts another tensor in the place of a view;
+    the note tells the next step to form the stacks anew.
     """
 
     __slots__ = ("_changes",)
