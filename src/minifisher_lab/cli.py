@@ -115,7 +115,7 @@ def _clear_errors() -> Iterator[None]:
     except Unresumable as error:
         raise typer.BadParameter(str(error)) from error
     except NotWritten as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -52,8 +52,11 @@ def _advice(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        trouble = (
+            error if isinstance(error, NotWritten) else f"cannot write into {folder.path}: {error.strerror}"
+        )
         raise NotWritten(
-            f"{error}. The table above holds what was measured. Free space, then give the same command with "
+            f"{trouble}. The table above holds what was measured. Free space, then start it again with "
             f"--resume {folder.path}: only what could not be stored is measured again"
         ) from error
 

@@ -10,11 +10,12 @@ import json
 import math
 import os
 import re
-import warnings
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from itertools import count
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -92,8 +93,8 @@ class Run:
         for name in ("problem", "optimizer", "rate", "seed"):
             if record[name] != getattr(self, name):
                 raise ValueError(f"it holds a run with {name} {record[name]}, not {getattr(self, name)}")
-        for name, value in record.items():
-            setattr(self, name, value)
+        for known in fields(self):
+            setattr(self, known.name, record[known.name])
         self.points = [Point.restored(point) for point in record["points"]]
 
     @property
@@ -152,7 +153,7 @@ class Unwritten(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder for the plan, the results, and the points and totals of every run."""
+    """A folder for the plan, the results, and the points and the record of every run."""
 
     path: Path
     resumed: bool = False
@@ -194,7 +195,12 @@ class RunFolder:
             self._check(plan)
         else:
             about = {"device": str(device), "torch": torch.__version__, "started": f"{datetime.now():%F %T}"}
-            self.write(PLAN, {**self.request, **plan, **about})
+            try:
+                self.write(PLAN, {**self.request, **plan, **about})
+            except NotWritten as error:
+                with suppress(OSError):
+                    self.path.rmdir()  # nothing was measured
+                raise NotWritten(f"{error}. Free space, or choose another folder") from error
 
     def _check(self, plan: dict[str, Any]) -> None:
         stored, wanted = self.read(PLAN), json.loads(as_json(plan))
@@ -215,10 +221,8 @@ class RunFolder:
         try:
             yield processes.read_by_first(path.read_bytes)
         except Exception as error:  # damaged files make decoders raise nearly everything
-            raise Unresumable(
-                f"{path} cannot be read ({type(error).__name__}: {error}): "
-                "delete it, and what it holds is measured again"
-            ) from error
+            cure = "" if name == PLAN else ": delete it, and what it holds is measured again"
+            raise Unresumable(f"{path} cannot be read ({reason(error)}){cure}") from error
 
     def log(self, run: Run, point: Point) -> None:
         """Append the point to the run's file, or write the file anew if this process has not yet done so."""
@@ -233,19 +237,18 @@ class RunFolder:
             self.logged[run.name] = len(run.points)
 
     def record(self, run: Run) -> None:
-        """Write the totals of a run that has ended, so that a resumed command does not measure it again."""
-        totals = {name: value for name, value in asdict(run).items() if name != "points"}
-        self.keep(f"{run.name}.json", totals)
+        """Write a run that has ended, so that a resumed command does not measure it again."""
+        self.keep(f"{run.name}.json", asdict(run))
 
     def recorded(self, run: Run) -> bool:
         """Whether an earlier command measured this run to its end; if so, `run` takes over the record."""
-        totals, points = f"{run.name}.json", f"{run.name}.jsonl"
-        known = (self.path / totals).exists
-        if not self.resumed or not processes.read_by_first(known):
+        name, path = f"{run.name}.json", self.path / f"{run.name}.jsonl"
+        if not self.resumed or not processes.read_by_first((self.path / name).exists):
             return False
-        with self.readable(points) as content, self.readable(totals) as rest:
-            logged = [json.loads(line) for line in content.splitlines()]
-            run.restore({**json.loads(rest), "points": logged})
+        with self.readable(name) as content:
+            run.restore(json.loads(content))
+        if not path.exists() or path.read_bytes() != lines(run.points):  # the disk was full
+            self._attempt(path.name, lambda path: _rewrite(path, run))
         return True
 
     def write(self, name: str, content: dict[str, Any]) -> Path:
@@ -283,14 +286,10 @@ class RunFolder:
         try:
             change(self.path / name)
         except OSError as error:
-            reason = error.strerror or str(error)
+            why = error.strerror or str(error)
             if not self.unwritten:
-                warnings.warn(
-                    f"cannot write {self.path / name}: {reason}. What is measured stays in memory and is "
-                    "written as soon as that is possible.",
-                    stacklevel=3,
-                )
-            self.unwritten[name] = Unwritten(reason, again or change)
+                _warn(f"cannot write {self.path / name}: {why}")
+            self.unwritten[name] = Unwritten(why, again or change)
             return False
         self.unwritten.pop(name, None)
         return True
@@ -305,6 +304,11 @@ class Nowhere(RunFolder):
     def write(self, name: str, content: dict[str, Any]) -> Path:
         """Write nothing."""
         return self.path / name
+
+
+def reason(error: Exception) -> str:
+    """The exception in one short line."""
+    return shorten(f"{type(error).__name__}: {error}", 200)
 
 
 def _new(stamp: Path) -> Path:
@@ -327,3 +331,8 @@ def _append(path: Path, content: bytes) -> None:
 
 def _rewrite(path: Path, run: Run) -> None:
     files.write(path, lines(run.points))
+
+
+def _warn(trouble: str) -> None:
+    later = "What is measured stays in memory and is written as soon as that is possible."
+    print(f"Warning: {trouble}. {later}", file=sys.stderr)

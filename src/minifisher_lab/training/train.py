@@ -12,7 +12,7 @@ import torch
 import minifisher
 from minifisher_lab.training import processes
 from minifisher_lab.training.batches import batches
-from minifisher_lab.training.runs import Point, Unresumable
+from minifisher_lab.training.runs import Point, Unresumable, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -277,7 +277,7 @@ def _resumed(measurement: Measurement, checkpoint: Checkpoint | None) -> bool:
         except Exception as error:  # a file of another release, or one that somebody changed
             raise Unresumable(
                 f"{checkpoint.folder.path / checkpoint.name} does not fit this run "
-                f"({type(error).__name__}: {error}): delete it, and the run starts anew"
+                f"({reason(error)}): delete it, and the run starts anew"
             ) from error
     return state is not None
 
