@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -11,18 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from minifisher_lab import data
+from minifisher_lab import data, request
 from minifisher_lab.comparison.compare import Candidate, Plan
 from minifisher_lab.names import UnknownNameError, look_up
 from minifisher_lab.presentation.session import run_plan, run_search
 from minifisher_lab.problems import PROBLEMS, Problem
 from minifisher_lab.training import batches, processes
-from minifisher_lab.training.optimizers import choose, optimizers
-from minifisher_lab.training.runs import RunFolder
-from minifisher_lab.training.train import Budget, Trainer
+from minifisher_lab.training.optimizers import choose, optimizers, split_names
+from minifisher_lab.training.runs import NotWritten, Unresumable
+from minifisher_lab.training.train import Budget, Trainer, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from minifisher_lab.training.batches import Splits
     from minifisher_lab.training.optimizers import Choice
@@ -41,7 +42,7 @@ console = Console()
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 ProblemNames = Annotated[
-    list[str], typer.Argument(metavar="PROBLEM...", help="One or more of `minifisher problems`.")
+    list[str] | None, typer.Argument(metavar="PROBLEM...", help="One or more of `minifisher problems`.")
 ]
 OptimizerName = Annotated[str, typer.Option(help="One of `minifisher optimizers`.")]
 OptimizerNames = Annotated[str, typer.Option("--optimizers", help="Names, separated by commas.")]
@@ -50,11 +51,21 @@ Rates = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=RATE,...", help="Learning rates of one optimizer; may be repeated."),
 ]
-ProblemName = Annotated[str, typer.Argument(metavar="PROBLEM", help="One of `minifisher problems`.")]
+ProblemName = Annotated[str | None, typer.Argument(metavar="PROBLEM", help="One of `minifisher problems`.")]
 DataName = Annotated[str, typer.Argument(metavar="NAME", help="One of `minifisher data list`.")]
 Seconds = Annotated[float | None, typer.Option(help="Training seconds per run, above 0.")]
 Epochs = Annotated[
     float | None, typer.Option(help="Epochs per run, above 0; default: the problem's own number.")
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN", help="Go on with the run folder RUN of a command that was stopped; needs no PROBLEM."
+    ),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="STEPS", help="Store a checkpoint every so many steps, and keep the last."),
 ]
 Folder = Annotated[Path, typer.Option(help="Parent folder of the new run folder.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; default: a GPU if there is one.")]
@@ -96,22 +107,42 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _run_folder(parent: Path, label: str) -> RunFolder:
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn a run folder that cannot go on, and results that cannot be written, into one clear error."""
     try:
-        return RunFolder.create(parent, label)
-    except OSError as error:  # the path is a file, is not writable, or the disk is full
-        message = f"cannot create a run folder in --folder {parent}: {error.strerror}"
-        raise typer.BadParameter(message) from error
+        yield
+    except Unresumable as error:
+        raise typer.BadParameter(str(error)) from error
+    except NotWritten as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
 
 
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
     """Build every optimizer once, so that a wrong argument is reported before the first run."""
     _valid(lambda: processes.check_shares(problem.batch_size))
     for choice, rate in candidates:
-        try:
+        with _blamed_on_arguments(problem, choice):
             choice.build(problem.build(seed=0), lr=rate)
-        except (TypeError, ValueError) as error:
-            raise typer.BadParameter(f"{choice.name} on {problem.name}: {error}") from error
+
+
+def _try_out(problem: Problem, splits: Splits, candidates: Iterable[Candidate]) -> None:
+    """Take a step with every optimizer that has arguments: some are found wrong only then."""
+    for choice in {candidate.choice.name: candidate.choice for candidate in candidates}.values():
+        if ":" in choice.name:
+            with _blamed_on_arguments(problem, choice):
+                warm_up(problem, splits, choice, steps=1)
+
+
+@contextmanager
+def _blamed_on_arguments(problem: Problem, choice: Choice) -> Iterator[None]:
+    """Turn whatever an optimizer raises into an error of the command line that names its arguments."""
+    try:
+        yield
+    except Exception as error:  # torch unpacks, compares and indexes what it is given
+        kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
+        raise typer.BadParameter(f"{choice.name} on {problem.name}: {kind}{error}") from error
 
 
 def _needs_one_process(command: str) -> None:
@@ -163,24 +194,33 @@ def list_optimizers() -> None:
 @app.command("train")
 @processes.joined()
 def train_command(
-    problem: ProblemName,
+    context: typer.Context,
+    problem: ProblemName = None,
     optimizer: OptimizerName = "mbf",
     lr: Annotated[float | None, typer.Option(help="Learning rate, if not the default.")] = None,
     seconds: Seconds = None,
     epochs: Epochs = None,
     seed: Seed = 0,
     points: Points = 50,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = None,
     folder: Folder = Path("runs"),
     device: Device = None,
 ) -> None:
     """Train one problem with one optimizer. Under torchrun the processes share every batch."""
-    task, choice = _problem(problem), _valid(lambda: choose(optimizer))
-    candidate = Candidate(choice, choice.rate if lr is None else lr)
-    plan = Plan(task, (candidate,), (seed,), _budget(task, seconds, epochs), points)
+    asked = request.asked(context)
+    task, choice = _problem(asked.problem), _valid(lambda: choose(asked.optimizer))
+    candidate = Candidate(choice, choice.rate if asked.lr is None else asked.lr)
+    budget = _budget(task, asked.seconds, asked.epochs)
+    plan = Plan(task, (candidate,), (asked.seed,), budget, asked.points, asked.checkpoint_every)
     _check(task, (candidate,))
-    splits = _splits(task, device)
+    splits = _splits(task, asked.device)
+    _try_out(task, splits, (candidate,))
     _describe(task, splits, candidate)
-    _end_unless(plan.completed(run_plan(plan, splits, _run_folder(folder, f"{task.name}-train"), console)))
+    with _clear_errors():
+        run_folder = request.run_folder(context, f"{task.name}-train", **vars(asked))
+        runs = run_plan(plan, splits, run_folder, console)
+    _end_unless(plan.completed(runs))
 
 
 def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
@@ -193,7 +233,8 @@ def _describe(problem: Problem, splits: Splits, candidate: Candidate) -> None:
 @app.command("compare")
 @processes.joined()
 def compare_command(
-    problems: ProblemNames,
+    context: typer.Context,
+    problems: ProblemNames = None,
     optimizer_names: OptimizerNames = "adamw,sgd,mbf",
     seconds: Seconds = None,
     epochs: Epochs = None,
@@ -201,25 +242,32 @@ def compare_command(
     tune: Tune = False,
     lr: Rates = None,
     points: Points = 50,
+    resume: Resume = None,
     folder: Folder = Path("runs"),
     device: Device = None,
 ) -> None:
     """Compare optimizers in equal seconds or equal epochs: table, plots, JSON."""
-    tasks = [_problem(name) for name in problems]
-    entrants = _valid(lambda: candidates(optimizer_names, tune, lr or ()))
-    budgets = [_budget(task, seconds, epochs) for task in tasks]
+    asked = request.asked(context)
+    tasks = [_problem(name) for name in asked.problems]
+    entrants = _valid(lambda: candidates(asked.optimizer_names, asked.tune, asked.lr or ()))
+    budgets = [_budget(task, asked.seconds, asked.epochs) for task in tasks]
     for task in tasks:
         _check(task, entrants)
-    loaded = [_splits(task, device) for task in tasks]  # report missing data before the first run
+    loaded = [_splits(task, asked.device) for task in tasks]  # report missing data before the first run
+    for task, splits in zip(tasks, loaded, strict=True):
+        _try_out(task, splits, entrants)
     for task, budget, splits in zip(tasks, budgets, loaded, strict=True):
-        plan = Plan(task, entrants, tuple(range(seeds)), budget, points)
-        runs = run_plan(plan, splits, _run_folder(folder, f"{task.name}-compare"), console)
+        plan = Plan(task, entrants, tuple(range(asked.seeds)), budget, asked.points)
+        options = {**vars(asked), "problems": [task.name]}
+        with _clear_errors():
+            run_folder = request.run_folder(context, f"{task.name}-compare", **options)
+            runs = run_plan(plan, splits, run_folder, console)
         _end_unless(plan.completed(runs))
 
 
 def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
     """Every optimizer with its learning rates: the given ones, else its grid if `tune`, else its default."""
-    choices = {choice.name: choice for choice in map(choose, names.split(","))}
+    choices = {choice.name: choice for choice in map(choose, split_names(names))}
     given = _given(rates, choices)
     return tuple(
         Candidate(choice, rate)
@@ -254,11 +302,13 @@ def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...
 
 @app.command("tune")
 def tune_command(
-    problem: ProblemName,
+    context: typer.Context,
+    problem: ProblemName = None,
     optimizer: OptimizerName = "mbf",
     trials: Annotated[int, typer.Option(min=1, help="Number of settings to try.")] = 20,
     seconds: Seconds = None,
     epochs: Epochs = None,
+    resume: Resume = None,
     folder: Folder = Path("runs"),
     device: Device = None,
 ) -> None:
@@ -266,11 +316,16 @@ def tune_command(
     _needs_one_process("tune")
     from minifisher_lab.comparison.tune import Search  # optuna is slow to import and needed here alone
 
-    task, choice = _problem(problem), _valid(lambda: choose(optimizer))
-    search = Search(task, choice, _budget(task, seconds, epochs), trials)
-    _check(task, (Candidate(choice, choice.rate),))
-    splits = _splits(task, device)
-    study = run_search(search, splits, _run_folder(folder, f"{task.name}-tune"), console)
+    asked = request.asked(context)
+    task, choice = _problem(asked.problem), _valid(lambda: choose(asked.optimizer))
+    search = Search(task, choice, _budget(task, asked.seconds, asked.epochs), asked.trials)
+    entrants = (Candidate(choice, choice.rate),)
+    _check(task, entrants)
+    splits = _splits(task, asked.device)
+    _try_out(task, splits, entrants)
+    with _clear_errors():
+        run_folder = request.run_folder(context, f"{task.name}-tune", **vars(asked))
+        study = run_search(search, splits, run_folder, console)
     _end_unless(search.completed(study))
 
 
@@ -299,6 +354,7 @@ def get_data(name: DataName) -> None:
 
 @app.command("demo")
 def demo_command(
+    context: typer.Context,
     seconds: Annotated[float, typer.Option(help="Training seconds per run; there are twelve runs.")] = 4.5,
     folder: Folder = Path("runs"),
 ) -> None:
@@ -307,4 +363,6 @@ def demo_command(
     from minifisher_lab.presentation import demo
 
     comparison = _valid(lambda: demo.plan(seconds))
-    _end_unless(comparison.completed(demo.run(comparison, _run_folder(folder, "demo"), console)))
+    with _clear_errors():
+        runs = demo.run(comparison, request.run_folder(context, "demo", seconds=seconds), console)
+    _end_unless(comparison.completed(runs))

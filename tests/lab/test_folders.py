@@ -11,9 +11,9 @@ import minifisher_lab
 
 ROOT = Path(minifisher_lab.__file__).parent
 ALLOWED = {
-    "data": set(),
+    "data": {"files"},
     "problems": set(),
-    "training": {"data", "problems", "names"},
+    "training": {"data", "problems", "names", "files"},
     "comparison": {"problems", "training"},
     "presentation": {"problems", "training", "comparison"},
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from minifisher_lab.training.checkpoint import Checkpoint
+from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.runs import Run
-from minifisher_lab.training.train import Trainer, train, warm_up
+from minifisher_lab.training.train import Budget, Trainer, train, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,8 +16,7 @@ if TYPE_CHECKING:
     from minifisher_lab.problems import Problem
     from minifisher_lab.training.batches import Splits
     from minifisher_lab.training.optimizers import Choice
-    from minifisher_lab.training.runs import Point, RunFolder
-    from minifisher_lab.training.train import Budget
+    from minifisher_lab.training.runs import RunFolder
 
 
 class Candidate(NamedTuple):
@@ -50,6 +51,26 @@ class Plan:
     seeds: tuple[int, ...]
     budget: Budget
     points: int = 50
+    checkpoint_every: int | None = None
+    """The steps between two checkpoints; None: one at every logged point, deleted when the run has ended."""
+
+    @classmethod
+    def restored(cls, problem: Problem, record: dict[str, Any]) -> Plan:
+        """The plan that `as_json` wrote."""
+        entrants = (Candidate(choose(entry["name"]), entry["rate"]) for entry in record["optimizers"])
+        seeds, budget = tuple(record["seeds"]), Budget(**record["budget"])
+        return cls(problem, tuple(entrants), seeds, budget, record["points"], record["checkpoint_every"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything that decides what is measured."""
+        return {
+            "problem": self.problem.name,
+            "optimizers": [{"name": choice.name, "rate": rate} for choice, rate in self.candidates],
+            "seeds": list(self.seeds),
+            "budget": asdict(self.budget),
+            "points": self.points,
+            "checkpoint_every": self.checkpoint_every,
+        }
 
     def order(self) -> Iterator[tuple[int, Candidate]]:
         """The runs in order: seed by seed, each seed starting with the next candidate.
@@ -67,14 +88,23 @@ class Plan:
 
 
 def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> list[Run]:
-    """Carry out every run of the plan. Ctrl-C ends the comparison and keeps what was measured."""
+    """Carry out every run of the plan. Ctrl-C ends the comparison and keeps what was measured.
+
+    In a resumed folder, runs that have ended are read, and the one that was cut short goes on.
+    """
+    folder.begin(plan.as_json(), splits.train.inputs.device)
     runs: list[Run] = []
     try:
-        for choice in {candidate.choice.name: candidate.choice for candidate in plan.candidates}.values():
+        entries = [(candidate, _entry(plan, folder, candidate, seed)) for seed, candidate in plan.order()]
+        for choice in {c.choice.name: c.choice for c, run in entries if not run.ended}.values():
             watcher.warming(choice.name)
             warm_up(plan.problem, splits, choice)
-        for seed, candidate in plan.order():
-            _one(plan, splits, folder, watcher, runs, candidate, seed)
+        for candidate, run in entries:
+            runs.append(run)
+            watcher.started(run)
+            if not run.ended:
+                _carry_out(plan, splits, folder, watcher, candidate, run)
+            watcher.ended(run)
     except KeyboardInterrupt:
         for run in runs:
             if run.status == "running":
@@ -83,25 +113,24 @@ def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> 
     return runs
 
 
-def _one(
-    plan: Plan,
-    splits: Splits,
-    folder: RunFolder,
-    watcher: Watcher,
-    runs: list[Run],
-    candidate: Candidate,
-    seed: int,
-) -> None:
+def _entry(plan: Plan, folder: RunFolder, candidate: Candidate, seed: int) -> Run:
+    """The run as it was recorded, or a new one."""
     run = Run(plan.problem.name, candidate.choice.name, candidate.rate, seed)
-    runs.append(run)
-    watcher.started(run)
+    if folder.recorded(run) and plan.checkpoint_every is None:
+        Checkpoint(folder, run).remove()  # it is still there if the command was killed just before
+    return run
 
+
+def _carry_out(
+    plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher, candidate: Candidate, run: Run
+) -> None:
     def watch(spent: float, loss: float) -> None:
         watcher.moved(run, spent, loss)
 
-    def log(run: Run, point: Point) -> None:
-        folder.log(run, point)
-
-    trainer = Trainer(plan.problem, splits, candidate.choice, candidate.rate, seed)
-    train(run, trainer, splits, plan.budget, points=plan.points, log=log, watch=watch)
-    watcher.ended(run)
+    checkpoint = Checkpoint(folder, run, plan.checkpoint_every)
+    trainer = Trainer(plan.problem, splits, candidate.choice, candidate.rate, run.seed)
+    log, points = folder.log, plan.points
+    train(run, trainer, splits, plan.budget, points=points, log=log, watch=watch, checkpoint=checkpoint)
+    folder.record(run)
+    if plan.checkpoint_every is None:
+        checkpoint.remove()

@@ -11,9 +11,12 @@ from PIL import Image
 
 from minifisher_lab.data import pickles
 from minifisher_lab.data.archives import named
-from minifisher_lab.data.records import Array, Arrays, Files, Format, WrongData
+from minifisher_lab.data.records import MIB, Array, Arrays, Files, Format, WrongData, refusing
 
 BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+
+IMAGES = 10_000  # in one file of CIFAR-10
+LIMIT = 256 * MIB  # 60,000 images have 176 MiB
 
 
 def _official(files: Files, names: Sequence[str], label_key: str) -> tuple[Array, Array]:
@@ -45,9 +48,12 @@ def _decode_png(files: Files) -> Arrays:
 def _rows(data: bytes) -> Array:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the PNG is large, but no attack
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # [N, 1024, 3]
-    except OSError as error:
-        raise WrongData(f"damaged PNG: {error}") from error
+        with refusing("damaged PNG"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.width != 32 * 32 or image.height > IMAGES:
+                raise WrongData(
+                    f"a PNG of {image.height} rows of {image.width} pixels, not of 32 x 32 pixels"
+                )
+            pixels = np.asarray(image.convert("RGB"))  # [N, 1024, 3]
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     return np.ascontiguousarray(pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2))
@@ -66,6 +72,6 @@ def _arrays(train: tuple[Array, Array], test: tuple[Array, Array]) -> Arrays:
     }
 
 
-CIFAR10 = Format(r"data_batch_\d|test_batch", _decode_10)
-CIFAR10_PNG = Format(r"(data_batch_\d|test_batch)\.png|(train|test)_lables\.json", _decode_png)
-CIFAR100 = Format(r"train|test", _decode_100)
+CIFAR10 = Format(r"data_batch_\d|test_batch", _decode_10, LIMIT)
+CIFAR10_PNG = Format(r"(data_batch_\d|test_batch)\.png|(train|test)_lables\.json", _decode_png, LIMIT)
+CIFAR100 = Format(r"train|test", _decode_100, LIMIT)

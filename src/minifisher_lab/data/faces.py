@@ -13,10 +13,10 @@ import re
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from minifisher_lab.data.records import Array, Arrays, Files, Format, WrongData
+from minifisher_lab.data.records import Array, Arrays, Files, Format, WrongData, refusing
 
 PEOPLE, PHOTOGRAPHS, HEIGHT, WIDTH = 40, 10, 112, 92
 HEADER = b"P5\n92 112\n255\n"
@@ -41,13 +41,11 @@ def _decode(files: Files) -> Arrays:
 
 
 def _photograph(data: bytes) -> Array:
-    try:
-        pixels = np.asarray(Image.open(io.BytesIO(_restored(data))))
-    except (UnidentifiedImageError, OSError) as error:
-        raise WrongData(f"damaged PGM: {error}") from error
-    if pixels.shape != (HEIGHT, WIDTH):
-        raise WrongData(f"a photograph has {pixels.shape} pixels instead of {(HEIGHT, WIDTH)}")
-    return pixels
+    with refusing("damaged PGM"), Image.open(io.BytesIO(_restored(data)), formats=("PPM",)) as image:
+        if image.size != (WIDTH, HEIGHT) or image.mode != "L":
+            found = image.size[::-1]
+            raise WrongData(f"a photograph has {found} pixels instead of {(HEIGHT, WIDTH)} grey ones")
+        return np.asarray(image)
 
 
 def _restored(data: bytes) -> bytes:

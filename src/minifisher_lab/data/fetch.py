@@ -5,26 +5,44 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from minifisher_lab import files
 from minifisher_lab.data import store
 from minifisher_lab.data.archives import contents
 from minifisher_lab.data.progress import Progress, shown
-from minifisher_lab.data.records import Arrays, DataUnavailable
+from minifisher_lab.data.records import Arrays, DataMissing, DataUnavailable, refusing
 from minifisher_lab.data.sources import SourceFailed
 from minifisher_lab.data.table import Entry, Route, find
 
 
 def get(name: str, *, progress: Progress | None = None) -> Path:
-    """Fetch the dataset unless it is stored already; return where it is stored.
+    """Fetch the dataset unless it is stored already and undamaged; return where it is stored.
 
     The order of the sources is: files in the by-hand folder, the official files, packages. Embedded and
     generated datasets need no fetch. If every source fails, the error DataUnavailable lists what was tried.
     """
     entry = find(name)
-    path = store.path(name)
-    if path.exists() or not entry.routes:
-        return path if entry.routes else store.folder()
-    with shown(progress) as report:
-        return store.write(name, _fetched(entry, report))
+    if not entry.routes:
+        return store.folder()
+    try:
+        store.folder().mkdir(parents=True, exist_ok=True)
+        files.remove_abandoned(store.folder())
+        if _is_stored(entry):
+            return store.path(name)
+        with shown(progress) as report:
+            return store.write(name, _fetched(entry, report))
+    except OSError as error:
+        raise DataUnavailable(
+            f"cannot store {name} in {store.folder()}: {error.strerror or error}. "
+            "Free space, or set MINIFISHER_DATA to another folder"
+        ) from error
+
+
+def _is_stored(entry: Entry) -> bool:
+    try:
+        entry.stored()
+    except DataMissing:
+        return False
+    return True
 
 
 def by_hand(name: str) -> Path:
@@ -49,15 +67,18 @@ def _fetched(entry: Entry, progress: Progress) -> Arrays:
 
 
 def _brought(entry: Entry, route: Route, progress: Progress) -> Arrays:
-    with tempfile.TemporaryDirectory(prefix="minifisher-") as folder:
+    # In the cache, because the next fetch deletes there what a killed one leaves behind.
+    ending = files.part_ending()
+    with tempfile.TemporaryDirectory(prefix=f"{entry.name}-", suffix=ending, dir=store.folder()) as folder:
         route.source.fetch(Path(folder), progress)
         return _decoded(entry, route, Path(folder))
 
 
 def _decoded(entry: Entry, route: Route, folder: Path) -> Arrays:
-    arrays = route.format.decode(contents(folder, route.format.members))
-    entry.check(arrays)
-    return arrays
+    with refusing("other files than expected"):
+        arrays = route.format.decode(contents(folder, route.format.members, route.format.limit))
+        entry.check(arrays)
+        return arrays
 
 
 def _message(entry: Entry, failures: list[str]) -> str:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import math
 
 import numpy as np
 import numpy.typing as npt
 
-from minifisher_lab.data.records import Arrays, Files, Format, WrongData
+from minifisher_lab.data.archives import unzipped
+from minifisher_lab.data.records import MIB, Arrays, Files, Format, WrongData, refusing
 
 UNSIGNED_BYTES = 8
+LIMIT = 64 * MIB  # the training images of MNIST have 45 MiB
 
 
 def parse(data: bytes) -> npt.NDArray[np.uint8]:
     """One IDX file of unsigned bytes, compressed with gzip or not."""
-    plain = _unpacked(data)
+    with refusing("damaged gzip file"):
+        plain = unzipped(data, LIMIT)
     if len(plain) < 4 or plain[:2] != b"\0\0" or plain[2] != UNSIGNED_BYTES:
         raise WrongData(f"not an IDX file of unsigned bytes: it starts with {plain[:4]!r}")
     start = 4 + 4 * plain[3]
-    shape = np.frombuffer(plain[4:start], ">u4").astype(int)
-    if len(plain) - start != shape.prod():
-        raise WrongData(f"IDX file announces shape {shape.tolist()} but holds {len(plain) - start} bytes")
-    return np.frombuffer(plain, np.uint8, offset=start).reshape(shape)
-
-
-def _unpacked(data: bytes) -> bytes:
-    try:
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, OSError, zlib.error) as error:
-        raise WrongData(f"damaged gzip file: {error}") from error
+    with refusing("not an IDX file"):
+        shape = np.frombuffer(plain[4:start], ">u4").tolist()
+        if len(plain) - start != math.prod(shape):
+            raise WrongData(f"IDX file announces shape {shape} but holds {len(plain) - start} bytes")
+        pixels: npt.NDArray[np.uint8] = np.frombuffer(plain, np.uint8, offset=start).reshape(shape)
+        return pixels
 
 
 def _decode(files: Files) -> Arrays:

@@ -15,7 +15,7 @@ from minifisher_lab.data.table import ENTRIES, Entry, find
 def load(name: str, *, seed: int = 0) -> Dataset:
     """The images, scaled to [0, 1]. `seed` is used only for curves and faces, which are drawn at random.
 
-    Raises DataMissing if the data has not been fetched.
+    Raises DataMissing if the data has not been fetched, or is no longer what was fetched.
     """
     entry = _of_kind(name, "images")
     arrays = entry.finish(_stored(entry), seed)
@@ -76,7 +76,7 @@ def _of_kind(name: str, kind: str) -> Entry:
 
 
 def _stored(entry: Entry) -> Arrays:
-    return store.read(entry.name) if entry.routes else {}
+    return entry.stored() if entry.routes else {}
 
 
 def _scaled(inputs: Array, white: int) -> npt.NDArray[np.float32]:

@@ -5,23 +5,14 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
 
-from minifisher_lab.data.records import WrongData
+from minifisher_lab.data.records import WrongData, refusing
 
 _reconstruct = np.empty(0).__reduce__()[0]  # its module differs between releases of numpy
-DAMAGE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    TypeError,
-    ValueError,
-)  # what the pickle module raises on broken bytes
 
 
 class SparseRows:
@@ -54,9 +45,13 @@ class _Unpickler(pickle.Unpickler):
 
 def loads(data: bytes) -> Any:
     """The content of a Python 2 pickle of arrays, sparse matrices, lists and dictionaries."""
-    try:
+    with refusing("damaged pickle"):
+        _check_memo(data)
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except WrongData:
-        raise
-    except DAMAGE as error:
-        raise WrongData(f"damaged pickle: {error}") from error
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a place in the memo that no pickler writes: Python makes room for all places below it."""
+    for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
+        if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise WrongData(f"damaged pickle: place {argument} in the memo after {count} operations")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from minifisher_lab.data import pickles
 from minifisher_lab.data.archives import named
-from minifisher_lab.data.records import Array, Arrays, Files, Format, WrongData
+from minifisher_lab.data.records import MIB, Array, Arrays, Files, Format, WrongData
 
+LIMIT = 64 * MIB  # the features of CiteSeer have 47 MiB
 VALIDATION = 500
 KINDS = {"graph": dict, "x": pickles.SparseRows, "tx": pickles.SparseRows, "allx": pickles.SparseRows}
 PARTS = ("x", "y", "tx", "ty", "allx", "ally", "graph", "test.index")
@@ -27,7 +30,7 @@ def _decode(files: Files, name: str) -> Arrays:
         )
     # CiteSeer's test node numbers have gaps. The missing nodes have no features and no label.
     nodes = int(test.max()) + 1
-    features = np.zeros((nodes, part["allx"].state["_shape"][1]), np.float32)
+    features = np.zeros(_checked((nodes, part["allx"].state["_shape"][1])), np.float32)
     targets = np.full(nodes, -1, np.int64)
     features[:first_test], features[test] = _dense(part["allx"]), _dense(part["tx"])
     targets[:first_test], targets[test] = part["ally"].argmax(1), part["ty"].argmax(1)
@@ -41,9 +44,17 @@ def _decode(files: Files, name: str) -> Arrays:
     }
 
 
+def _checked(shape: tuple[int, int]) -> tuple[int, int]:
+    if 4 * math.prod(shape) > LIMIT:
+        raise WrongData(f"features of shape {shape}, more than any of these networks has")
+    return shape
+
+
 def _dense(rows: pickles.SparseRows) -> Array:
     state = rows.state
-    matrix = csr_matrix((state["data"], state["indices"], state["indptr"]), shape=state["_shape"])
+    shape = _checked(state["_shape"])
+    matrix = csr_matrix((state["data"], state["indices"], state["indptr"]), shape=shape)
+    matrix.check_format(full_check=True)  # scipy writes to any address that a wrong index means
     return np.asarray(matrix.toarray(), np.float32)
 
 
@@ -56,4 +67,4 @@ def _edges(graph: dict[int, list[int]]) -> Array:
 
 def planetoid(name: str) -> Format:
     """The format of the eight files ind.NAME.*."""
-    return Format(rf"ind\.{name}\.({'|'.join(PARTS)})", lambda files: _decode(files, name))
+    return Format(rf"ind\.{name}\.({'|'.join(PARTS)})", lambda files: _decode(files, name), LIMIT)

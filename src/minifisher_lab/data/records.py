@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,10 +19,22 @@ Files: TypeAlias = dict[str, bytes]
 
 
 class WrongData(ValueError):  # noqa: N818 - the name says what it is
-    """The files are damaged, or have another format or other contents than expected.
+    """The files are damaged, or have another format or other contents than expected."""
 
-    A decoder may raise any ValueError. This one has a clearer message.
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever decoding foreign bytes raises into WrongData: `what` and the reason.
+
+    numpy, scipy, Pillow, tarfile, zipfile, zlib and pickle raise some twenty kinds of exceptions on damaged
+    files, and their next releases may raise others.
     """
+    try:
+        yield
+    except WrongData:
+        raise
+    except Exception as error:
+        raise WrongData(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 class DataMissing(LookupError):  # noqa: N818
@@ -32,12 +45,21 @@ class DataUnavailable(RuntimeError):  # noqa: N818
     """No source delivered the dataset; the message lists what was tried."""
 
 
+MIB = 2**20
+
+
 @dataclass(frozen=True)
 class Format:
     """How one family of files becomes arrays."""
 
     members: str  # a regular expression that the paths of the needed files end with
-    decode: Callable[[Files], Arrays]
+    decoder: Callable[[Files], Arrays]
+    limit: int = 64 * MIB  # bytes of the needed files, and of the arrays; more would be another file
+
+    def decode(self, files: Files) -> Arrays:
+        """The arrays; WrongData for any files that are not as expected."""
+        with refusing("the files have another format than expected"):
+            return self.decoder(files)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pooch
 
-from minifisher_lab.data.records import Arrays, DataMissing
+from minifisher_lab import files
+from minifisher_lab.data.archives import check_zip
+from minifisher_lab.data.records import MIB, Arrays, DataMissing, WrongData, refusing
 
 
 def folder() -> Path:
@@ -34,28 +37,36 @@ def digest(arrays: Arrays) -> str:
 
 
 def write(name: str, arrays: Arrays) -> Path:
-    """Store the arrays atomically: readers see the old file or the new one, never a part of it."""
+    """Store the arrays; readers see the old file or the new one, never a part of it."""
     target = path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.replaced(target) as file:
+        np.savez(file, allow_pickle=False, **arrays)
     return target
 
 
-def read(name: str) -> Arrays:
-    """The stored arrays. The checksums inside the .npz file reveal a damaged file."""
+def unchecked(_arrays: Arrays) -> None:
+    """Accepts any arrays."""
+
+
+def read(name: str, check: Callable[[Arrays], None] = unchecked, limit: int = 512 * MIB) -> Arrays:
+    """The stored arrays. DataMissing if there are none, or if they are not what `check` expects."""
     source = path(name)
     if not source.exists():
         raise DataMissing(f"{name} is not on this machine yet ({source}): run `minifisher data get {name}`")
     try:
-        with np.load(source, allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        with refusing("not a file of arrays"):
+            arrays = _arrays(source, limit)
+            check(arrays)
+            return arrays
+    except WrongData as error:
         raise DataMissing(
             f"{source} is damaged ({error}): delete it and run `minifisher data get {name}`"
         ) from error
+
+
+def _arrays(source: Path, limit: int) -> Arrays:
+    with zipfile.ZipFile(source) as packed:
+        check_zip(packed, limit)
+    with np.load(source, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
+import zlib
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
+from scipy.io import loadmat, whosmat
 
-from minifisher_lab.data.archives import named
-from minifisher_lab.data.records import Arrays, Files, Format, WrongData
+from minifisher_lab.data.archives import bounded, named
+from minifisher_lab.data.records import MIB, Arrays, Files, Format, WrongData, refusing
+
+HEADER, TAG, COMPRESSED = 128, 8, 15  # of MATLAB 5 files: bytes of the header, of a tag, a type of data
+LIMIT = 256 * MIB  # the training images have 215 MiB
 
 
 def _decode(files: Files) -> Arrays:
@@ -23,13 +28,27 @@ def _decode(files: Files) -> Arrays:
 
 
 def _content(data: bytes) -> Arrays:
-    try:
+    with refusing("not a MATLAB 5 file"):
+        _check_size(data)
         content: Arrays = loadmat(io.BytesIO(data), variable_names=["X", "y"])
-    except (MatReadError, ValueError, NotImplementedError, OSError) as error:
-        raise WrongData(f"not a MATLAB 5 file: {error}") from error
-    if not {"X", "y"} <= content.keys():
+        return content
+
+
+def _check_size(data: bytes) -> None:
+    """Refuse a small file that would become a large array. A variable may be compressed, each for itself."""
+    variables = {name: (shape, kind) for name, shape, kind in whosmat(io.BytesIO(data))}
+    if not {"X", "y"} <= variables.keys():
         raise WrongData("the MATLAB file lacks the variables X and y")
-    return content
+    for name, (shape, kind) in variables.items():
+        if math.prod(shape) > LIMIT or (name == "X" and kind != "uint8"):
+            raise WrongData(f"the MATLAB file has a variable {name} of shape {shape} and type {kind}")
+    start = HEADER
+    while start + TAG <= len(data):
+        kind, size = struct.unpack_from("<II", data, start)
+        if kind == COMPRESSED:
+            stream = io.BytesIO(zlib.decompressobj().decompress(data[start + TAG :][:size], LIMIT + 1))
+            bounded(stream, LIMIT)
+        start += TAG + size
 
 
-SVHN = Format(r"(train|test)_32x32\.mat", _decode)
+SVHN = Format(r"(train|test)_32x32\.mat", _decode, 2 * LIMIT)

@@ -51,7 +51,9 @@ class Counts:
         """Compare shapes and the number of images of each class."""
         for part, counts in (("train", self.train), ("test", self.test)):
             inputs, targets = arrays[f"{part}_inputs"], arrays[f"{part}_targets"]
-            found = tuple(np.bincount(targets.astype(np.int64)).tolist())
+            if targets.ndim != 1 or targets.dtype != np.uint8:
+                raise WrongData(f"{part}: labels {targets.shape} of {targets.dtype}")
+            found = tuple(np.bincount(targets).tolist())
             if found != counts or inputs.shape != (sum(counts), *self.image) or inputs.dtype != np.uint8:
                 raise WrongData(f"{part}: images {inputs.shape} of {inputs.dtype} with label counts {found}")
 
@@ -68,10 +70,6 @@ def _as_stored(arrays: Arrays, _seed: int) -> Arrays:
     return arrays
 
 
-def _no_check(_arrays: Arrays) -> None:
-    """Embedded and generated data are not fetched, so there is nothing to check."""
-
-
 @dataclass(frozen=True)
 class Entry:
     """One dataset. Without routes it is not fetched: `finish` generates it or reads it from a package."""
@@ -82,7 +80,7 @@ class Entry:
     classes: int = 0
     kind: Literal["images", "graph", "text"] = "images"
     routes: tuple[Route, ...] = ()  # files in the by-hand folder have the first one's format
-    check: Check = _no_check
+    check: Check = store.unchecked
     finish: Callable[[Arrays, int], Arrays] = _as_stored  # from the stored arrays and a seed
     scale: int = 255  # the value of white
     origin: str = ""  # where it comes from if it is not fetched
@@ -94,6 +92,10 @@ class Entry:
         if isinstance(source, Official):
             return f"{', '.join(name for name, _ in source.files)} (from {source.addresses[0]})"
         return f"the archive of the {source.label}"
+
+    def stored(self) -> Arrays:
+        """The stored arrays, checked again: the file may have changed since it was fetched."""
+        return store.read(self.name, self.check, max(route.format.limit for route in self.routes))
 
     @property
     def source(self) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.compare import compare
 from minifisher_lab.presentation import plots, report
 from minifisher_lab.presentation.progress import RunBars, Silence, TrialBars
 from minifisher_lab.training import processes
+from minifisher_lab.training.runs import NotWritten
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import optuna
     from rich.console import Console
 
@@ -31,27 +35,51 @@ def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) ->
     if not any(run.points for run in runs):
         console.print("Stopped before anything was measured.")
         return runs
-    results = folder.write("results.json", report.as_json(plan, runs))
     console.print()
     console.print(report.table(plan, runs))
     console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
-    written = [results, *plots.plot(plan, runs, folder.path)]  # plots last: a failure loses no results
+    with _advice(folder):
+        folder.write_again()
+        results = folder.write("results.json", report.as_json(plan, runs))
+        written = [results, *plots.plot(plan, runs, folder.path)]  # plots last: a failure loses no results
     console.print(f"{folder.path}/ holds {', '.join(path.name for path in written)} and one .jsonl a run.")
     return runs
 
 
+@contextmanager
+def _advice(folder: RunFolder) -> Iterator[None]:
+    """Say what to do if the results cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        trouble = (
+            error if isinstance(error, NotWritten) else f"cannot write into {folder.path}: {error.strerror}"
+        )
+        raise NotWritten(
+            f"{trouble}. The table above holds what was measured. Free space, then start it again with "
+            f"--resume {folder.path}: only what could not be stored is measured again"
+        ) from error
+
+
 def run_search(search: Search, splits: Splits, folder: RunFolder, console: Console) -> optuna.Study:
     """Run the search under progress bars, then print its best settings and where all trials are."""
+    from minifisher_lab.comparison.tune import TRIALS, as_json  # optuna is slow to import
+
     with TrialBars(console, search.trials) as bars:
         study = search.run(splits, folder, bars.ended, bars.moved)
+    _show_best(search, study, console)
+    with _advice(folder):
+        folder.write_again()
+        trials = folder.write(TRIALS, as_json(search, study))
+    console.print(f"All trials: {trials}", highlight=False)
+    return study
+
+
+def _show_best(search: Search, study: optuna.Study, console: Console) -> None:
     best = search.finished(study)
     if not best:
         console.print("No trial ran to its end.")
-        return study
+        return
     console.print(report.trial_table(search, best[:5]))
     arguments = ", ".join(f"{name}={value:.3g}" for name, value in best[0].params.items())
-    console.print(
-        f"Best: {search.choice.name} with {arguments}. All trials: {folder.path / 'trials.json'}",
-        highlight=False,
-    )
-    return study
+    console.print(f"Best: {search.choice.name} with {arguments}.", highlight=False)

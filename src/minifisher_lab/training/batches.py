@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -11,9 +11,8 @@ from torch.nn import functional
 from minifisher_lab import data
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
+    from typing_extensions import Self
 
     from minifisher_lab.problems import Problem
     from minifisher_lab.problems.problem import Augmentation
@@ -56,18 +55,52 @@ def load(problem: Problem, device: torch.device) -> Splits:
     )
 
 
-def batches(
-    samples: Samples, size: int, seed: int, augmentation: Augmentation
-) -> Iterator[tuple[Tensor, Tensor]]:
+class Batches:
     """An endless stream of full batches; each epoch takes the samples in a new order drawn from the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(samples), generator=generator).to(samples.inputs.device)
-        for chosen in torch.split(order, size)[: len(samples) // size]:
-            inputs = samples.inputs[chosen]
-            if augmentation != "none":
-                inputs = crop(inputs, generator, flip=augmentation == "crop and flip")
-            yield inputs, samples.targets[chosen]
+
+    def __init__(self, samples: Samples, size: int, seed: int, augmentation: Augmentation) -> None:
+        self.samples, self.size, self.augmentation = samples, size, augmentation
+        self.generator = torch.Generator().manual_seed(seed)
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.at_start = self.generator.get_state()
+        self.order = torch.randperm(len(self.samples), generator=self.generator)
+        self.order = self.order.to(self.samples.inputs.device)
+        self.position = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if self.position == len(self.samples) // self.size:
+            self._begin_epoch()
+        chosen = self.order[self.position * self.size :][: self.size]
+        self.position += 1
+        inputs = self.samples.inputs[chosen]
+        if self.augmentation != "none":
+            inputs = crop(inputs, self.generator, flip=self.augmentation == "crop and flip")
+        return inputs, self.samples.targets[chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: the generator at the start of the epoch and now, and the batches taken."""
+        return {
+            "at_start": self.at_start,
+            "generator": self.generator.get_state(),
+            "position": self.position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the stream with this state stood."""
+        self.generator.set_state(state["at_start"])
+        self._begin_epoch()
+        self.generator.set_state(state["generator"])
+        self.position = state["position"]
+
+
+def batches(samples: Samples, size: int, seed: int, augmentation: Augmentation) -> Batches:
+    """The stream of a run with this seed."""
+    return Batches(samples, size, seed, augmentation)
 
 
 def crop(images: Tensor, generator: torch.Generator, *, flip: bool, border: int = 4) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -44,6 +45,15 @@ class MuonWithAdamW:
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimizers' checkpoints."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state_dict()`."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 Optimizer: TypeAlias = "torch.optim.Optimizer | MuonWithAdamW"
@@ -114,6 +124,11 @@ def choose(spec: str) -> Choice:
     return _with_options(spec, optimizers())
 
 
+def split_names(names: str) -> list[str]:
+    """The names in a text, separated by commas; a comma within brackets separates nothing."""
+    return re.split(r",(?![^(\[{]*[)\]}])", names)
+
+
 def _with_options(spec: str, table: Mapping[str, Choice]) -> Choice:
     name, *pairs = spec.strip().split(":")
     choice = look_up("optimizer", name, table)
@@ -136,11 +151,15 @@ def _with_options(spec: str, table: Mapping[str, Choice]) -> Choice:
     )
 
 
+NOT_A_VALUE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+"""What ast.literal_eval raises for a text that is no Python value."""
+
+
 def _option(pair: str) -> tuple[str, object]:
     key, equals, text = pair.partition("=")
     if not equals:
         raise UnknownNameError(f"{pair!r} is not ARGUMENT=VALUE, as in mbf:power=0.5")
     try:
         return key, ast.literal_eval(text)
-    except (ValueError, SyntaxError):  # a bare word is a string: fisher=empirical
+    except NOT_A_VALUE:  # a bare word is a string: fisher=empirical
         return key, text

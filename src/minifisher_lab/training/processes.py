@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -92,6 +94,23 @@ def mean(value: float) -> float:
 def of_first(value: float) -> float:
     """The value of the first process."""
     return _summed(value if rank() == 0 else 0.0)
+
+
+def read_by_first(read: Callable[[], Value]) -> Value:
+    """What the first process reads, in every process, so that all agree about a file."""
+    if world_size() == 1:
+        return read()
+    values = [read() if rank() == 0 else None]
+    dist.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]
+
+
+def gathered(value: Value) -> list[Value]:
+    """The values of all processes, in the order of their numbers."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _summed(value: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 import minifisher
 from minifisher_lab.training import processes
 from minifisher_lab.training.batches import batches
-from minifisher_lab.training.runs import Point
+from minifisher_lab.training.runs import Point, Unresumable, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minifisher_lab.problems import Problem
     from minifisher_lab.problems.problem import Schedule
     from minifisher_lab.training.batches import Samples, Splits
+    from minifisher_lab.training.checkpoint import Checkpoint
     from minifisher_lab.training.optimizers import Choice, Optimizer
     from minifisher_lab.training.runs import Run
 
@@ -128,6 +129,7 @@ class Trainer:
         processes.check_shares(size)
         self.steps_per_epoch = len(splits.train) // size
         self.stream = batches(splits.train, size, seed, problem.augmentation)
+        self._skipped_before = 0
 
     def step(self, spent: float) -> float:
         """Take one step on the next batch, shared by all processes, and return the loss before the step."""
@@ -146,12 +148,90 @@ class Trainer:
 
         return processes.mean(float(self.optimizer.step(closure)))
 
+    @property
+    def skipped_steps(self) -> int:
+        """The steps that the optimizer did not take, those before a checkpoint included."""
+        return self._skipped_before + int(getattr(self.optimizer, "skipped_steps", 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The network, the optimizer, the place in the stream, and torch's random generators."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "generators": {kind: _random(kind).get_rng_state() for kind in ("cpu", self.device.type)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the trainer with this state stood."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stream.load_state_dict(state["stream"])
+        self._skipped_before += state["skipped_steps"] - self.skipped_steps
+        for kind, generator in state["generators"].items():  # last: the rest may draw numbers
+            _random(kind).set_rng_state(generator)
+
+
+def _random(kind: str) -> Any:
+    """torch's module for the random generator of a kind of device."""
+    return torch.random if kind == "cpu" else torch.get_device_module(kind)
+
 
 def warm_up(problem: Problem, splits: Splits, choice: Choice, steps: int = 3) -> None:
     """Take a few steps on a throwaway network, so that no run is charged for compilation or allocation."""
     trainer = Trainer(problem, splits, choice, choice.rate, seed=0)
     for _ in range(steps):
         trainer.step(spent=0.0)
+
+
+class Measurement:
+    """A run in progress: the trainer, the clock, and the losses since the last point."""
+
+    def __init__(self, run: Run, trainer: Trainer, splits: Splits, budget: Budget) -> None:
+        self.run, self.trainer, self.budget = run, trainer, budget
+        self.slices = splits.train.slice(EVALUATION_SIZE), splits.test.slice(EVALUATION_SIZE)
+        self.clock = Clock(trainer.device)
+        self.losses: list[float] = []
+        run.parameters = sum(weight.numel() for weight in trainer.model.parameters())
+
+    @property
+    def epoch(self) -> float:
+        """The epochs so far."""
+        return self.run.steps / self.trainer.steps_per_epoch
+
+    def spent(self) -> float:
+        """The spent fraction of the budget; under torchrun the first process's clock decides."""
+        return processes.of_first(self.budget.spent(self.clock.seconds, self.epoch))
+
+    def step(self, spent: float) -> None:
+        """Take one step; the clock runs only here."""
+        with self.clock:
+            self.losses.append(self.trainer.step(spent))
+        self.run.steps, self.run.seconds = self.run.steps + 1, self.clock.seconds
+
+    def record(self) -> Point:
+        """Evaluate and add a point to the run."""
+        run, (train_slice, test_slice) = self.run, self.slices
+        train_loss, _ = evaluate(self.trainer.problem, self.trainer.model, train_slice)
+        test_loss, test_accuracy = evaluate(self.trainer.problem, self.trainer.model, test_slice)
+        batch_loss = sum(self.losses) / len(self.losses) if self.losses else train_loss
+        point = Point(run.steps, self.epoch, run.seconds, batch_loss, train_loss, test_loss, test_accuracy)
+        self.losses.clear()
+        run.points.append(point)
+        return point
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        self.run.skipped_steps = self.trainer.skipped_steps
+        return {"run": asdict(self.run), "losses": list(self.losses), "trainer": self.trainer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run with this state stood."""
+        self.run.restore(state["run"])
+        self.losses[:] = state["losses"]
+        self.clock.seconds = self.run.seconds
+        self.trainer.load_state_dict(state["trainer"])
 
 
 def train(
@@ -163,46 +243,48 @@ def train(
     points: int = 50,
     log: Callable[[Run, Point], None] = lambda run, point: None,
     watch: Callable[[float, float], None] = lambda spent, loss: None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train until the budget is spent or the loss is no longer finite, and record everything in `run`.
 
     `log` receives `points` evenly spaced points. `watch` receives the spent fraction and the batch loss a few
-    times a second. The clock stops during both and during evaluation. Under torchrun the first process's
-    clock decides.
+    times a second. The clock stops during both, during evaluation and while a checkpoint is written. If
+    `checkpoint` has a file already, the run goes on from there.
     """
-    slices = splits.train.slice(EVALUATION_SIZE), splits.test.slice(EVALUATION_SIZE)
-    clock = Clock(trainer.device)
-    run.parameters = sum(weight.numel() for weight in trainer.model.parameters())
-    losses: list[float] = []
-    spent, watched = 0.0, 0.0
-
-    def record() -> None:
-        train_loss, _ = evaluate(trainer.problem, trainer.model, slices[0])
-        test_loss, test_accuracy = evaluate(trainer.problem, trainer.model, slices[1])
-        batch_loss = sum(losses) / len(losses) if losses else train_loss
-        epoch = run.steps / trainer.steps_per_epoch
-        point = Point(run.steps, epoch, run.seconds, batch_loss, train_loss, test_loss, test_accuracy)
-        losses.clear()
-        run.points.append(point)
-        log(run, point)
-
-    record()
+    measurement = Measurement(run, trainer, splits, budget)
+    if not _resumed(measurement, checkpoint):
+        log(run, measurement.record())
+    spent, watched = measurement.spent(), 0.0
     while spent < 1 and processes.of_first(run.points[-1].finite):
-        with clock:
-            losses.append(trainer.step(spent))
-        run.steps, run.seconds = run.steps + 1, clock.seconds
-        spent = processes.of_first(budget.spent(clock.seconds, run.steps / trainer.steps_per_epoch))
-        if spent * points >= len(run.points) or spent == 1 or not math.isfinite(losses[-1]):
-            record()
+        measurement.step(spent)
+        spent = measurement.spent()
+        logged = spent * points >= len(run.points) or spent == 1 or not math.isfinite(measurement.losses[-1])
+        if logged:
+            log(run, measurement.record())
+        if checkpoint and checkpoint.due(logged=logged, ended=spent == 1 or not run.points[-1].finite):
+            checkpoint.save(measurement.state_dict())
         if time.monotonic() - watched > 0.1:
             watched = time.monotonic()
             watch(spent, run.points[-1].batch_loss)
     _conclude(run, trainer, splits)
 
 
+def _resumed(measurement: Measurement, checkpoint: Checkpoint | None) -> bool:
+    state = checkpoint.load() if checkpoint else None
+    if checkpoint and state:
+        try:
+            measurement.load_state_dict(state)
+        except Exception as error:  # a file of another release, or one that somebody changed
+            raise Unresumable(
+                f"{checkpoint.folder.path / checkpoint.name} does not fit this run "
+                f"({reason(error)}): delete it, and the run starts anew"
+            ) from error
+    return state is not None
+
+
 def _conclude(run: Run, trainer: Trainer, splits: Splits) -> None:
     run.state_bytes = state_bytes(dict(trainer.optimizer.state))
-    run.skipped_steps = int(getattr(trainer.optimizer, "skipped_steps", 0))
+    run.skipped_steps = trainer.skipped_steps
     run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
     # The status is set last, because Ctrl-C may interrupt the evaluation.
     run.status = "finished" if run.points[-1].finite else "diverged"
