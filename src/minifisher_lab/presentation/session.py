@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.compare import compare
-from minifisher_lab.presentation import plots, report
+from minifisher_lab.presentation import plots, report, suite_progress
 from minifisher_lab.presentation.progress import RunBars, Silence, TrialBars
 from minifisher_lab.training import processes
 
 if TYPE_CHECKING:
     import optuna
+    import torch
     from rich.console import Console
 
     from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.study import StudyFile
+    from minifisher_lab.comparison.suite import SuitePlan
     from minifisher_lab.comparison.tune import Search
     from minifisher_lab.training.batches import Splits
     from minifisher_lab.training.runs import Run, RunFolder
@@ -55,3 +59,18 @@ def run_search(search: Search, splits: Splits, folder: RunFolder, console: Conso
         highlight=False,
     )
     return study
+
+
+def run_suite(
+    study: StudyFile, plan: SuitePlan, device: torch.device, console: Console, *, take_over: bool
+) -> bool:
+    """Measure what is left of a study, and say whether that was completed; Ctrl-C stops it."""
+    from minifisher_lab.comparison.worker import Worker  # optuna is slow to import
+
+    console.print(suite_progress.introduction(study, plan), highlight=False)
+    worker = Worker(study, plan, device, take_over=take_over)
+    with suite_progress.SuiteBars(console, plan.total, worker.done()) as bars, suppress(KeyboardInterrupt):
+        worker.work(bars)
+    done = worker.done()
+    console.print(suite_progress.conclusion(worker, study.path), highlight=False)
+    return done == plan.total
