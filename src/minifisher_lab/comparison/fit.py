@@ -33,7 +33,7 @@ def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
     for problem in plan.epochs:
         splits = batches.load(PROBLEMS[problem], device)
         for entrant in plan.entrants:
-            one_training, one_overhead = _seconds(plan, problem, entrant, splits)
+            one_training, one_overhead = seconds_of_run(plan, problem, entrant, splits)
             training += plan.runs_of(entrant) * one_training
             overhead += plan.runs_of(entrant) * one_overhead
     share = min(1.0, (3600 * plan.hours - overhead) / training)
@@ -45,7 +45,7 @@ def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
     return replace(plan, epochs={name: float(f"{share * e:.3g}") for name, e in plan.epochs.items()})
 
 
-def _seconds(plan: SuitePlan, problem: str, entrant: Entrant, splits: Splits) -> tuple[float, float]:
+def seconds_of_run(plan: SuitePlan, problem: str, entrant: Entrant, splits: Splits) -> tuple[float, float]:
     """What a run takes: its training, and the evaluation of its points."""
     run = Run(problem, entrant.name, 0.0, seed=0)
     choice = choose(entrant.spec)

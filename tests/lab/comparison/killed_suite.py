@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from minifisher_lab.comparison.study import Unit
 
 CPU = torch.device("cpu")
-STARTS = multiprocessing.get_context("forkserver")  # imports torch once, then every start is quick
-STARTS.set_forkserver_preload(
-    ["minifisher_lab.comparison.worker", "minifisher_lab.comparison.suite", "killed_suite"]
-)
+STARTS = multiprocessing.get_context("forkserver")  # imports once, then every start is quick
+STARTS.set_forkserver_preload(["minifisher_lab.comparison.worker", "torch._dynamo"])
 
 
 class Silent:
@@ -47,8 +45,7 @@ class Silent:
 def tiny_plan() -> SuitePlan:
     """Two optimizers, one of them also untuned, with runs of two steps."""
     names = ("mbf-default", "mbf", "adamw")
-    plan = make_plan("small", ["cnn-digits"], names, trials=3, seeds=2, epochs=2 / 22)
-    return plan
+    return make_plan("small", ["cnn-digits"], names, trials=3, seeds=2, epochs=2 / 22)
 
 
 def work(path: Path) -> None:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import killed_suite
 import pytest
-import torch
 from killed_suite import CPU, Silent, finish, killed, records, start, table, tiny_plan
 
 import minifisher
-from minifisher_lab.comparison import machine, worker
-from minifisher_lab.comparison.fit import fitted
+from minifisher_lab.comparison import fit, machine, worker
 from minifisher_lab.comparison.spaces import entrants
 from minifisher_lab.comparison.study import StudyError, StudyFile
 from minifisher_lab.comparison.suite import SuitePlan, make_plan, open_study
 from minifisher_lab.comparison.worker import Worker
+from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.training import batches
 from minifisher_lab.training.optimizers import optimizers
 
 if TYPE_CHECKING:
@@ -146,9 +146,18 @@ def _measure(study: StudyFile, plan: SuitePlan, unit: Unit) -> None:
     study.finish(one._measured(unit, Silent()), {})
 
 
-def test_a_budget_reduces_the_epochs() -> None:
-    plan = make_plan("small", ["cnn-digits"], ["adamw"], trials=1, seeds=1, epochs=1000, hours=0.05)
-    assert fitted(plan, CPU).epochs["cnn-digits"] < 1000
-    assert fitted(replace(plan, hours=1e6), CPU).epochs == plan.epochs
+def test_a_budget_reduces_the_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("small", ["cnn-digits"], ["adamw"], trials=1, seeds=1, epochs=1000, hours=150 / 3600)
+    monkeypatch.setattr(fit, "seconds_of_run", lambda *_: (100.0, 25.0))  # training, evaluation
+    assert fit.fitted(plan, CPU).epochs["cnn-digits"] == 500  # 2 x (50 + 25) seconds
+    assert fit.fitted(replace(plan, hours=1), CPU).epochs == plan.epochs
     with pytest.raises(StudyError, match="give more hours"):
-        fitted(replace(plan, hours=1e-6), torch.device("cpu"))
+        fit.fitted(replace(plan, hours=50 / 3600), CPU)
+
+
+def test_the_time_of_a_run_is_measured() -> None:
+    plan = make_plan("small", ["cnn-digits"], ["adamw"], epochs=10)
+    (entrant,) = plan.entrants
+    splits = batches.load(PROBLEMS["cnn-digits"], CPU)
+    training, evaluation = fit.seconds_of_run(plan, "cnn-digits", entrant, splits)
+    assert training > 0 < evaluation
