@@ -308,6 +308,36 @@ def suite_command(
     _end_unless(run_suite(opened, planned, place, console, take_over=take_over))
 
 
+@app.command("inspect")
+def inspect_command(
+    problem: ProblemName,
+    picture: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("inverse-fisher.png"),
+) -> None:
+    """Draw the inverse Fisher matrix of a small network, and print how much of it lies inside the blocks."""
+    from minifisher_lab.comparison import fisher  # torch.func and matplotlib are slow to import
+    from minifisher_lab.presentation import inspect
+
+    task = _valid(lambda: fisher.reduced(_problem(problem)))
+    found = fisher.layers(task.name)
+    console.print(inspect.table(found))
+    title = f"{task.name}, small network: |F⁻¹|; % of its off-diagonal norm inside the blocks"
+    console.print(f"\n{inspect.draw(found, title, picture)}", highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file that `minifisher suite` wrote.")],
+    folder: Annotated[Path | None, typer.Option(help="Default: a folder named like the study.")] = None,
+) -> None:
+    """Write a web page and Markdown about a study."""
+    from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
+    from minifisher_lab.presentation import suite_report
+
+    opened = _valid(lambda: StudyFile(study))
+    for path in suite_report.write(opened, folder or study.with_suffix("")):
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
 def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -39,7 +39,7 @@ THEME = {
     **{f"series-{i}": pair for i, pair in enumerate(COLOURS)},
 }
 """The variables of the style sheet: name -> (light, dark)."""
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "minifisher",  # the same study gives the same file
     "font.family": "sans-serif",
@@ -61,7 +61,7 @@ LABELS = {
 POINTS = 60  # of a curve
 
 
-def styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
+def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and a line style for every optimizer; no two optimizers share both."""
     return {
         name: {"color": COLOURS[i % len(COLOURS)][0], "linestyle": DASHES[i % len(DASHES)]}
@@ -95,7 +95,7 @@ def profile_plot(ratios: Mapping[str, Sequence[float]], names: Sequence[str], pr
         steps = np.sort([ratio for ratio in some if np.isfinite(ratio)])
         heights = np.arange(len(steps) + 1) / problems
         x, y = np.concatenate(([1.0], steps, [right])), np.append(heights, heights[-1])
-        axes.step(x, y, where="post", linewidth=1.8, **look[name])  # type: ignore[arg-type]
+        axes.step(x, y, where="post", linewidth=1.8, **look[name])
         ends.append((right, float(y[-1]), name))
     axes.set_xscale("log")
     axes.set_xlim(1, right)
@@ -110,15 +110,15 @@ def _drawable(result: Result) -> bool:
 
 
 def _curves(
-    results: Sequence[Result], look: Mapping[str, Mapping[str, object]], axis: Axis, quantity: str
+    results: Sequence[Result], look: Mapping[str, Mapping[str, Any]], axis: Axis, quantity: str
 ) -> str:
     figure, axes = _figure(LABELS[axis], LABELS[quantity])
     ends, means = [], []
     for result in reversed(results):  # the best one is drawn last, on top
         positions, mean, low, high = band(result.row, axis, quantity, POINTS)
         style = look[result.entrant.name]
-        axes.fill_between(positions, low, high, color=style["color"], alpha=0.16, linewidth=0)  # type: ignore[arg-type]
-        axes.plot(positions, mean, linewidth=1.8, **style)  # type: ignore[arg-type]
+        axes.fill_between(positions, low, high, color=style["color"], alpha=0.16, linewidth=0)
+        axes.plot(positions, mean, linewidth=1.8, **style)
         ends.append((float(positions[-1]), float(mean[-1]), result.entrant.name))
         means.append(mean)
     if quantity == "test_accuracy":
@@ -160,7 +160,7 @@ def _plain_ticks(axis: mpl.axis.Axis, *, wide: bool) -> None:
 
 
 def _label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float, str]], look: Mapping[str, Mapping[str, object]]
+    axes: Axes, ends: Sequence[tuple[float, float, str]], look: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Name every line at its right end, with the names apart from each other."""
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -174,7 +174,7 @@ def _label_ends(
             xycoords="axes fraction",
             xytext=(1.06, place),
             textcoords="axes fraction",
-            color=colour,  # type: ignore[arg-type]
+            color=colour,
             va="center",
             fontsize=9.5,
             arrowprops={**arrow, "relpos": (0, 0.5)},
@@ -193,12 +193,7 @@ def _svg(figure: Figure) -> str:
 
 
 def themed(svg: str) -> str:
-    """The same plot with variables of the page's style sheet in place of its colours."""
+    """The same plot with variables of the page's style sheet in place of its colours and its size."""
     for name, (light, _) in THEME.items():
         svg = svg.replace(light, f"var(--{name})")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
+    return re.sub(r'^<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg role="img" \1>', svg, count=1)

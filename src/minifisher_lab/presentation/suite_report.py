@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from minifisher_lab.comparison.study import StudyFile
 
 LEGEND = (
-    "Numbers are means over seeds with the 95 % interval of the mean (Student's t). Best loss: the lowest loss "
-    "on a fixed slice of up to 2,000 training samples; settings were chosen by it. Test loss and accuracy: "
-    "whole test set, end of the run. To target: until a run reaches the best training loss of {reference} on "
-    "the same seed; a dash if one seed never does. Seconds count training alone. Bands in plots are the range "
-    "over seeds. A bold row has the lowest loss."
+    "Numbers are means over seeds with the 95 % interval of the mean (Student's t). Best loss: the lowest "
+    "loss on a fixed slice of up to 2,000 training samples; settings were chosen by it. Test loss and "
+    "accuracy: whole test set, end of the run. To target: until a run reaches the best training loss of "
+    "{reference} on the same seed; a dash if one seed never does. Seconds count training alone. Bands in "
+    "plots are the range over seeds. A bold row has the lowest loss."
 )
 PROFILE = (
-    "Performance profiles (Dolan, Moré 2002): the height of a line at x is the share of problems on which the "
-    "optimizer reaches {reference}'s best training loss within x times the time of the fastest optimizer."
+    "Performance profiles (Dolan, Moré 2002): the height of a line at x is the share of problems on which "
+    "the optimizer reaches {reference}'s best training loss within x times the time of the fastest optimizer."
 )
 SETTINGS = (
-    "Every tuned optimizer had {trials} trials on each problem. Two thirds of them cover the declared ranges; "
-    "each later one changes one value of the best setting: outward if it is the outermost value, otherwise "
-    "towards its better neighbour. Trials have seed 0, which the runs of the results do not use."
+    "Every tuned optimizer had {trials} trials on each problem. Two thirds of them cover the declared "
+    "ranges; each later one changes one value of the best setting: outward if it is the outermost value, "
+    "otherwise towards its better neighbour. Trials have seed 0, which the runs of the results do not use."
 )
 
 
@@ -129,8 +129,8 @@ def _warnings(findings: Findings) -> Iterator[str]:
         neighbours = sum(record.neighbours > 0 for record in shared)
         yield (
             f"The machine was shared during {len(shared):,} of {len(records):,} runs ({neighbours:,} beside "
-            f"another run of the study, load average up to {max(record.load for record in shared):.1f}): their "
-            "seconds are too high. Compare by epochs."
+            f"another run of the study, load average up to {max(record.load for record in shared):.1f}): "
+            "their seconds are too high. Compare by epochs."
         )
     if all(reference_of(findings.of(name)) is None for name in findings.plan.epochs):
         yield f"{REFERENCE} has no result in this study, so there is no time to target and no profile."
@@ -149,8 +149,9 @@ def _profiles(findings: Findings) -> dict[str, str]:
 def _problem(findings: Findings, name: str) -> dict[str, Any]:
     problem = PROBLEMS[name]
     text = (
-        f"{problem.description}; data: {problem.data}; {problem.parameters():,} parameters, batches of "
-        f"{problem.batch_size}, {findings.plan.epochs[name]:g} epochs a run, learning rate: {problem.schedule}."
+        f"{problem.description}; data: {problem.data}; {problem.parameters():,} parameters, batches "
+        f"of {problem.batch_size}, {findings.plan.epochs[name]:g} epochs a run, learning rate: "
+        f"{problem.schedule}."
     )
     return {
         "name": name,
@@ -212,7 +213,7 @@ def _remarks(result: Result) -> Iterator[str]:
     skipped = sum(run.skipped_steps for run in result.row.runs)
     if skipped:
         yield f"{skipped} steps skipped"
-    yield from result.errors
+    yield from (" ".join(error.split()) for error in result.errors)
 
 
 def _trials(found: Sequence[Result]) -> Table:
