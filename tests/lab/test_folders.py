@@ -14,7 +14,7 @@ ALLOWED = {
     "data": set(),
     "problems": set(),
     "training": {"data", "problems", "names"},
-    "comparison": {"problems", "training"},
+    "comparison": {"problems", "training", "names"},
     "presentation": {"problems", "training", "comparison"},
 }
 

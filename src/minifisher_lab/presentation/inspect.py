@@ -62,8 +62,8 @@ def _picture(axes: Axes, layer: Layer, partition: str) -> None:
     """|F^-1| with the weights of each block beside each other, and lines around the blocks."""
     groups = layer.partitions[partition]
     order = torch.argsort(groups, stable=True)
-    picture = layer.inverse[order][:, order]
-    top = float(picture.max())
+    picture = layer.inverse[order][:, order].numpy()
+    top = picture.max()
     axes.imshow(picture, cmap="cividis", norm=LogNorm(LOWEST * top, top, clip=True), interpolation="nearest")
     size = len(groups) // (int(groups.max()) + 1)
     for start in range(0, len(groups), size):

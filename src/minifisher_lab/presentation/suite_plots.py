@@ -59,6 +59,8 @@ LABELS = {
     "test_accuracy": "test accuracy, %",
 }
 POINTS = 60  # of a curve
+CUT = 2.5
+"""The axis ends at this multiple of the median run's seconds, if the slowest run is longer."""
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -113,13 +115,16 @@ def _curves(
     results: Sequence[Result], look: Mapping[str, Mapping[str, Any]], axis: Axis, quantity: str
 ) -> str:
     figure, axes = _figure(LABELS[axis], LABELS[quantity])
+    bands = {result.entrant.name: band(result.row, axis, quantity, POINTS) for result in results}
+    right = _right([float(positions[-1]) for positions, *_ in bands.values()])
     ends, means = [], []
     for result in reversed(results):  # the best one is drawn last, on top
-        positions, mean, low, high = band(result.row, axis, quantity, POINTS)
+        positions, mean, low, high = bands[result.entrant.name]
         style = look[result.entrant.name]
-        axes.fill_between(positions, low, high, color=style["color"], alpha=0.16, linewidth=0)
+        axes.fill_between(positions, low, high, color=style["color"], alpha=0.1, linewidth=0)
         axes.plot(positions, mean, linewidth=1.8, **style)
-        ends.append((float(positions[-1]), float(mean[-1]), result.entrant.name))
+        end = min(float(positions[-1]), right)
+        ends.append((end, float(np.interp(end, positions, mean)), result.entrant.name))
         means.append(mean)
     if quantity == "test_accuracy":
         axes.set_ylim(*_accuracy_limits(means))
@@ -128,9 +133,15 @@ def _curves(
         axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis, wide=top > 10 * bottom)
-    axes.set_xlim(0, max(x for x, _, _ in ends))
+    axes.set_xlim(0, right)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     _label_ends(axes, ends, look)
     return _svg(figure)
+
+
+def _right(ends: Sequence[float]) -> float:
+    """The right end of the axis; the curve of an optimizer that is much slower than the others is cut."""
+    return min(max(ends), CUT * float(np.median(ends)))
 
 
 def _accuracy_limits(means: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -167,7 +178,14 @@ def _label_ends(
     heights = [float(np.clip(to_axes.transform((x, y))[1], 0, 1)) for x, y, _ in ends]
     for (x, _, name), height, place in zip(ends, heights, spaced(heights, 0.06), strict=True):
         colour = look[name]["color"]
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0}
+        arrow = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.7,
+            "alpha": 0.55,
+            "shrinkA": 1,
+            "shrinkB": 0,
+        }
         axes.annotate(
             name,
             xy=(float(to_axes.transform((x, 1.0))[0]), height),

@@ -28,7 +28,9 @@ LEGEND = (
     "loss on a fixed slice of up to 2,000 training samples; settings were chosen by it. Test loss and "
     "accuracy: whole test set, end of the run. To target: until a run reaches the best training loss of "
     "{reference} on the same seed; a dash if one seed never does. Seconds count training alone. Bands in "
-    "plots are the range over seeds. A bold row has the lowest loss."
+    "plots are the range over seeds; a plot against seconds is cut where only much slower optimizers still "
+    "run. Hit edge: the best value is the outermost one that was tried, so a better one may lie outside. A "
+    "bold row has the lowest loss."
 )
 PROFILE = (
     "Performance profiles (Dolan, Moré 2002): the height of a line at x is the share of problems on which "
@@ -204,7 +206,7 @@ def _remarks(result: Result) -> Iterator[str]:
     if not result.entrant.space:
         yield "not tuned"
     for name, end in result.edges.items():
-        yield f"{name} is the {end} tried: a better one may lie outside"
+        yield f"hit edge: {name} is the {end} tried"
     if result.row.diverged:
         yield f"{result.row.diverged} of {len(result.seeds)} seeds diverged"
     lost = sum(trial.status == "diverged" for trial in result.trials)
