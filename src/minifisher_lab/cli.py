@@ -327,14 +327,14 @@ def inspect_command(
 @app.command("report")
 def report_command(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file that `minifisher suite` wrote.")],
-    folder: Annotated[Path | None, typer.Option(help="Default: a folder named like the study.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Default: STUDY-report.")] = None,
 ) -> None:
     """Write a web page and Markdown about a study."""
     from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
     from minifisher_lab.presentation import suite_report
 
     opened = _valid(lambda: StudyFile(study))
-    for path in suite_report.write(opened, folder or study.with_suffix("")):
+    for path in suite_report.write(opened, folder or study.with_name(f"{study.stem}-report")):
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -33,7 +33,7 @@ def test_suite_then_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (code, output.count("✓")) == (0, 0)
     code, output = _invoke("report", study)
     assert code == 0, output
-    assert (study.with_suffix("") / "report.html").exists()
+    assert (study.parent / "tiny-report" / "report.html").exists()
     code, output = _invoke("suite", "small", "--study", study, *TINY, "--epochs", "0.2")
     assert (code, "was made with epochs" in output) == (2, True)
 
@@ -59,6 +59,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
         (("suite", "small", "--problems", "cnn-digit"), "did you mean cnn-digits"),
         (("suite", "small", "--optimizers", "adamv"), "did you mean adam"),
         (("suite", "tiny"), "small"),
+        (("suite", "small", "--study", "/dev/null/study"), "cannot make /dev/null/study (Not a directory)"),
         (("report", "nowhere.sqlite"), "there is no study nowhere.sqlite"),
         (("inspect", "vgg16-cifar10"), "inspect one of autoencoder-digits"),
     ],

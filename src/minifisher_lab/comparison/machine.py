@@ -43,22 +43,17 @@ def provenance() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the source code, with "+changes" if it was edited; "not a checkout" without one."""
-    here = Path(__file__).parent
-    command = [
-        "git",
-        "-C",
-        str(here),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty=+changes",
-        "--exclude=*",
-    ]
+    here = Path(__file__)
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # an installed copy may lie in another's
+        return _git(here.parent, "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
-    return found.stdout.strip()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def load_average() -> float:

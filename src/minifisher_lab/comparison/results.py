@@ -102,7 +102,7 @@ def time_to_target(result: Result, reference: Result, axis: Axis) -> float:
     targets = {run.seed: run.best_loss for run in reference.row.counted}
     runs = [run for run in result.row.runs if run.seed in targets]
     times = [_first(run, targets[run.seed], axis) for run in runs]
-    return sum(times) / len(times) if times else math.nan
+    return sum(times) / len(times) if times else math.inf
 
 
 def _first(run: Run, loss: float, axis: Axis) -> float:

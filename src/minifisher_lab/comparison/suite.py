@@ -131,7 +131,10 @@ def open_study(path: Path, requested: SuitePlan, device: torch.device) -> tuple[
     else:
         planned = fitted(requested, device)
         pairs = [f"{problem}/{entrant.name}" for problem in planned.epochs for entrant in planned.entrants]
-        study = StudyFile.create(path, requested.as_json(), planned.as_json(), pairs)
+        try:
+            study = StudyFile.create(path, requested.as_json(), planned.as_json(), pairs)
+        except OSError as error:  # no such folder can be made, or the file system has no hard links
+            raise StudyError(f"cannot make {path} ({error.strerror}): name another with --study") from error
     _check_same(path, requested.as_json(), study.requested)
     return study, SuitePlan.from_json(study.planned)
 

@@ -43,7 +43,7 @@ SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "minifisher",  # the same study gives the same file
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": INK[0],
     "axes.edgecolor": SOFT[0],
     "axes.labelcolor": INK[0],
@@ -194,7 +194,7 @@ def _label_ends(
             textcoords="axes fraction",
             color=colour,
             va="center",
-            fontsize=9.5,
+            fontsize=10.5,
             arrowprops={**arrow, "relpos": (0, 0.5)},
         )
 

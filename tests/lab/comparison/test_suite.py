@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import killed_suite
+import optuna
 import pytest
 from killed_suite import CPU, Silent, finish, killed, records, start, table, tiny_plan
 
@@ -24,6 +25,7 @@ from minifisher_lab.training.optimizers import optimizers
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from minifisher_lab.comparison.spaces import Entrant
     from minifisher_lab.comparison.study import Unit
 
 
@@ -161,3 +163,27 @@ def test_the_time_of_a_run_is_measured() -> None:
     splits = batches.load(PROBLEMS["cnn-digits"], CPU)
     training, evaluation = fit.seconds_of_run(plan, "cnn-digits", entrant, splits)
     assert training > 0 < evaluation
+
+
+def test_an_optimizer_that_cannot_run_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(plan: object, problem: str, entrant: Entrant, splits: object) -> tuple[float, float]:
+        if entrant.name == "kfac":
+            raise TypeError("no such layer")
+        return 100.0, 0.0
+
+    plan = make_plan("small", ["cnn-digits"], ["adamw", "kfac"], trials=1, seeds=1, epochs=10, hours=1)
+    monkeypatch.setattr(fit, "seconds_of_run", seconds)
+    assert fit.fitted(plan, CPU).epochs == plan.epochs
+
+
+def test_a_run_carries_the_machine_and_the_commit(whole: Path) -> None:
+    record = next(iter(records(whole).values()))
+    assert {"cores", "threads", "torch", "python", "host", "minifisher", "commit"} <= set(record.machine)
+    assert record.machine["threads"] == 1
+
+
+def test_optuna_reads_the_file(whole: Path) -> None:
+    study = optuna.load_study(study_name="cnn-digits/mbf", storage=f"sqlite:///{whole}")
+    plan = tiny_plan()
+    assert len(study.trials) == plan.trials + plan.seeds
+    assert set(study.best_params) == {"lr", "damping"}
