@@ -34,8 +34,8 @@ class Scale:
     problems: tuple[str, ...]
 
 
-# The problems of the small suite, one row each: data that need no download. Timed on a busy machine with one
-# thread, the runs of all optimizers with eight trials and three seeds took:
+# The problems of the small suite, one row each: data that need no download. The minutes are for all optimizers
+# with eight trials and three seeds, estimated from steps that were timed with one thread on a busy machine.
 SMALL_EPOCHS: dict[str, float] = {
     "autoencoder-digits": 10,  # 18 minutes, a third of them SOAP's
     "cnn-digits": 20,  # 12 minutes
