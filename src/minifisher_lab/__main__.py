@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 
-LABORATORY = frozenset(("matplotlib", "numpy", "optuna", "PIL", "pooch", "rich", "scipy", "sklearn", "typer"))
+LABORATORY = frozenset(
+    (
+        *("jinja2", "matplotlib", "numpy", "optuna", "PIL", "pooch", "psutil", "rich"),
+        *("scipy", "sklearn", "typer"),
+    )
+)
 """What the extra `lab` installs, by import name."""
 
 

@@ -1,11 +1,11 @@
-"""The command line: problems, optimizers, train, compare, tune, data, demo."""
+"""The command line: problems, optimizers, train, compare, tune, suite, report, inspect, data, demo."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import torch
 import typer
@@ -327,6 +327,74 @@ def tune_command(
         run_folder = request.run_folder(context, f"{task.name}-tune", **vars(asked))
         study = run_search(search, splits, run_folder, console)
     _end_unless(search.completed(study))
+
+
+@app.command("suite")
+def suite_command(
+    scale: Annotated[
+        Literal["small", "full"], typer.Argument(help="small fits into 1.5 hours on two cores.")
+    ],
+    study: Annotated[Path | None, typer.Option(help="The file; default: runs/suite-SCALE.sqlite.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Hours for the whole study: epochs are reduced to fit.")
+    ] = None,
+    problems: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials of every tuned optimizer.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of the best setting.")] = None,
+    epochs: Epochs = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Repeat runs that other machines began: they are dead.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Tune every optimizer on every problem and run the best settings. After a kill the command continues."""
+    _needs_one_process("suite")
+    from minifisher_lab.comparison.suite import make_plan, open_study  # optuna is slow to import
+    from minifisher_lab.presentation.session import run_suite
+
+    numbers = {"hours": budget, "trials": trials, "seeds": seeds, "epochs": epochs}
+    plan = _valid(lambda: make_plan(scale, _names(problems), _names(optimizers), **numbers))
+    for name in plan.epochs:
+        _splits(_problem(name), device)  # report missing data before the first run
+    place = _device(device or _default_device())
+    path = study or Path("runs") / f"suite-{scale}.sqlite"
+    opened, planned = _valid(lambda: open_study(path, plan, place))
+    _end_unless(run_suite(opened, planned, place, console, take_over=take_over))
+
+
+@app.command("inspect")
+def inspect_command(
+    problem: ProblemName,
+    picture: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("inverse-fisher.png"),
+) -> None:
+    """Draw the inverse Fisher matrix of a small network, and print how much of it lies inside the blocks."""
+    from minifisher_lab.comparison import fisher  # torch.func and matplotlib are slow to import
+    from minifisher_lab.presentation import inspect
+
+    task = _valid(lambda: fisher.reduced(_problem(problem)))
+    found = fisher.layers(task.name)
+    console.print(inspect.table(found))
+    title = f"{task.name}, small network: |F⁻¹|; % of its off-diagonal norm inside the blocks"
+    console.print(f"\n{inspect.draw(found, title, picture)}", highlight=False, soft_wrap=True)
+
+
+@app.command("report")
+def report_command(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file that `minifisher suite` wrote.")],
+    folder: Annotated[Path | None, typer.Option(help="Default: STUDY-report.")] = None,
+) -> None:
+    """Write a web page and Markdown about a study."""
+    from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
+    from minifisher_lab.presentation import suite_report
+
+    opened = _valid(lambda: StudyFile(study))
+    for path in suite_report.write(opened, folder or study.with_name(f"{study.stem}-report")):
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",")] if text else None
 
 
 @data_app.command("list")

@@ -14,7 +14,7 @@ ALLOWED = {
     "data": {"files"},
     "problems": set(),
     "training": {"data", "problems", "names", "files"},
-    "comparison": {"problems", "training"},
+    "comparison": {"problems", "training", "names", "files"},
     "presentation": {"problems", "training", "comparison"},
 }
 

@@ -1,1 +1,1 @@
-"""Compare optimizers fairly, search their settings, and average the runs over seeds."""
+"""Compare optimizers fairly, search their settings, average over seeds, and keep studies in a file."""

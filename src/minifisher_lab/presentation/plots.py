@@ -59,14 +59,16 @@ def plot(plan: Plan, runs: Sequence[Run], folder: Path) -> list[Path]:
         ]
 
 
-def band(row: Row, axis: Axis) -> tuple[Floats, Floats, Floats, Floats]:
+def band(
+    row: Row, axis: Axis, quantity: str = "train_loss", count: int = 200
+) -> tuple[Floats, Floats, Floats, Floats]:
     """Positions up to the end of the shortest run, and there the mean, lowest and highest training loss."""
     curves = [
-        np.array([(getattr(point, axis), point.train_loss) for point in run.points if point.finite])
+        np.array([(getattr(point, axis), getattr(point, quantity)) for point in run.points if point.finite])
         for run in row.counted
         if len(run.points) > 1
     ]
-    positions = np.linspace(0, min(curve[-1, 0] for curve in curves), 200)
+    positions = np.linspace(0, min(curve[-1, 0] for curve in curves), count)
     losses = np.stack([np.interp(positions, curve[:, 0], curve[:, 1]) for curve in curves])
     return positions, losses.mean(0), losses.min(0), losses.max(0)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from minifisher_lab.comparison.machine import machine
 from minifisher_lab.comparison.summary import REFERENCE, Spread, all_rows, reference_row, rows
 
 if TYPE_CHECKING:
@@ -193,19 +192,6 @@ def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
             }
             for run in runs
         ],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """The machine that the seconds were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.compare import compare
-from minifisher_lab.presentation import plots, report
+from minifisher_lab.presentation import plots, report, suite_progress
 from minifisher_lab.presentation.progress import RunBars, Silence, TrialBars
 from minifisher_lab.training import processes
 from minifisher_lab.training.runs import NotWritten
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import optuna
+    import torch
     from rich.console import Console
 
     from minifisher_lab.comparison.compare import Plan
+    from minifisher_lab.comparison.study import StudyFile
+    from minifisher_lab.comparison.suite import SuitePlan
     from minifisher_lab.comparison.tune import Search
     from minifisher_lab.training.batches import Splits
     from minifisher_lab.training.runs import Run, RunFolder
@@ -83,3 +86,18 @@ def _show_best(search: Search, study: optuna.Study, console: Console) -> None:
     console.print(report.trial_table(search, best[:5]))
     arguments = ", ".join(f"{name}={value:.3g}" for name, value in best[0].params.items())
     console.print(f"Best: {search.choice.name} with {arguments}.", highlight=False)
+
+
+def run_suite(
+    study: StudyFile, plan: SuitePlan, device: torch.device, console: Console, *, take_over: bool
+) -> bool:
+    """Measure what is left of a study, and say whether that was completed; Ctrl-C stops it."""
+    from minifisher_lab.comparison.worker import Worker  # optuna is slow to import
+
+    console.print(suite_progress.introduction(study, plan), highlight=False)
+    worker = Worker(study, plan, device, take_over=take_over)
+    with suite_progress.SuiteBars(console, plan.total, worker.done()) as bars, suppress(KeyboardInterrupt):
+        worker.work(bars)
+    done = worker.done()
+    console.print(suite_progress.conclusion(worker, study.path), highlight=False)
+    return done == plan.total
