@@ -1,4 +1,10 @@
-"""How numba compiles the kernels of this package; needs numba."""
+"""How numba compiles the kernels of this package; needs numba.
+
+A compiled kernel must call no other compiled function: it inlines all of them (`inlined`). Otherwise two
+processes step differently in the last bits. A function that is called exists twice in machine code: compiled
+by itself, and once more, optimised again, inside the kernel that calls it. The process that compiles both
+runs the first; a process that reads the kernel from the cache runs the second.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +13,6 @@ from typing import Any
 
 import numba
 
-# NOTE without the flag "contract": with fused multiply-adds, the process that compiles a kernel and one that
-# reads it from the cache got different last bits, and a resumed run was not the same to the last bit.
 _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "nsz"}, "nogil": True, "error_model": "numpy"}
 
 
