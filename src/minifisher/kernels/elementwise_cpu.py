@@ -112,7 +112,7 @@ def adam_step_norm(
     squares = np.empty((layers, chunks))
     loop = partial(_update_moments, *arrays, *numbers, squares)
     run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
-    return torch.from_numpy(np.sqrt(squares.sum(1)).astype(np.float32))
+    return torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
 
 
 def sum_of_squares(tensor: Tensor) -> float:
