@@ -5,6 +5,8 @@ Kernels are compiled by numba (extra `fast`) on the CPU, and by triton on a GPU.
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -32,7 +34,34 @@ def suits_numba(*tensors: Tensor, bfloat16: bool = False, device: str = "cpu") -
             and tensor.numel() > 0
             for tensor in tensors
         )
+        and (device != "cpu" or _numba_works())
     )
+
+
+@lru_cache(maxsize=1)
+def _numba_works() -> bool:
+    """Whether numba can be imported and compiles; it does not with NUMBA_DISABLE_JIT=1.
+
+    Tried once, when the first tensor suits: importing numba takes most of a second.
+    """
+    try:
+        from numba.core import config
+
+        if config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return False
+        from minifisher.kernels import jit
+
+        jit.check()
+    except Exception as error:  # whatever it is, torch can take over
+        warnings.warn(
+            f"numba is installed but does not work ({type(error).__name__}: {error}). Steps are computed by "
+            "torch, which is slower. Cure: install a release of numba that fits this Python and numpy, or "
+            "uninstall numba.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def suits_triton(*tensors: Tensor, bfloat16: bool = False) -> bool:

@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minifisher.kernels.jit import compiled
+from minifisher.kernels.jit import compiled, inlined
 from minifisher.kernels.threads import run_parallel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _ENTRIES_PER_THREAD = 65_536  # with fewer entries, waking a thread costs more than it gains
-_CHUNK = 4096  # this many squares are summed in float32, then added to a float64 sum
+CHUNK = 4096
+# this many squares are summed in float32, then added to a float64 sum
 
 
 # ---- kernels: entries start to stop of flat arrays ----
 
 
-@compiled
-def update_moments(
+@inlined
+def update_chunk(
     gradient: Any,
     momentum: Any,
     moment: Any,
@@ -34,58 +35,46 @@ def update_moments(
     moment_decay: Any,
     fresh: Any,
     epsilon: Any,
-    start: int,
-    stop: int,
-) -> float:
-    """M <- mu M + D, V <- beta V + fresh D^2; returns the sum of (M / (sqrt(V) + epsilon))^2.
-
-    Without V (a `moment` of no entries) it returns the sum of M^2.
-    """
-    total = 0.0
-    for first in range(start, stop, _CHUNK):
-        # Slices, because numba does not vectorise a loop whose index might be negative.
-        last = min(first + _CHUNK, stop)
-        d, m, v = gradient[first:last], momentum[first:last], moment[first:last]
-        part = np.float32(0)
-        if moment.shape[0] == 0:
-            for i in range(d.shape[0]):
-                m[i] = momentum_decay * m[i] + d[i]
-                part += m[i] * m[i]
-            total += part
-            continue
-        for i in range(d.shape[0]):
-            m[i] = momentum_decay * m[i] + d[i]
-            v[i] = moment_decay * v[i] + fresh * d[i] * d[i]
-            step = m[i] / (np.sqrt(v[i]) + epsilon)
-            part += step * step
-        total += part
+) -> Any:
+    """M <- mu M + D, V <- beta V + fresh D^2; returns the sum of (M / (sqrt(V) + epsilon))^2."""
+    total = np.float32(0)
+    for i in range(gradient.shape[0]):
+        momentum[i] = momentum_decay * momentum[i] + gradient[i]
+        moment[i] = moment_decay * moment[i] + fresh * gradient[i] * gradient[i]
+        step = momentum[i] / (np.sqrt(moment[i]) + epsilon)
+        total += step * step
     return total
 
 
 @compiled
-def _update_moments_of_layers(
+def _update_moments(
     gradient: Any,
     momentum: Any,
     moment: Any,
     momentum_decay: Any,
     moment_decay: Any,
-    fresh: Any,
+    fresh: Any,  # 1 - beta
     epsilon: Any,
     squares: Any,
     start: int,
     stop: int,
 ) -> float:
-    for layer in range(start, stop):
-        d, m, v = gradient[layer], momentum[layer], moment[layer]
-        squares[layer] = update_moments(d, m, v, momentum_decay, moment_decay, fresh, epsilon, 0, d.shape[0])
+    """`update_chunk` for chunks start to stop of all layers; `squares` [layers, chunks] are the sums."""
+    chunks, entries = squares.shape[1], gradient.shape[1]
+    for index in range(start, stop):
+        layer, chunk = index // chunks, index % chunks
+        # Slices, because numba does not vectorise a loop whose index might be negative.
+        first, last = chunk * CHUNK, min((chunk + 1) * CHUNK, entries)
+        d, m, v = gradient[layer, first:last], momentum[layer, first:last], moment[layer, first:last]
+        squares[layer, chunk] = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon)
     return 0.0
 
 
 @compiled
 def _sum_of_squares(vector: Any, start: int, stop: int) -> float:
     total = 0.0
-    for first in range(start, stop, _CHUNK):
-        values = vector[first : min(first + _CHUNK, stop)]
+    for first in range(start, stop, CHUNK):
+        values = vector[first : min(first + CHUNK, stop)]
         part = np.float32(0)
         for i in range(values.shape[0]):
             part += values[i] * values[i]
@@ -119,18 +108,11 @@ def adam_step_norm(
     arrays = [tensor.detach().numpy() for tensor in (gradient, momentum, moment)]
     numbers = [np.float32(number) for number in (momentum_decay, moment_decay, 1 - moment_decay, epsilon)]
     layers, entries = gradient.shape
-    squares = np.empty(layers, np.float32)
-    if layers == 1:
-        rows = [array[0] for array in arrays]
-        squares[0] = run_parallel(partial(update_moments, *rows, *numbers), entries, _ENTRIES_PER_THREAD)
-    else:
-        layers_per_thread = max(1, _ENTRIES_PER_THREAD // max(1, entries))
-        run_parallel(
-            partial(_update_moments_of_layers, *arrays, *numbers, squares),
-            layers,
-            layers_per_thread,
-        )
-    return torch.from_numpy(np.sqrt(squares))
+    chunks = -(-entries // CHUNK)
+    squares = np.empty((layers, chunks))
+    loop = partial(_update_moments, *arrays, *numbers, squares)
+    run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
+    return torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
 
 
 def sum_of_squares(tensor: Tensor) -> float:

@@ -1,14 +1,30 @@
-"""How numba compiles the kernels of this package; needs numba."""
+"""How numba compiles the kernels of this package; needs numba.
+
+A compiled kernel must call no other compiled function: it inlines all of them (`inlined`). Otherwise two
+processes step differently in the last bits. A function that is called exists twice in machine code: compiled
+by itself, and once more, optimised again, inside the kernel that calls it. The process that compiles both
+runs the first; a process that reads the kernel from the cache runs the second.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
+from numba.core import caching
 
-# NOTE without the flag "contract": with fused multiply-adds, the process that compiles a kernel and one that
-# reads it from the cache got different last bits, and a resumed run was not the same to the last bit.
+from minifisher.kernels.simd import LANES, load, store
+
+_CacheFile: Any = caching.IndexDataCacheFile  # numba has no annotations
+_FunctionCache: Any = caching.FunctionCache
+
 _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "nsz"}, "nogil": True, "error_model": "numpy"}
 
 
@@ -18,12 +34,95 @@ def compiled(function: Callable[..., Any]) -> Any:
     It releases the interpreter lock. Sums may be reordered, which vectorises them. NaN and infinity are
     handled as IEEE 754 says.
     """
+    kernel = numba.njit(**_OPTIONS)(function)
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder is writable
-        return numba.njit(**_OPTIONS)(function)
+        kernel._cache = _Cache(function)
+    except (RuntimeError, OSError) as error:  # numba finds no folder that it can write to
+        _warn_once(error)
+    return kernel
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """`function` inlined into the kernels that call it; not compiled by itself, which would take time."""
     return numba.njit(inline="always", **_OPTIONS)(function)
+
+
+# ---- the cache on disk ----
+
+
+class _CheckedFile(_CacheFile):  # type: ignore[misc]
+    """A cache file with a checksum: damaged machine code could end the process, or compute wrong numbers."""
+
+    def _dump(self, content: Any) -> bytes:
+        data: bytes = super()._dump(content)
+        return data + hashlib.sha256(data).digest()
+
+    def _load_data(self, name: str) -> Any:
+        data = Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise ValueError(f"{name} is damaged")
+        return super()._load_data(name)
+
+
+class _Cache(_FunctionCache):  # type: ignore[misc]
+    """Numba's cache on disk, but what goes wrong with it is a warning and not an exception."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        # Numba looks at the file of the kernel only, not at those of the functions that it inlines.
+        self._cache_file = _CheckedFile(self._cache_path, self._impl.filename_base, _hash_of_sources())
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)
+        except Exception as error:
+            _warn_once(error, self._cache_path)
+            with suppress(OSError):
+                self.flush()  # an empty index, so that the kernel is saved again
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            super().save_overload(*arguments)
+        except Exception as error:
+            _warn_once(error, self._cache_path)
+            self.disable()
+
+
+@lru_cache(maxsize=1)
+def _hash_of_sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+_warned = False
+
+
+def _warn_once(error: Exception, folder: str = "") -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"numba's cache of compiled kernels{folder and f' in {folder}'} cannot be used "
+            f"({type(error).__name__}: {error}). Kernels are compiled in memory, which takes some seconds in "
+            "each process. Cure: make room there or delete the folder, or set NUMBA_CACHE_DIR to a folder "
+            "that can be written.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+# ---- whether it works at all ----
+
+
+@compiled
+def _double(vectors: Any) -> None:
+    store(vectors, 0, load(vectors, 0) + load(vectors, 0))
+
+
+def check() -> None:
+    """Raise an exception if this installation of numba cannot compile."""
+    vectors = np.ones((1, LANES), np.float32)
+    _double(vectors)
+    if not (vectors == 2).all():
+        raise RuntimeError("a kernel gave a wrong result")

@@ -9,12 +9,13 @@ A tile with fewer blocks than a vector has elements is copied to one with `LANES
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from minifisher.kernels.elementwise_cpu import update_moments
+from minifisher.kernels.elementwise_cpu import CHUNK, update_chunk
 from minifisher.kernels.jit import compiled, inlined
 from minifisher.kernels.simd import LANES, fill, load, maximum, store
 from minifisher.kernels.threads import run_parallel
@@ -32,7 +33,7 @@ _SMALLEST_RELATIVE_PIVOT = np.float32(smallest_relative_pivot(torch.float32))
 # ---- one tile: each vector holds the same entry of its sixteen blocks ----
 
 
-@compiled
+@inlined
 def _average_tile(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
     """F <- decay F + (1 - decay) x x^T, in place: triangle [entries, LANES], vectors [width, LANES]."""
     old, new = fill(decay), fill(np.float32(1) - decay)
@@ -46,7 +47,7 @@ def _average_tile(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
 
 @inlined
 def _damping_levels(
-    triangle: Any, inverse_lengths: Any, width: int, damping: Any, mean: Any, relative: bool
+    triangle: Any, inverse_lengths: Any, tile: int, width: int, damping: Any, mean: Any, relative: bool
 ) -> Any:
     """lambda of every block: `damping`, or relative as `minifisher.linalg.damping.curvature_scale` says."""
     if not relative:
@@ -55,17 +56,17 @@ def _damping_levels(
     for i in range(width):
         entry += i + 1
         trace = trace + load(triangle, entry)
-    scale = fill(np.float32(0.5)) * (trace * load(inverse_lengths, 0) + fill(mean))
+    scale = fill(np.float32(0.5)) * (trace * load(inverse_lengths, tile) + fill(mean))
     return fill(damping) * maximum(scale, fill(_LEAST_SCALE))
 
 
-@compiled
-def _solve_tile(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses: Any, width: int) -> None:
+@inlined
+def _solve_tile(triangle: Any, levels: Any, vectors: Any, factor: Any, width: int) -> None:
     """x <- (F + lambda I)^-1 x by F + lambda I = L P L^T, row by row; P is diagonal, its pivots positive.
 
-    `factor` [entries, LANES] holds the current row of L P until that row is complete, then that of L;
-    `inverses` [width, LANES] is P^-1. A pivot that rounding made smaller than `smallest_relative_pivot` times
-    its diagonal entry is raised to that.
+    `factor` [entries, LANES] holds the current row of L P until that row is complete, then that of L, with
+    P^-1 instead of the ones on the diagonal of L. A pivot that rounding made smaller than
+    `smallest_relative_pivot` times its diagonal entry is raised to that.
     """
     first = 0  # index of the first entry of row i
     for i in range(width):
@@ -78,18 +79,21 @@ def _solve_tile(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses:
                 entry = entry - load(factor, first + k) * load(factor, other + k)
             store(factor, first + j, entry)
             other += j + 1
-        solved = load(vectors, i)
+        solved, other = load(vectors, i), -1
         for j in range(i):
+            other += j + 1
             entry = load(factor, first + j)
-            scaled = entry * load(inverses, j)
+            scaled = entry * load(factor, other)
             diagonal = diagonal - entry * scaled
             solved = solved - scaled * load(vectors, j)
             store(factor, first + j, scaled)
-        store(inverses, i, fill(np.float32(1)) / maximum(diagonal, least))
+        store(factor, first + i, fill(np.float32(1)) / maximum(diagonal, least))
         store(vectors, i, solved)
         first += i + 1
+    other = -1
     for i in range(width):
-        store(vectors, i, load(vectors, i) * load(inverses, i))
+        other += i + 1
+        store(vectors, i, load(vectors, i) * load(factor, other))
     for i in range(width - 1, -1, -1):
         first -= i + 1
         solved = load(vectors, i)
@@ -100,49 +104,45 @@ def _solve_tile(triangle: Any, levels: Any, vectors: Any, factor: Any, inverses:
 # ---- copies between a row of a weight and a tile ----
 
 
-@compiled
-def _gather(row: Any, start: int, width: int, blocks: int, vectors: Any) -> None:
+# The inner loops run over the blocks of a tile, not over the entries of a block: they have a constant length,
+# and LLVM makes vector operations of them without any checks at run time.
+
+
+@inlined
+def _gather(tile: Any, width: int, vectors: Any) -> None:
     """Copy entry e of block l of a tile to vectors[e, l]; zero where the row or the tile has no entry."""
-    stop = min(start + blocks * width, row.shape[0])
-    tile = row[start:stop]
     if tile.shape[0] == LANES * width:
-        for block in range(LANES):
-            for e in range(width):
+        for e in range(width):
+            for block in range(LANES):
                 vectors[e, block] = tile[block * width + e]
     else:
-        vectors[:] = np.float32(0)
-        for position in range(tile.shape[0]):
-            vectors[position % width, position // width] = tile[position]
+        for e in range(width):
+            for block in range(LANES):
+                position = block * width + e
+                vectors[e, block] = tile[position] if position < tile.shape[0] else np.float32(0)
 
 
-@compiled
-def _scatter(vectors: Any, start: int, width: int, blocks: int, row: Any) -> float:
+@inlined
+def _scatter(vectors: Any, width: int, tile: Any) -> Any:
     """The inverse of `_gather`; returns the sum of the squares of the entries that it wrote."""
-    stop = min(start + blocks * width, row.shape[0])
-    tile = row[start:stop]
     if tile.shape[0] == LANES * width:
-        for block in range(LANES):
-            for e in range(width):
+        for e in range(width):
+            for block in range(LANES):
                 tile[block * width + e] = vectors[e, block]
     else:
-        for position in range(tile.shape[0]):
-            tile[position] = vectors[position % width, position // width]
+        for e in range(width):
+            for block in range(LANES):
+                position = block * width + e
+                if position < tile.shape[0]:
+                    tile[position] = vectors[e, block]
     total = np.float32(0)
     for position in range(tile.shape[0]):
         total += tile[position] * tile[position]
-    return float(total)
+    return total
 
 
 @inlined
-def _set_inverse_lengths(first: int, width: int, length: int, inverse_lengths: Any) -> None:
-    """One over the number of entries without padding of every block of the tile, at most 1."""
-    for block in range(LANES):
-        left = length - first - block * width
-        inverse_lengths[0, block] = np.float32(1) / np.float32(max(1, min(width, left)))
-
-
-@inlined
-def _copy_blocks(source: Any, blocks: int, target: Any) -> None:
+def _copy_blocks(source: Any, target: Any, blocks: int) -> None:
     """Copy the first blocks of a tile [entries, blocks]."""
     for entry in range(source.shape[0]):
         for block in range(blocks):
@@ -152,6 +152,16 @@ def _copy_blocks(source: Any, blocks: int, target: Any) -> None:
 # ---- rows ----
 
 
+@inlined
+def _update_momentum(gradient: Any, momentum: Any, momentum_decay: Any) -> Any:
+    """M <- mu M + D; returns the sum of the squares of M."""
+    total = np.float32(0)
+    for i in range(gradient.shape[0]):
+        momentum[i] = momentum_decay * momentum[i] + gradient[i]
+        total += momentum[i] * momentum[i]
+    return total
+
+
 @compiled
 def _process_rows(
     packed: Any,
@@ -159,14 +169,13 @@ def _process_rows(
     momentum: Any,  # M, or without rows: then nothing is solved
     moment: Any,  # V, or without rows: then the first-order step is M
     direction: Any,
-    squares: Any,
-    first_order_squares: Any,
+    squares: Any,  # [2, rows]: of the direction, and of the first-order step
     means: Any,
+    inverse_lengths: Any,  # one over the number of entries without padding of every block, [tiles, LANES]
+    scratch: Any,  # three arrays for one tile
     width: int,
-    decay: Any,
-    damping: Any,
+    numbers: Any,
     relative: bool,
-    first_order: Any,
     with_first_order: bool,
     start: int,
     stop: int,
@@ -175,57 +184,58 @@ def _process_rows(
 
     One row after another, so that D and M are still in the cache when they are read for the second time.
     """
-    tiles, entries, blocks = packed.shape[1:]
-    momentum_decay, moment_decay, epsilon = first_order
-    vectors, inverses = np.empty((width, LANES), np.float32), np.empty((width, LANES), np.float32)
-    factor, inverse_lengths = np.empty((entries, LANES), np.float32), np.empty((1, LANES), np.float32)
-    full = np.zeros((entries, LANES), packed.dtype)
+    tiles, blocks = packed.shape[1], packed.shape[3]
+    vectors, factor, full = scratch
+    decay, damping, momentum_decay, moment_decay, fresh, epsilon = numbers
+    length = max(gradient.shape[1], momentum.shape[1])
     for row in range(start, stop):
-        if with_first_order:
-            v = moment[row] if moment.shape[0] else momentum[row, :0]
-            fresh = np.float32(1) - moment_decay
-            d, m = gradient[row], momentum[row]
-            first_order_squares[row] = update_moments(
-                d, m, v, momentum_decay, moment_decay, fresh, epsilon, 0, momentum.shape[1]
-            )
-        total = 0.0
+        total, first_order_total = 0.0, 0.0
+        for first in range(0, length if with_first_order else 0, CHUNK):
+            last = min(first + CHUNK, length)
+            d, m = gradient[row, first:last], momentum[row, first:last]
+            if moment.shape[0]:
+                v = moment[row, first:last]
+                first_order_total += update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon)
+            else:
+                first_order_total += _update_momentum(d, m, momentum_decay)
         for tile in range(tiles):
             triangle = packed[row, tile]
-            if blocks < LANES:
-                _copy_blocks(triangle, blocks, full)
-                triangle = full
             first = tile * blocks * width
+            last = min(first + blocks * width, length)
+            if blocks < LANES:
+                _copy_blocks(triangle, full, blocks)
+                triangle = full
             if gradient.shape[0]:
-                _gather(gradient[row], first, width, blocks, vectors)
+                _gather(gradient[row, first:last], width, vectors)
                 _average_tile(triangle, vectors, width, decay)
                 if blocks < LANES:
-                    _copy_blocks(full, blocks, packed[row, tile])
+                    _copy_blocks(full, packed[row, tile], blocks)
             if momentum.shape[0]:
-                _set_inverse_lengths(first, width, momentum.shape[1], inverse_lengths)
-                levels = _damping_levels(triangle, inverse_lengths, width, damping, means[row], relative)
-                _gather(momentum[row], first, width, blocks, vectors)
-                _solve_tile(triangle, levels, vectors, factor, inverses, width)
-                total += _scatter(vectors, first, width, blocks, direction[row])
-        squares[row] = total
+                levels = _damping_levels(
+                    triangle, inverse_lengths, tile, width, damping, means[row], relative
+                )
+                _gather(momentum[row, first:last], width, vectors)
+                _solve_tile(triangle, levels, vectors, factor, width)
+                total += _scatter(vectors, width, direction[row, first:last])
+        squares[0, row], squares[1, row] = total, first_order_total
     return 0.0
 
 
 # ---- the same for tensors ----
 
-_NO_FIRST_ORDER = np.float32(0), np.float32(0), np.float32(0)
-
 
 def average(packed: Tensor, gradient: Tensor, *, width: int, decay: float) -> None:
     """F_b <- decay F_b + (1 - decay) d_b d_b^T, in place."""
-    _run(packed, gradient, None, None, None, width, (decay, 0.0, False), _NO_FIRST_ORDER, False)
+    _run(packed, gradient, width=width, decay=decay)
 
 
 def solve(
     packed: Tensor, vectors: Tensor, means: Tensor, *, width: int, damping: float, relative: bool
 ) -> tuple[Tensor, Tensor]:
     """(F_b + lambda_b I)^-1 x_b, [rows, length], and the squared norm of each of its rows, [rows]."""
-    numbers = 0.0, damping, relative
-    direction, squares, _ = _run(packed, None, vectors, None, means, width, numbers, _NO_FIRST_ORDER, False)
+    direction, squares, _ = _run(
+        packed, momentum=vectors, means=means, width=width, damping=damping, relative=relative
+    )
     return direction, squares
 
 
@@ -245,34 +255,65 @@ def fused_step(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `minifisher.kernels.packed.fused_step`; instead of norms, the squared norms of rows, [rows]."""
-    first_order = np.float32(momentum_decay), np.float32(moment_decay), np.float32(epsilon)
-    numbers = decay, damping, relative
-    return _run(packed, gradient, momentum, moment, means, width, numbers, first_order, True)
+    first_order = momentum_decay, moment_decay, 1 - moment_decay, epsilon
+    return _run(
+        packed,
+        gradient,
+        momentum,
+        moment,
+        means,
+        width=width,
+        decay=decay,
+        damping=damping,
+        relative=relative,
+        first_order=first_order,
+    )
 
 
 def _run(
     packed: Tensor,
-    gradient: Tensor | None,
-    momentum: Tensor | None,
-    moment: Tensor | None,
-    means: Tensor | None,
+    gradient: Tensor | None = None,
+    momentum: Tensor | None = None,
+    moment: Tensor | None = None,
+    means: Tensor | None = None,
+    *,
     width: int,
-    numbers: tuple[float, float, bool],
-    first_order: tuple[Any, Any, Any],
-    with_first_order: bool,
+    decay: float = 0.0,
+    damping: float = 0.0,
+    relative: bool = False,
+    first_order: tuple[float, float, float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
-    squares, first_order_squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
-    weights = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction)]
-    sums = squares.numpy(), first_order_squares.numpy(), _array(means).reshape(-1)
-    decay, damping, relative = numbers
-    options = width, np.float32(decay), np.float32(damping), relative, first_order, with_first_order
-    rows = packed.shape[0]
-    rows_per_thread = max(1, _ENTRIES_PER_THREAD // max(1, packed[0].numel()))
-    run_parallel(
-        lambda start, stop: _process_rows(*weights, *sums, *options, start, stop), rows, rows_per_thread
-    )
-    return direction, squares, first_order_squares
+    squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
+    arrays = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction, squares)]
+    rows, tiles, entries, blocks = packed.shape
+    length = max(array.shape[1] for array in arrays[1:3])
+    arrays += [_array(means).reshape(-1), _inverse_lengths(tiles, blocks, width, length)]
+    numbers = tuple(np.float32(number) for number in (decay, damping, *(first_order or (0, 0, 0, 0))))
+    options = width, numbers, relative, first_order is not None
+
+    def loop(start: int, stop: int) -> float:
+        scratch = _scratch(width, entries, arrays[0])
+        return float(_process_rows(*arrays, scratch, *options, start, stop))
+
+    run_parallel(loop, rows, max(1, _ENTRIES_PER_THREAD // max(1, packed[0].numel())))
+    return direction, squares[0], squares[1]
+
+
+def _scratch(width: int, entries: int, packed: Any) -> tuple[Any, Any, Any]:
+    """Vectors and factor of one tile, and a tile of `LANES` blocks, which are zero."""
+    # By torch, which aligns to whole vectors; numpy does not, and every second load would take twice as long.
+    # Here and not in the compiled loop, where two allocations take 0.4 s to compile.
+    vectors, factor = torch.empty(width, LANES), torch.empty(entries, LANES)
+    dtype = torch.uint16 if packed.dtype == np.uint16 else torch.float32
+    return vectors.numpy(), factor.numpy(), torch.zeros(entries, LANES, dtype=dtype).numpy()
+
+
+@lru_cache(maxsize=256)
+def _inverse_lengths(tiles: int, blocks: int, width: int, length: int) -> Any:
+    """One over the number of entries without padding of every block, at most 1, [tiles, LANES]."""
+    first = (np.arange(tiles)[:, None] * blocks + np.arange(LANES)) * width
+    return (1 / np.clip(length - first, 1, width)).astype(np.float32)
 
 
 def _array(tensor: Tensor | None) -> Any:

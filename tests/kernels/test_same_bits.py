@@ -1,0 +1,86 @@
+"""The process that compiles the kernels and those that read them from numba's cache get the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from minifisher.kernels import choose
+
+needs_numba = pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="numba (extra `fast`) is not installed")
+
+WIDTHS = [2, 4, 8, 9, 16, 25, 49]
+CHILD = """
+import hashlib, sys
+import torch
+from minifisher.kernels import choose, packed
+from minifisher.linalg.blocks import BlockReading
+
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+numbers = dict(decay=0.95, damping=0.1, relative=True, momentum_decay=0.9, moment_decay=0.999, epsilon=1e-8)
+
+
+def told(name, tensors):
+    parts = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    print(name, hashlib.sha256(b"".join(parts)).hexdigest())
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    for width in map(int, sys.argv[1:]):
+        for blocks in (3, 32):
+            length = blocks * width - 1
+            tiling = packed.Tiling(BlockReading(4, length, width))
+            state = torch.zeros(tiling.shape, dtype=dtype)
+            momentum, moment, out = torch.zeros(4, length), torch.zeros(4, length), []
+            for _ in range(3):
+                gradient = torch.randn(4, length, generator=generator)
+                means = gradient.square().mean().view(1)
+                out += packed.fused_step(state, gradient, momentum, moment, means, tiling, **numbers)
+                out.append(packed.solve(state, gradient, means, tiling, 0.1, True))
+            told(f"{width} {blocks} {dtype}", [state, momentum, moment, *out])
+for shape in ((1, 70_000), (3, 5_000)):
+    gradient, momentum, moment = (torch.randn(shape, generator=generator) for _ in range(3))
+    norm = choose.adam_step_norm(
+        gradient, momentum, moment.square_(), momentum_decay=0.9, moment_decay=0.999, epsilon=1e-8
+    )
+    mean = choose.mean_square(gradient, shape[0])
+    choose.subtract_scaled(momentum, gradient, norm[0], 0.1)
+    told(f"elementwise {shape}", [momentum, moment, norm, mean])
+"""
+
+
+def hashes(cache: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, *map(str, WIDTHS)]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@needs_numba
+def test_the_process_that_compiles_and_one_that_reads_the_cache_get_the_same_bits(tmp_path):
+    compiled, cached = hashes(str(tmp_path)), hashes(str(tmp_path))
+    assert len(compiled.splitlines()) == 2 * 2 * len(WIDTHS) + 2
+    assert any(tmp_path.rglob("*.nbc"))
+    assert compiled == cached
+
+
+@needs_numba
+def test_no_kernel_calls_another_compiled_function():
+    # Such a function would have two versions of machine code, see minifisher.kernels.jit.
+    from minifisher.kernels import elementwise_cpu, packed_cpu
+
+    kernels = [
+        value
+        for module in (elementwise_cpu, packed_cpu)
+        for value in vars(module).values()
+        if hasattr(value, "py_func") and "inline" not in value.targetoptions
+    ]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        names = re.findall(r"\w+", " ".join(kernel.py_func.__code__.co_names))
+        called = [kernel.py_func.__globals__.get(name) for name in names]
+        assert not [other for other in called if other in kernels]
