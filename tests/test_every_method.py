@@ -246,3 +246,21 @@ def test_a_scheduler_and_decay_apply(name):
     before = flat(module)
     train(module, opt, 2, start=2)
     assert torch.equal(flat(module), before)
+
+
+@every_method
+def test_a_layer_without_inputs_trains_its_bias(name):
+    module = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2)).double()
+    fisher = {} if name in ("soap", "kbfgs", "kbfgsl") else {"fisher": "empirical"}
+    opt = minifisher.METHODS[name](module, lr=1e-2, **fisher)
+    before = module[0].bias.detach().clone()
+
+    def closure():
+        opt.zero_grad()
+        loss = module(torch.ones(4, 0, dtype=torch.float64)).square().sum(1).mean()
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert (module[0].bias != before).all()

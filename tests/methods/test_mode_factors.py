@@ -99,3 +99,16 @@ def test_other_precisions_train_and_resume(method, dtype):
 def test_invalid_arguments_raise_an_error_with_the_range(method, options, message):
     with pytest.raises(ValueError, match=message):
         method(nn.Linear(3, 4), **options)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.parametrize("options", [{}, {"merge_dims": 9}, {"max_dim": 2}], ids=str)
+@pytest.mark.parametrize("method", [Shampoo, SOAP, TNT])
+def test_a_weight_without_entries_takes_the_first_order_step(method, options, shape):
+    empty, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))
+    optimizer = method([empty, other], fisher="gradient", **options)
+    empty.grad, other.grad = torch.zeros(shape), torch.ones(2, 2)
+    optimizer.step()
+    assert (other < 1).all()
+    assert optimizer.describe().layers[0].structure == "first-order step"
+    assert optimizer.diagnostics()["fallbacks"] == 0

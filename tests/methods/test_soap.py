@@ -103,3 +103,17 @@ def test_the_preconditioner_is_symmetric_and_positive_definite(relative):
     matrix = dense(shape, random_gradients(shape), 0.1, **options)
     torch.testing.assert_close(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix).min() > 0
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (48, 20, 3)])
+def test_rows_that_never_had_a_gradient_stay_exactly(shape):
+    """The padding row of an embedding, and words that never occur: rounding must not move them."""
+    used = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))[:19]
+    weight = torch.ones(shape, requires_grad=True)
+    optimizer = SOAP([weight], lr=3e-3)
+    for gradient in random_gradients(shape, count=120):
+        weight.grad = torch.zeros(shape).index_add_(0, used, gradient.float()[used])
+        optimizer.step()
+    unused = torch.ones(shape[0], dtype=torch.bool).index_fill_(0, used, False)
+    assert torch.equal(weight[unused], torch.ones_like(weight[unused]))
+    assert (weight[used] - 1).abs().min() > 0

@@ -88,6 +88,7 @@ def test_layers_whose_samples_can_be_recorded(module, kind, groups):
         (parametrizations.weight_norm(nn.Linear(2, 2)), "parametrizations.weight.original1", "parametrised"),
         (prune.identity(nn.Linear(2, 2), "weight"), "weight_orig", "weight_orig of Linear"),
         (nn.LazyLinear(3), "weight", "LazyLinear before its first forward pass"),
+        (nn.Linear(0, 3), "weight", "Linear without entries"),
         (LanguageModel(), "embedding.weight", "used in 2 places, among them Embedding"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.curvature import Curvature, Plan
+from minifisher.curvature import Curvature, Plan, no_curvature
 from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import add_to_diagonal, inverse_power, working_dtype
 from minifisher.linalg.modes import TensorReading, even_width, merged, mode_products, second_moment
@@ -210,6 +210,14 @@ class ModeOptimizer(CurvatureOptimizer):
         meaning="Neighbouring dimensions, from the last on, form one mode while their product is at most "
         "this: 9 gives (out, in, k1 k2) for 3x3 kernels, 1 merges nothing; None: (out, all others).",
     )
+
+    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
+        """A matrix for each mode of a weight, in blocks that memory allows."""
+        return self._plan(layer, options) if layer.shape.numel() else no_curvature("without entries")
+
+    @abstractmethod
+    def _plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
+        """The plan of a weight that has entries."""
 
 
 def choose_reading(shape: torch.Size, options: Mapping[str, Any], kept: int = 1) -> TensorReading:

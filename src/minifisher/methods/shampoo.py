@@ -134,8 +134,7 @@ class Shampoo(ModeOptimizer):
         default=False, meaning="Take the steps of SOAP, which is Adam in the eigenbasis of the factors."
     )
 
-    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """A factor for each mode of a weight, in blocks that memory allows."""
+    def _plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         if options["eigenbasis"]:
             _check_eigenbasis(options)
             return plan_eigenbasis(layer, options)

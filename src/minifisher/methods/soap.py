@@ -34,6 +34,10 @@ class EigenbasisAdam(ModeCurvature):
     (M' / (sqrt(V) + lambda)^(2 power)) x_i Q_i. M' is the mean of past gradients, not their sum: the step has
     Adam's length without a graft. Each refresh moves Q_i by one step of orthogonal iteration, and sorts V as
     the columns of Q_i are sorted.
+
+    An index of mode i whose gradient was always zero, such as an unused row of an embedding, has zeros in
+    H_i: it belongs to the null space. In exact arithmetic M' and V are zero there; rounding would leave a
+    quotient of two rounding errors. Such indices are left out of the rotation, and stay.
     """
 
     power: float = 0.5
@@ -65,7 +69,7 @@ class EigenbasisAdam(ModeCurvature):
             factor.lerp_(second_moment(blocks, mode, order).to(self.dtype), 1 - decay)
             if decay == 0:
                 state[f"basis_{mode}"].copy_(eigenvectors(factor.to(blocks.dtype)))
-        rotated = mode_products(blocks, [basis.mT for basis in self._matrices(state, "basis")])
+        rotated = mode_products(blocks, [basis.mT for basis in self._bases(state)])
         state["rotated_square"].lerp_(rotated.square().to(self.dtype), 1 - decay)
 
     def refresh(self, state: State, damping: float) -> None:
@@ -84,10 +88,18 @@ class EigenbasisAdam(ModeCurvature):
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """(M' / (sqrt(V) + lambda)^(2 power)) x_i Q_i."""
-        bases = self._matrices(state, "basis")
+        bases = self._bases(state)
         rotated = mode_products(self._read(direction), [basis.mT for basis in bases])
         rotated /= self._denominator(state, damping)
         return self.reading.write(mode_products(rotated, bases), self.shape).to(direction.dtype)
+
+    def _bases(self, state: State) -> list[Tensor]:
+        """Q_i for every mode, with zeros in the rows of indices that never had a gradient."""
+        factors, bases = (self._matrices(state, name) for name in ("factor", "basis"))
+        return [
+            basis * (factor.diagonal(dim1=-2, dim2=-1) > 0).unsqueeze(-1)
+            for factor, basis in zip(factors, bases, strict=True)
+        ]
 
     def _denominator(self, state: State, damping: float) -> Tensor:
         """(sqrt(V) + lambda)^(2 power), [..., blocks, w_1, ..., w_K].
@@ -147,6 +159,5 @@ class SOAP(ModeOptimizer):
         "this; None: (out, in, all others).",
     )
 
-    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """A basis for each mode of a weight, in blocks that memory allows."""
+    def _plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         return plan_eigenbasis(layer, options)

@@ -85,8 +85,7 @@ class TNT(ModeOptimizer):
         meaning="Average over the gradients of single samples, instead of using that of the mean loss.",
     )
 
-    def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """A factor for each mode of a weight, in blocks that memory allows."""
+    def _plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         if options["fisher"] == "exact" and not options["per_sample"]:
             raise ValueError(
                 'fisher="exact" averages over all labels of each sample, and the mean loss has one label for '

@@ -60,7 +60,12 @@ class Description:
         covered: dict[str, int] = defaultdict(int)
         for layer in self.layers:
             covered[layer.structure] += layer.parameters
-        return {name: covered[name] / self.parameters for name in sorted(covered, key=lambda n: -covered[n])}
+        return {name: covered[name] / self._total for name in sorted(covered, key=lambda n: -covered[n])}
+
+    @property
+    def _total(self) -> int:
+        """What shares are taken of; not zero where every weight is empty."""
+        return max(1, self.parameters)
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
@@ -73,7 +78,7 @@ class Description:
             for row in rows
         ]
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.coverage.items())
-        per_parameter = self.state_bytes / self.parameters
+        per_parameter = self.state_bytes / self._total
         size = f"{self.parameters:,} parameters, {per_parameter:.1f} curvature bytes each"
         return "\n".join([*table, f"{self.method}: {size}; {shares}"])
 

@@ -149,6 +149,8 @@ def _reason_against(parameter: Tensor, use: Use) -> str:
     module = type(owner).__name__
     if is_lazy(parameter):
         return f"{module} before its first forward pass"
+    if not parameter.numel():
+        return f"{module} without entries"
     if isinstance(owner, ParametrizationList):
         return "parametrised by torch.nn.utils.parametrize"
     if isinstance(owner, NonDynamicallyQuantizableLinear) and name == "weight":
