@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,15 @@ class BlockReading:
     length: int
     width: int
 
-    @cached_property
-    def blocks(self) -> int:
-        """The number of blocks of one row."""
-        return math.ceil(self.length / self.width)
+    blocks: int = field(init=False, compare=False)
+    """The number of blocks of one row."""
+    padding: int = field(init=False, compare=False)
+    """The number of zeros that fill the last block of each row."""
 
-    @cached_property
-    def padding(self) -> int:
-        """The number of zeros that fill the last block of each row."""
-        return self.blocks * self.width - self.length
+    def __post_init__(self) -> None:
+        # Not cached properties, which torch.compile cannot trace.
+        object.__setattr__(self, "blocks", math.ceil(self.length / self.width))
+        object.__setattr__(self, "padding", self.blocks * self.width - self.length)
 
     def read(self, weight: Tensor, trailing: int) -> Tensor:
         """The last `trailing` dimensions of a weight as [..., rows, blocks, width]."""

@@ -7,8 +7,7 @@ Every other parameter is a layer too, of which only the gradient is read; its `n
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,10 +52,12 @@ class Layer:
     note: str = ""
     """Why only the gradient can be read; empty if samples can be recorded."""
 
-    @cached_property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """The weight, and the bias if it is folded in."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+    parameters: tuple[Tensor, ...] = field(init=False)
+    """The weight, and the bias if it is folded in."""
+
+    def __post_init__(self) -> None:
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        object.__setattr__(self, "parameters", parameters)
 
     @property
     def shape(self) -> torch.Size:

@@ -34,7 +34,7 @@ class Scale:
     problems: tuple[str, ...]
 
 
-# The problems of the small suite, one row each: data that need no download. The minutes are for all optimizers
+# The problems of the small suite, one row each: data that need no download. The minutes are for all methods
 # with eight trials and three seeds, estimated from steps that were timed with one thread on a busy machine.
 SMALL_EPOCHS: dict[str, float] = {
     "autoencoder-digits": 10,  # 18 minutes, a third of them SOAP's
