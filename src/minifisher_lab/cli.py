@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from minifisher_lab import data, request
+from minifisher_lab.comparison.candidates import candidates
 from minifisher_lab.comparison.compare import Candidate, Plan
-from minifisher_lab.names import UnknownNameError, look_up
+from minifisher_lab.names import look_up
 from minifisher_lab.presentation.session import run_plan, run_search
 from minifisher_lab.problems import PROBLEMS, Problem
 from minifisher_lab.training import batches, processes
-from minifisher_lab.training.optimizers import choose, optimizers, split_names
+from minifisher_lab.training.optimizers import choose, optimizers
 from minifisher_lab.training.runs import NotWritten, Unresumable
 from minifisher_lab.training.train import Budget, Trainer, warm_up
 
@@ -82,7 +83,9 @@ def _valid(make: Callable[[], Value]) -> Value:
         raise typer.BadParameter(str(error)) from error
 
 
-def _problem(name: str) -> Problem:
+def _problem(name: str | None) -> Problem:
+    if name is None:
+        raise typer.BadParameter("missing argument PROBLEM: name one of `minifisher problems`")
     return _valid(lambda: look_up("problem", name, PROBLEMS))
 
 
@@ -263,41 +266,6 @@ def compare_command(
             run_folder = request.run_folder(context, f"{task.name}-compare", **options)
             runs = run_plan(plan, splits, run_folder, console)
         _end_unless(plan.completed(runs))
-
-
-def candidates(names: str, tune: bool, rates: Iterable[str]) -> tuple[Candidate, ...]:
-    """Every optimizer with its learning rates: the given ones, else its grid if `tune`, else its default."""
-    choices = {choice.name: choice for choice in map(choose, split_names(names))}
-    given = _given(rates, choices)
-    return tuple(
-        Candidate(choice, rate)
-        for name, choice in choices.items()
-        for rate in given.get(name, choice.grid if tune else (choice.rate,))
-    )
-
-
-def _given(texts: Iterable[str], choices: dict[str, Choice]) -> dict[str, tuple[float, ...]]:
-    """The given rates of each optimizer.
-
-    Rates that print alike count once, because tables and files name a run by its printed rate.
-    """
-    printed: dict[str, dict[str, float]] = {}
-    for name, rates in (_rates(text, choices) for text in texts):
-        for rate in rates:
-            printed.setdefault(name, {}).setdefault(f"{rate:g}", rate)
-    return {name: tuple(rates.values()) for name, rates in printed.items()}
-
-
-def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...]]:
-    name, _, numbers = text.rpartition("=")
-    look_up("optimizer among those compared", name, choices)
-    try:
-        rates = tuple(map(float, numbers.split(",")))
-    except ValueError:
-        rates = ()
-    if not rates or min(rates) <= 0:
-        raise UnknownNameError(f"{text!r} is not NAME=RATE,... with rates above 0, as in adamw=1e-3,3e-3")
-    return name, rates
 
 
 @app.command("tune")

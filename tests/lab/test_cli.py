@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import minifisher
 from minifisher_lab import __main__, cli
+from minifisher_lab.comparison import candidates
 from minifisher_lab.comparison.compare import Candidate
 from minifisher_lab.presentation import demo
 from minifisher_lab.problems import PROBLEMS
@@ -117,16 +118,16 @@ def test_ctrl_c_exits_with_130_and_keeps_the_results(
 
 
 def test_tune_flag_gives_every_optimizer_its_grid() -> None:
-    candidates = cli.candidates("adamw,sgd", True, ("sgd=0.5",))
-    assert [c.rate for c in candidates if c.choice.name == "adamw"] == list(choose("adamw").grid)
-    assert [c.rate for c in candidates if c.choice.name == "sgd"] == [0.5]
+    found = candidates.candidates("adamw,sgd", True, ("sgd=0.5",))
+    assert [c.rate for c in found if c.choice.name == "adamw"] == list(choose("adamw").grid)
+    assert [c.rate for c in found if c.choice.name == "sgd"] == [0.5]
 
 
 @pytest.mark.parametrize(
     "rates", [("adamw=3e-3,1e-3,0.003,0.0030000000001",), ("adamw=3e-3", "adamw=1e-3", "adamw=3e-3")]
 )
 def test_a_rate_or_an_optimizer_given_twice_runs_once(rates: tuple[str, ...]) -> None:
-    assert cli.candidates("adamw, adamw", False, rates) == (
+    assert candidates.candidates("adamw, adamw", False, rates) == (
         Candidate(choose("adamw"), 3e-3),
         Candidate(choose("adamw"), 1e-3),
     )

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from minifisher_lab import cli, files
+from minifisher_lab.comparison import candidates
 from minifisher_lab.presentation import plots
 from minifisher_lab.training.runs import Point, Run, RunFolder
 
@@ -234,7 +235,7 @@ def test_a_wrong_argument_of_an_optimizer_is_no_traceback(spec: str, expected: s
 
 
 def test_a_comma_within_brackets_separates_no_names() -> None:
-    entrants = cli.candidates("adamw:betas=(0.8,0.9),sgd,adamw:betas=[0.8,0.9]", False, ())
+    entrants = candidates.candidates("adamw:betas=(0.8,0.9),sgd,adamw:betas=[0.8,0.9]", False, ())
     assert [entrant.choice.name for entrant in entrants] == [
         "adamw:betas=(0.8,0.9)",
         "sgd",
