@@ -15,7 +15,7 @@ from rich.table import Table
 from minifisher_lab import data, request
 from minifisher_lab.comparison.candidates import candidates
 from minifisher_lab.comparison.compare import Candidate, Plan
-from minifisher_lab.names import look_up
+from minifisher_lab.names import listed, look_up
 from minifisher_lab.presentation.session import run_plan, run_search
 from minifisher_lab.problems import PROBLEMS, Problem
 from minifisher_lab.training import batches, processes
@@ -322,7 +322,7 @@ def suite_command(
     from minifisher_lab.presentation.session import run_suite
 
     numbers = {"hours": budget, "trials": trials, "seeds": seeds, "epochs": epochs}
-    plan = _valid(lambda: make_plan(scale, _names(problems), _names(optimizers), **numbers))
+    plan = _valid(lambda: make_plan(scale, listed(problems), listed(optimizers), **numbers))
     for name in plan.epochs:
         _splits(_problem(name), device)  # report missing data before the first run
     place = _device(device or _default_device())
@@ -359,10 +359,6 @@ def report_command(
     opened = _valid(lambda: StudyFile(study))
     for path in suite_report.write(opened, folder or study.with_name(f"{study.stem}-report")):
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return [name.strip() for name in text.split(",")] if text else None
 
 
 @data_app.command("list")

@@ -24,6 +24,11 @@ def look_up(kind: str, name: str, table: Mapping[str, Entry]) -> Entry:
     raise UnknownNameError(f"Unknown {kind} {name!r}: {hint}")
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The names of a text, which are separated by commas; None where there is no text."""
+    return [name.strip() for name in text.split(",")] if text else None
+
+
 def _either(names: list[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
