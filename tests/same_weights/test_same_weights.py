@@ -94,9 +94,6 @@ def test_every_case_trains_as_before(records: tuple[dict[str, Any], dict[str, An
     differing = {
         name: [key for key in old[name] if old[name][key] != new.get(name, {}).get(key)] for name in old
     }
-    for name in old:
-        if name.startswith("soap"):  # SOAP no longer has Shampoo's options
-            differing[name] = [key for key in differing[name] if key != "groups"]
     assert not {name: keys for name, keys in differing.items() if keys}
 
 
