@@ -64,7 +64,8 @@ def examine(command: str, kills: int, folder: Path, chance: random.Random) -> st
             assert status in (0, -signal.SIGKILL), (status, (folder / "log").read_text()[-3000:])
             killed += status == -signal.SIGKILL
             halves += bool(list(place.glob("*/*.part")))
-        assert results(place) == whole, f"{command}: another result after {killed} kills"
+        differing = differences(whole, results(place))
+        assert not differing, f"{command}: after {killed} kills other results in {differing}"
         assert not list(begun(place).glob("*.part"))
         finished += 1
     return f"{killed} kills, {halves} of them inside a write; {finished} runs, all as without kills"
@@ -139,6 +140,18 @@ def results(place: Path) -> dict[str, object]:
         else:
             found[file.name] = None  # plots show seconds
     return found
+
+
+def differences(one: object, other: object, place: str = "") -> list[str]:
+    """Where two results differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        pairs = [(f"{place}/{key}", one.get(key, "absent"), other.get(key, "absent")) for key in keys]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(f"{place}/{index}", *pair) for index, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other else [f"{place}: {str(one)[:60]} and {str(other)[:60]}"]
+    return [found for where, first, second in pairs for found in differences(first, second, where)]
 
 
 def timeless(value: object) -> object:

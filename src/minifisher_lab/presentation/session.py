@@ -42,8 +42,8 @@ def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) ->
     console.print(report.table(plan, runs))
     console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
     with _advice(folder):
+        results = folder.keep("results.json", report.as_json(plan, runs))
         folder.write_again()
-        results = folder.write("results.json", report.as_json(plan, runs))
         written = [results, *plots.plot(plan, runs, folder.path)]  # plots last: a failure loses no results
     console.print(f"{folder.path}/ holds {', '.join(path.name for path in written)} and one .jsonl a run.")
     return runs
@@ -72,8 +72,8 @@ def run_search(search: Search, splits: Splits, folder: RunFolder, console: Conso
         study = search.run(splits, folder, bars.ended, bars.moved)
     _show_best(search, study, console)
     with _advice(folder):
+        trials = folder.keep(TRIALS, as_json(search, study))
         folder.write_again()
-        trials = folder.write(TRIALS, as_json(search, study))
     console.print(f"All trials: {trials}", highlight=False)
     return study
 

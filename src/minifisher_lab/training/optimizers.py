@@ -32,7 +32,11 @@ class MuonWithAdamW:
             (torch.optim.AdamW, [w for w in weights if w.ndim != 2]),
         )
         self.optimizers: list[torch.optim.Optimizer] = [kind(part, lr=lr) for kind, part in pairs if part]
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Both optimizers' groups; load_state_dict makes new ones."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def state(self) -> dict[Any, Any]:

@@ -261,9 +261,10 @@ class RunFolder:
         self.unwritten.pop(name, None)
         return path
 
-    def keep(self, name: str, content: Any) -> None:
+    def keep(self, name: str, content: Any) -> Path:
         """Write a JSON file into the folder; if that fails, the older one stays."""
         self._attempt(name, lambda path: files.write(path, as_json(content)))
+        return self.path / name
 
     def save(self, name: str, content: memoryview) -> None:
         """Write a binary file into the folder; if that fails, the older one stays."""

@@ -83,22 +83,23 @@ def test_a_run_that_was_stopped_twice_ends_like_one_that_was_not(
         assert torch.equal(one, other)
 
 
-def test_batch_norm_augmentation_and_schedule_go_on_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "mbf"])
+def test_batch_norm_augmentation_and_schedule_go_on_too(optimizer: str, tmp_path: Path) -> None:
     problem = replace(CNN, augmentation="crop and flip", schedule="linear")
     splits = batches.load(problem, torch.device("cpu"))
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    run, trainer = _trained(problem, splits, "sgd", tmp_path / "whole")
+    run, trainer = _trained(problem, splits, optimizer, tmp_path / "whole")
     with pytest.raises(StoppedError):
-        _trained(problem, splits, "sgd", tmp_path / "cut", stop=4)
-    again, resumed = _trained(problem, splits, "sgd", tmp_path / "cut")
+        _trained(problem, splits, optimizer, tmp_path / "cut", stop=4)
+    again, resumed = _trained(problem, splits, optimizer, tmp_path / "cut")
     assert _same(run, again)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert (
         trainer.optimizer.param_groups[0]["lr"]
         == resumed.optimizer.param_groups[0]["lr"]
-        < choose("sgd").rate
+        < choose(optimizer).rate
     )
 
 
