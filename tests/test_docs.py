@@ -24,6 +24,11 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 PUBLISHED = ROOT / "benchmarks" / "results" / "published_autoencoder"
 PLACES = (ROOT, ROOT / "src" / "minifisher", ROOT / "benchmarks", PUBLISHED)
 TO_FILL_IN = "<!-- to fill in"  # a line that speaks of what is not there yet
+OWN_URLS = (
+    "https://github.com/minifisher/minifisher/blob/main/",
+    "https://github.com/minifisher/minifisher/tree/main/",
+    "https://raw.githubusercontent.com/minifisher/minifisher/main/",
+)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
 
 
@@ -37,13 +42,22 @@ def anchor(heading):
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+def linked_file(page, target):
+    """The file of this repository that a link leads to, with the heading; None where it leads elsewhere."""
+    name, _, place = target.partition("#")
+    for url in OWN_URLS:
+        if target.startswith(url):
+            return ROOT / name.removeprefix(url), place
+    return None if "://" in target else (page.parent / name if name else page, place)
+
+
 @every_page
-def test_relative_links_lead_somewhere(page):
+def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if "://" in target:
+        found = linked_file(page, target)
+        if found is None:
             continue
-        name, _, place = target.partition("#")
-        linked = page.parent / name if name else page
+        linked, place = found
         assert linked.exists(), target
         if place:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)

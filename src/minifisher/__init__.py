@@ -9,6 +9,9 @@ from minifisher.methods.soap import SOAP as SOAP
 from minifisher.methods.tnt import TNT as TNT
 from minifisher.optimizer import CurvatureOptimizer as CurvatureOptimizer
 
+__version__ = "0.1.0"
+"""The version; pyproject.toml reads it here."""
+
 _PUBLIC = (MBF, KFAC, KBFGS, KBFGSL, Shampoo, SOAP, TNT)  # one entry here registers a method
 
 METHODS: dict[str, type[CurvatureOptimizer]] = {method.__name__.lower(): method for method in _PUBLIC}
