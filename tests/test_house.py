@@ -28,7 +28,7 @@ WALK = [
     ("state",),
     ("optimizer",),
     ("methods",),
-    ("",),
+    ("", "__main__"),
 ]
 # Only compiled kernels import extras; numpy and llvmlite come with numba.
 EXTRAS = dict.fromkeys(("llvmlite", "numba", "numpy", "triton"), "kernels")

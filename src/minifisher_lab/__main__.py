@@ -18,7 +18,9 @@ def main() -> None:
     try:
         from minifisher_lab.cli import app
 
-        app()
+        app(prog_name="minifisher")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in LABORATORY:
             raise

@@ -12,10 +12,13 @@ from minifisher_lab.training.runs import PLAN, RunFolder, Unresumable
 if TYPE_CHECKING:
     from pathlib import Path
 
+ELSEWHERE = ("resume", "folder", "as_json")
+"""Options that do not change what is measured; the run folder does not store them."""
+
 
 def asked(context: typer.Context) -> SimpleNamespace:
     """The options of a command; with --resume those of the run folder, which the given ones must equal."""
-    options = {name: value for name, value in context.params.items() if name not in ("resume", "folder")}
+    options = {name: value for name, value in context.params.items() if name not in ELSEWHERE}
     resume = context.params["resume"]
     if resume is None:
         if not (options.get("problem") or options.get("problems")):

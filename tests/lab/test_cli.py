@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 import signal
 import subprocess
@@ -10,16 +11,21 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import minifisher
 from minifisher_lab import __main__, cli
-from minifisher_lab.comparison import candidates
-from minifisher_lab.comparison.compare import Candidate
-from minifisher_lab.presentation import demo
-from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.comparison import candidates, machine
+from minifisher_lab.comparison.compare import Candidate, Plan
+from minifisher_lab.comparison.tune import Search
+from minifisher_lab.presentation import demo, report
+from minifisher_lab.problems import PROBLEMS, Problem
+from minifisher_lab.training import batches
 from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.runs import Point, Run, RunFolder
+from minifisher_lab.training.train import Budget
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -78,6 +84,153 @@ def test_compare_takes_problems_rates_and_seeds(tmp_path: Path) -> None:
     assert len(folders) == 2
     assert all(len(list(folder.glob("*.jsonl"))) == 6 for folder in folders)
     assert "adamw: lr" in output
+
+
+OWN = Path(__file__).parents[2] / "examples" / "own_problem.py"
+
+
+def test_a_problem_of_ones_own_is_compared_and_resumed(tmp_path: Path) -> None:
+    short = ("--epochs", 1, "--points", 2, "--optimizers", "adamw,mbf")
+    code, output = _invoke("compare", f"{OWN}:make_problem", *short, "--folder", tmp_path)
+    assert code == 0, output
+    assert "halves, 1 epochs a run" in output
+    code, output = _invoke("compare", "--resume", _only_folder(tmp_path))
+    assert code == 0, output
+
+
+def test_own_targets_may_be_numbers() -> None:
+    x = torch.randn(6, 3)
+    problem = Problem("line", lambda: (x, x[:, :1], x, x[:, :1]), lambda: torch.nn.Linear(3, 1), "gaussian")
+    splits = batches.load(problem, torch.device("cpu"))
+    loss = problem.loss(x[:, :1] + 1, splits.train.inputs, splits.train.targets)
+    assert float(loss) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ("def make(): return 3", "returned int"),
+        ("", "has no function 'make'"),
+        ("make = 3", "has no function 'make'"),
+        (
+            "from minifisher_lab.problems import Problem\nimport torch\n"
+            "def make(): return Problem('p', lambda: torch.ones(3), lambda: torch.nn.Linear(1, 1))",
+            "must be four tensors",
+        ),
+        (
+            "from minifisher_lab.problems import Problem\nimport torch\nx = torch.ones(3, 1)\n"
+            "def make(): return Problem('p', lambda: (x, x[:2], x, x), lambda: torch.nn.Linear(1, 1))",
+            "3 training inputs and 2 training targets",
+        ),
+        (
+            "from minifisher_lab.problems import Problem\n"
+            "def make(): return Problem('a/b', lambda: (), lambda: None)",
+            "becomes a folder",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_problem_of_ones_own(made: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(made)
+    code, output = _invoke("train", f"{tmp_path / 'mine.py'}:make", "--folder", tmp_path / "runs")
+    assert code == 2
+    assert expected in " ".join(output.replace("│", " ").split())
+
+
+def test_a_module_that_is_not_there_is_named() -> None:
+    code, output = _invoke("compare", "no_such_module:make")
+    assert code == 2
+    assert "no module no_such_module" in output
+
+
+def test_json_is_all_that_goes_to_the_standard_output(tmp_path: Path) -> None:
+    arguments = [
+        "compare",
+        f"{OWN}:make_problem",
+        "--epochs",
+        "1",
+        "--points",
+        "2",
+        "--json",
+        "--threads",
+        "1",
+    ]
+    result = CliRunner().invoke(cli.app, [*arguments, "--folder", str(tmp_path)], env=WIDE)
+    record = json.loads(result.stdout)
+    assert record["problem"] == "halves"
+    assert Path(record["folder"]) == _only_folder(tmp_path)
+    for command in (("problems",), ("optimizers",), ("optimizers", "kfac"), ("data", "list")):
+        assert json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).stdout)
+
+
+def test_the_best_rate_at_the_edge_of_a_grid_is_followed_outward(tmp_path: Path) -> None:
+    short = ("--epochs", 0.25, "--points", 1, "--tune", "--optimizers", "sgd")
+    code, output = _invoke("compare", f"{OWN}:make_problem", *short, "--folder", tmp_path)
+    assert code == 0, output
+    tried = {run["rate"] for run in json.loads((_only_folder(tmp_path) / "results.json").read_text())["runs"]}
+    assert tried > set(choose("sgd").grid)
+    assert max(tried) == 0.3  # three rates beyond the grid, no more
+
+
+def test_a_busy_machine_and_too_many_threads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "load_average", lambda: 100.0)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    busy, threads = machine.warnings()
+    assert "100.0 processes want its 1 cores" in busy
+    assert "4 threads share 1 cores" in threads
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_table_loses_no_digits_on_a_narrow_terminal(width: int) -> None:
+    names = ("adamw", "mbf:power=0.5:graft=None:fisher=empirical")
+    runs = [
+        Run("p", name, 1e-3, seed, "finished", 9, 123.4, 10, 40, 0, 1.0, 91.25 + seed, [point])
+        for name in names
+        for seed in (0, 1)
+        for point in [Point(0, 0, 100.0, 1.0, 0.00123456 * (1 + seed), 1.0, 90.0)]
+    ]
+    plan = Plan(PROBLEMS["cnn-digits"], (), (0, 1), Budget(epochs=1))
+    console = Console(width=width, file=io.StringIO())
+    console.print(report.table(plan, runs, width))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    for number in ("0.001852", "± 0.000873", "91.8", "0.001", "123.4", "100.0", "13711"):
+        assert number in printed
+
+
+def test_the_first_trial_has_the_defaults_of_all_that_is_searched() -> None:
+    for name in minifisher.METHODS:
+        search = Search(PROBLEMS["cnn-digits"], choose(name), Budget(epochs=1), 1)
+        method = minifisher.METHODS[name]
+        assert search.defaults == {key: method.options[key].default for key in ("lr", "damping")}
+        space = search.distributions()
+        assert all(space[key].low <= value <= space[key].high for key, value in search.defaults.items())
+
+
+def test_optimizers_name_lists_every_argument_with_its_meaning() -> None:
+    code, output = _invoke("optimizers", "mbf")
+    assert code == 0
+    for option in minifisher.MBF.options.values():
+        if option.init and option.name not in ("params", "lr"):
+            assert f"{option.name} = {option.default!r}  {option.range}" in output
+            assert option.meaning[:40] in " ".join(output.split())
+    assert "momentum" in _invoke("optimizers", "sgd")[1]
+
+
+@pytest.mark.parametrize("arguments", [("-h",), ("--version",), ("train", "-h"), ("data", "list", "-h")])
+def test_help_and_version_import_no_torch(arguments: tuple[str, ...]) -> None:
+    code = f"import sys; from minifisher_lab.cli import app; app({list(arguments)}, standalone_mode=False)"
+    names = ("torch", "matplotlib", "sklearn", "optuna", "scipy")
+    heavy = f"print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_itself_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "minifisher", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("minifisher ")
 
 
 def test_ctrl_c_ends_the_whole_command_with_the_table_so_far(tmp_path: Path) -> None:
@@ -175,6 +328,12 @@ def test_tune_writes_its_trials(tmp_path: Path) -> None:
         (("train", "cnn-digits", "--optimizer", "sgd", "--lr", "-1"), "Invalid learning rate"),
         (("train", "cnn-digits", "--optimizer", "mbf:lr=0.5"), "--lr NAME=0.5"),
         (("train", "cnn-digits", "--optimizer", "sgd", "--seed", str(2**64)), str(2**63 - 1)),
+        (("train", "cnn-digits", "--optimizer", "mbf:blocksize=64"), "did you mean 'block_size'"),
+        (
+            ("train", "cnn-digits", "--seconds", "1", "--epochs", "1"),
+            "give either seconds or epochs, not both",
+        ),
+        (("optimizers", "mbv"), "did you mean"),
         (("data", "get", "minst"), "did you mean mnist"),
     ],
 )

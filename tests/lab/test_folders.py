@@ -12,10 +12,10 @@ import minifisher_lab
 ROOT = Path(minifisher_lab.__file__).parent
 ALLOWED = {
     "data": {"files"},
-    "problems": set(),
+    "problems": {"names"},
     "training": {"data", "problems", "names", "files"},
     "comparison": {"problems", "training", "names", "files"},
-    "presentation": {"problems", "training", "comparison"},
+    "presentation": {"problems", "training", "comparison", "data", "names", "terminal"},
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from minifisher_lab.comparison.summary import rows
 from minifisher_lab.training.checkpoint import Checkpoint
-from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.optimizers import choose, next_rate
 from minifisher_lab.training.runs import Run
 from minifisher_lab.training.train import Budget, Trainer, train, warm_up
 
@@ -53,13 +55,16 @@ class Plan:
     points: int = 50
     checkpoint_every: int | None = None
     """The steps between two checkpoints; None: one at every logged point, deleted when the run has ended."""
+    follow: bool = False
+    """Whether an optimizer whose best rate is the lowest or highest of several gets the next one, too."""
 
     @classmethod
     def restored(cls, problem: Problem, record: dict[str, Any]) -> Plan:
         """The plan that `as_json` wrote."""
         entrants = (Candidate(choose(entry["name"]), entry["rate"]) for entry in record["optimizers"])
         seeds, budget = tuple(record["seeds"]), Budget(**record["budget"])
-        return cls(problem, tuple(entrants), seeds, budget, record["points"], record["checkpoint_every"])
+        points, every, follow = record["points"], record["checkpoint_every"], record.get("follow", False)
+        return cls(problem, tuple(entrants), seeds, budget, points, every, follow)
 
     def as_json(self) -> dict[str, Any]:
         """Everything that decides what is measured."""
@@ -70,6 +75,7 @@ class Plan:
             "budget": asdict(self.budget),
             "points": self.points,
             "checkpoint_every": self.checkpoint_every,
+            **({"follow": True} if self.follow else {}),  # older run folders have no such entry
         }
 
     def order(self) -> Iterator[tuple[int, Candidate]]:
@@ -84,7 +90,7 @@ class Plan:
 
     def completed(self, runs: Sequence[Run]) -> bool:
         """Whether every run of the plan ended by itself, not by Ctrl-C."""
-        return len(runs) == len(self.seeds) * len(self.candidates) and runs[-1].status != "interrupted"
+        return len(runs) >= len(self.seeds) * len(self.candidates) and runs[-1].status != "interrupted"
 
 
 def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> list[Run]:
@@ -95,22 +101,52 @@ def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> 
     folder.begin(plan.as_json(), splits.train.inputs.device)
     runs: list[Run] = []
     try:
-        entries = [(candidate, _entry(plan, folder, candidate, seed)) for seed, candidate in plan.order()]
-        for choice in {c.choice.name: c.choice for c, run in entries if not run.ended}.values():
-            watcher.warming(choice.name)
-            warm_up(plan.problem, splits, choice)
-        for candidate, run in entries:
-            runs.append(run)
-            watcher.started(run)
-            if not run.ended:
-                _carry_out(plan, splits, folder, watcher, candidate, run)
-            watcher.ended(run)
+        _carry_out_all(plan, splits, folder, watcher, runs)
+        while wider := _outward(plan, runs):
+            _carry_out_all(replace(plan, candidates=wider), splits, folder, watcher, runs)
     except KeyboardInterrupt:
         for run in runs:
             if run.status == "running":
                 run.status = "interrupted"
                 watcher.ended(run)
     return runs
+
+
+def _carry_out_all(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher, runs: list[Run]) -> None:
+    entries = [(candidate, _entry(plan, folder, candidate, seed)) for seed, candidate in plan.order()]
+    for choice in {c.choice.name: c.choice for c, run in entries if not run.ended}.values():
+        watcher.warming(choice.name)
+        warm_up(plan.problem, splits, choice)
+    for candidate, run in entries:
+        runs.append(run)
+        watcher.started(run)
+        if not run.ended:
+            _carry_out(plan, splits, folder, watcher, candidate, run)
+        watcher.ended(run)
+
+
+FARTHEST = 3
+"""How many rates beyond its grid an optimizer may get on one side."""
+
+
+def _outward(plan: Plan, runs: Sequence[Run]) -> tuple[Candidate, ...]:
+    """The next rate of every optimizer whose best one is the lowest or highest tried."""
+    if not plan.follow:
+        return ()
+    choices = {candidate.choice.name: candidate.choice for candidate in plan.candidates}
+    edges = [row for row in rows(runs) if row.at_edge and row.counted]
+    found = ((choices[row.optimizer], next_rate(row.rate, up=row.rate == max(row.tried))) for row in edges)
+    return tuple(
+        Candidate(choice, rate)
+        for choice, rate in found
+        if len(choice.grid) > 1 and _steps_beyond(choice.grid, rate) <= FARTHEST
+    )
+
+
+def _steps_beyond(grid: tuple[float, ...], rate: float) -> int:
+    """How many steps of about a factor sqrt(10) lie between the rate and the grid."""
+    beyond = max(math.log10(rate / grid[-1]), math.log10(grid[0] / rate))
+    return round(2 * beyond)
 
 
 def _entry(plan: Plan, folder: RunFolder, candidate: Candidate, seed: int) -> Run:

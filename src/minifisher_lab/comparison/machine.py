@@ -66,6 +66,20 @@ def is_busy(load: float) -> bool:
     return load > (os.cpu_count() or 1) + BUSY
 
 
+def warnings() -> list[str]:
+    """Why seconds that are measured now would mislead; empty on a quiet machine."""
+    load, threads, cores = load_average(), torch.get_num_threads(), os.cpu_count() or 1
+    found = []
+    if is_busy(load):
+        found.append(
+            f"the machine is busy: {load:.1f} processes want its {cores} cores. Compare by --epochs: "
+            "a ranking by seconds may turn round"
+        )
+    if threads > cores:
+        found.append(f"{threads} threads share {cores} cores: use --threads {cores} or fewer")
+    return found
+
+
 def started(pid: int) -> float | None:
     """When the process with that number started, or None if there is none. A zombie is dead."""
     try:

@@ -56,8 +56,9 @@ class Search:
         return {**names, "trials": self.trials, "seed": self.seed, "points": self.points}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """A learning rate within a factor 30 of the default, and the other options, on logarithmic scales."""
-        ranges = {"lr": (self.choice.rate / 30, self.choice.rate * 30), **self.choice.ranges}
+        """The learning rate, a factor 10 beyond its grid, and the other options, on logarithmic scales."""
+        low, high = self.choice.grid[0] / 10, self.choice.grid[-1] * 10
+        ranges = {"lr": (low, high), **self.choice.ranges}
         return {name: FloatDistribution(low, high, log=True) for name, (low, high) in ranges.items()}
 
     def run(
@@ -92,13 +93,24 @@ class Search:
         study = optuna.create_study(pruner=pruner)
         study.add_trials(trials)
         if not study.trials:
-            # The default learning rate is the first trial, so that the search never ends worse than it began.
-            study.enqueue_trial({"lr": self.choice.rate})
+            # The defaults are the first trial, so that the search never ends worse than it began.
+            study.enqueue_trial(self.defaults)
         return study
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """The default of everything that is searched."""
+        return {"lr": self.choice.rate, **{name: self.choice.defaults[name] for name in self.choice.ranges}}
 
     def completed(self, study: optuna.Study) -> bool:
         """Whether every trial finished or was pruned, so that Ctrl-C did not end the search."""
         return len(study.get_trials(deepcopy=False, states=ENDED)) == self.trials
+
+    def ranked(self, study: optuna.Study) -> list[FrozenTrial]:
+        """The trials that finished, best first, then those that were cut short, longest first."""
+        pruned = study.get_trials(states=[PRUNED])
+        longest = sorted(pruned, key=lambda trial: -len(trial.intermediate_values))
+        return [*self.finished(study), *longest]
 
     def finished(self, study: optuna.Study) -> list[FrozenTrial]:
         """The trials that were not pruned, best first."""

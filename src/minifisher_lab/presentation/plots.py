@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
-from sklearn.isotonic import isotonic_regression
 
 from minifisher_lab.comparison.summary import rows
 
@@ -31,11 +30,13 @@ Axis = Literal["seconds", "epoch"]
 OWN_COLOURS = {
     "mbf": "#D55E00",
     "adamw": "#0072B2",
-    "sgd": "#7A7A7A",
+    "sgd": "#000000",
     "kfac": "#009E73",
     "shampoo": "#CC79A7",
 }
-OTHER_COLOURS = ("#E69F00", "#56B4E9", "#117733", "#882255", "#000000", "#999933", "#6A3D9A", "#44AA99")
+OTHER_COLOURS = ("#E69F00", "#56B4E9", "#7A7A7A", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000")
+DASHES = ((0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)))
+"""The line styles of the other optimizers; those with a colour of their own are solid."""
 INK, FAINT = "#222222", "#DDDDDD"
 SETTINGS: dict[Any, Any] = {
     "font.size": 11,
@@ -48,7 +49,10 @@ SETTINGS: dict[Any, Any] = {
 
 
 def plot(plan: Plan, runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write loss-seconds.png and loss-epochs.png; write nothing if no run has two points."""
+    """Write loss-seconds.png and loss-epochs.png; write nothing if no run has two points.
+
+    A classifier's plots have a second panel with the accuracy.
+    """
     ranking = [row for row in rows(runs) if any(len(run.points) > 1 for run in row.counted)]
     if not ranking:
         return []
@@ -74,36 +78,79 @@ def band(
 
 
 def _figure(plan: Plan, ranking: Sequence[Row], axis: Axis, label: str, path: Path) -> Path:
-    figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
-    colours, bands = _colours(ranking), {row.optimizer: band(row, axis) for row in ranking}
-    ends = []
-    for row in reversed(ranking):  # the best one is drawn last, on top
-        positions, mean, low, high = bands[row.optimizer]
-        colour = colours[row.optimizer]
-        axes.fill_between(positions, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(positions, mean, color=colour, linewidth=2.2 if row is ranking[0] else 1.7)
-        ends.append((float(positions[-1]), float(mean[-1]), _label(row), colour))
-    means = [mean for _, mean, _, _ in bands.values()]
-    _frame(axes, *limits(ranking, means), max(end[0] for end in ends))
-    _labels(axes, ends)
-    axes.set_xlabel(label)
-    axes.set_title(f"{plan.problem.name}: training loss", loc="left", fontsize=13, fontweight="bold", pad=24)
+    panels = 2 if plan.problem.classifies else 1
+    figure = Figure(figsize=(8, 4.8 * panels), dpi=160, layout="constrained")
+    upper, *lower = np.ravel(figure.subplots(panels, 1, sharex=True))
+    bands = _curves(upper, ranking, axis, "train_loss")
+    _frame(upper, *limits(ranking, bands), max(_ends(ranking, axis)))
+    _finish(upper, ranking, axis, "train_loss")
+    for axes in lower:
+        _curves(axes, ranking, axis, "test_accuracy")
+        _accuracy_frame(axes, ranking)
+        _finish(axes, ranking, axis, "test_accuracy")
+    (lower or [upper])[-1].set_xlabel(label)
+    upper.set_title(f"{plan.problem.name}: training loss", loc="left", fontsize=13, fontweight="bold", pad=24)
     seeds = f"mean and range of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
     subtitle = f"{plan.problem.description}; {seeds}, {plan.budget} a run, log scale"
-    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=9.5, color="#666666")
+    upper.text(0, 1.025, subtitle, transform=upper.transAxes, fontsize=9.5, color="#666666")
     figure.savefig(path, facecolor="white")
     return path
+
+
+LABELS = {
+    "train_loss": "training loss (a fixed slice of the training set)",
+    "test_accuracy": "accuracy on test samples, %",
+}
+
+
+def _curves(axes: Axes, ranking: Sequence[Row], axis: Axis, quantity: str) -> list[Floats]:
+    """Draw every optimizer's mean and range; the best one comes last, on top. The means are returned."""
+    styles, means = _styles(ranking), []
+    for row in reversed(ranking):
+        positions, mean, low, high = band(row, axis, quantity)
+        colour, dashes = styles[row.optimizer]
+        axes.fill_between(positions, low, high, color=colour, alpha=0.15, linewidth=0)
+        width = 2.2 if row is ranking[0] else 1.7
+        axes.plot(positions, mean, color=colour, linestyle=dashes, linewidth=width)
+        means.append(mean)
+    axes.set_ylabel(LABELS[quantity])
+    return means
+
+
+def _finish(axes: Axes, ranking: Sequence[Row], axis: Axis, quantity: str) -> None:
+    """Label the end of every line."""
+    ends = []
+    for row in ranking:
+        positions, mean, _, _ = band(row, axis, quantity)
+        ends.append((float(positions[-1]), float(mean[-1]), _label(row), _styles(ranking)[row.optimizer][0]))
+    _labels(axes, ends)
+
+
+def _ends(ranking: Sequence[Row], axis: Axis) -> list[float]:
+    return [float(band(row, axis)[0][-1]) for row in ranking]
+
+
+def _accuracy_frame(axes: Axes, ranking: Sequence[Row]) -> None:
+    """Accuracy axis from the median of the early values to the highest one."""
+    points = [point.test_accuracy for row in ranking for run in row.counted for point in run.points]
+    known = [accuracy for accuracy in points if accuracy is not None]
+    bottom, top = float(np.quantile(known, 0.15)), max(known)
+    axes.set_ylim(bottom, max(top + 0.04 * (top - bottom), bottom + 0.1))
+    _plain(axes)
 
 
 def _label(row: Row) -> str:
     return f"{row.optimizer} (lr {row.rate:g})" if len(row.tried) > 1 else row.optimizer
 
 
-def _colours(ranking: Sequence[Row]) -> dict[str, str]:
-    others = [row.optimizer for row in ranking if row.optimizer not in OWN_COLOURS]
-    cycle = OTHER_COLOURS * (len(others) // len(OTHER_COLOURS) + 1)
-    return OWN_COLOURS | dict(zip(sorted(others), cycle, strict=False))
+def _styles(ranking: Sequence[Row]) -> dict[str, tuple[str, Any]]:
+    """Colour and line style of every optimizer; no two are alike in both."""
+    others = sorted(row.optimizer for row in ranking if row.optimizer not in OWN_COLOURS)
+    styles: dict[str, tuple[str, Any]] = {name: (colour, "-") for name, colour in OWN_COLOURS.items()}
+    for index, name in enumerate(others):
+        turn, colour = divmod(index, len(OTHER_COLOURS))
+        styles[name] = OTHER_COLOURS[colour], DASHES[(index + turn) % len(DASHES)]
+    return styles
 
 
 def limits(ranking: Sequence[Row], means: Sequence[Floats]) -> tuple[float, float]:
@@ -129,6 +176,11 @@ def _frame(axes: Axes, bottom: float, top: float, right: float) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    """Horizontal grid lines, and no frame."""
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -141,7 +193,9 @@ def _labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: floa
     A thin line connects each label with the end that it names.
     """
     bottom, top = axes.get_ylim()
-    heights = [np.log(max(loss, bottom) / bottom) / np.log(top / bottom) for _, loss, _, _ in ends]
+    scale = np.log if axes.get_yscale() == "log" else np.asarray
+    ranges = scale(top) - scale(bottom)
+    heights = [float((scale(max(loss, bottom)) - scale(bottom)) / ranges) for _, loss, _, _ in ends]
     for (x, loss, text, colour), height in zip(ends, spaced(heights, gap), strict=True):
         axes.annotate(
             text,
@@ -170,6 +224,8 @@ def spaced(heights: Sequence[float], gap: float) -> Floats:
     This is least squares under a constraint: with i the rank, h_i - i gap must not decrease with i. Isotonic
     regression solves it.
     """
+    from sklearn.isotonic import isotonic_regression  # slow to import
+
     order = np.argsort(heights)
     steps = gap * np.arange(len(heights))
     placed: Floats = np.empty(len(heights))

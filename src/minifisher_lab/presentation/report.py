@@ -44,8 +44,16 @@ def number(value: float, form: str = ".1f") -> str:
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 
-def table(plan: Plan, runs: Sequence[Run]) -> Table:
-    """One line per optimizer, best loss first."""
+NAME = 20
+"""The columns that a name should have at least; a longer one wraps."""
+
+
+def table(plan: Plan, runs: Sequence[Run], width: int = 80) -> Table:
+    """One line per optimizer, best loss first.
+
+    No number is ever cut. Where a line has more than `width` columns names wrap, and what follows a mean,
+    its deviation, stands below it.
+    """
     ranking = rows(runs)
     reference = reference_row(ranking)
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
@@ -58,26 +66,40 @@ def table(plan: Plan, runs: Sequence[Run]) -> Table:
         title_style="bold",
         title_justify="left",
     )
-    result.add_column("optimizer", no_wrap=True)
+    result.add_column("optimizer", overflow="fold", min_width=8)
     for name in _columns(plan, reference):
         result.add_column(name, justify="right", no_wrap=True)
-    for row in ranking:
-        cells = _cells(row, reference, plan.problem.classifies)
-        result.add_row(*cells, style="bold" if row is ranking[0] else "")
+    lines = [tuple(_cells(row, reference, plan.problem.classifies)) for row in ranking]
+    narrow = sum(max(map(len, column)) + 2 for column in list(zip(*lines, strict=True))[1:]) + NAME > width
+    for row, (name, *numbers) in zip(ranking, lines, strict=True):
+        below = [cell.replace(" ", "\n", 1) for cell in numbers] if narrow else numbers
+        result.add_row(name, *below, style="bold" if row is ranking[0] else "")
     return result
 
 
-def trial_table(search: Search, best: Sequence[FrozenTrial]) -> Table:
-    """One line per trial, best loss first."""
+def trial_table(search: Search, ranked: Sequence[FrozenTrial]) -> Table:
+    """One line per trial: those that finished by their loss, then those that were cut short."""
     title = f"{search.choice.name} on {search.problem.name}, {search.budget} a trial"
     result = Table("trial", title=title, title_justify="left", title_style="bold")
-    for name in ("best loss", *best[0].params):
-        result.add_column(name, justify="right")
-    for trial in best:
-        result.add_row(
-            str(trial.number), f"{trial.value:.5g}", *(f"{value:.3g}" for value in trial.params.values())
-        )
+    for name in ("best loss", *ranked[0].params):
+        result.add_column(name, justify="right", no_wrap=True)
+    result.add_column("outcome")
+    for trial in ranked:
+        losses = [loss for loss in trial.intermediate_values.values() if math.isfinite(loss)]
+        best = f"{min(losses):.5g}" if losses else "-"
+        values = (f"{value:.3g}" for value in trial.params.values())
+        result.add_row(str(trial.number), best, *values, _outcome(search, trial))
     return result
+
+
+def _outcome(search: Search, trial: FrozenTrial) -> str:
+    if trial.value is not None:
+        default = all(trial.params[name] == value for name, value in search.defaults.items())
+        return "the defaults" if default else "finished"
+    if trial.user_attrs.get("status") == "diverged":
+        return "diverged"
+    measured = len(trial.intermediate_values)
+    return f"cut short after {measured} of {search.points + 1} points"
 
 
 def footnotes(runs: Sequence[Run]) -> str:

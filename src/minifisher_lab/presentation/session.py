@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.compare import compare
-from minifisher_lab.presentation import plots, report, suite_progress
+from minifisher_lab.presentation import report
 from minifisher_lab.presentation.progress import RunBars, Silence, TrialBars
 from minifisher_lab.training import processes
 from minifisher_lab.training.runs import NotWritten
@@ -38,8 +38,10 @@ def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) ->
     if not any(run.points for run in runs):
         console.print("Stopped before anything was measured.")
         return runs
+    from minifisher_lab.presentation import plots  # matplotlib is slow to import
+
     console.print()
-    console.print(report.table(plan, runs))
+    console.print(report.table(plan, runs, console.width))
     console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
     with _advice(folder):
         results = folder.keep("results.json", report.as_json(plan, runs))
@@ -83,7 +85,7 @@ def _show_best(search: Search, study: optuna.Study, console: Console) -> None:
     if not best:
         console.print("No trial ran to its end.")
         return
-    console.print(report.trial_table(search, best[:5]))
+    console.print(report.trial_table(search, search.ranked(study)))
     arguments = ", ".join(f"{name}={value:.3g}" for name, value in best[0].params.items())
     console.print(f"Best: {search.choice.name} with {arguments}.", highlight=False)
 
@@ -93,6 +95,7 @@ def run_suite(
 ) -> bool:
     """Measure what is left of a study, and say whether that was completed; Ctrl-C stops it."""
     from minifisher_lab.comparison.worker import Worker  # optuna is slow to import
+    from minifisher_lab.presentation import suite_progress
 
     console.print(suite_progress.introduction(study, plan), highlight=False)
     worker = Worker(study, plan, device, take_over=take_over)

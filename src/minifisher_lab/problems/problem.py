@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -19,17 +19,40 @@ Schedule = Literal["constant", "linear", "steps"]
 Augmentation = Literal["none", "crop", "crop and flip"]
 
 
+Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"
+"""Training inputs, training targets, test inputs, test targets."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """A network and the name of its data. The likelihood determines the loss, the target and the metric."""
+    """A network, its data, and the likelihood that determines the loss, the target and the metric.
+
+    A problem of your own is a function that returns one; `minifisher compare MODULE:FUNCTION` calls it:
+
+        def make_problem():
+            x = torch.randn(1000, 20)
+            y = (x[:, :5].sum(1) > 0).long()
+            return Problem(
+                name="halves",
+                data=lambda: (x[:800], y[:800], x[800:], y[800:]),
+                architecture=lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 2)),
+                likelihood="categorical",
+            )
+
+    The targets are classes [N] for "categorical". For "bernoulli" and "gaussian" they are what the outputs
+    are compared with, floating-point numbers [N, outputs]; integers there mean that the inputs are the
+    targets, as for an autoencoder.
+    """
 
     name: str
-    description: str
-    data: str
+    data: str | Callable[[], Tensors]
+    """The name of a dataset, or a function that returns the tensors."""
     architecture: Callable[[], nn.Module]
-    likelihood: Likelihood
-    batch_size: int
-    epochs: int
+    """Makes a network with new initial weights."""
+    likelihood: Likelihood = "categorical"
+    batch_size: int = 100
+    epochs: int = 10
+    description: str = "a problem of your own"
     schedule: Schedule = "constant"
     augmentation: Augmentation = "none"
 
@@ -52,13 +75,14 @@ class Problem:
         """The negative log-likelihood, summed over pixels for an autoencoder, mean over the batch.
 
         categorical: cross entropy with `targets` [N]; bernoulli: binary cross entropy of logits with
-        `inputs`; gaussian: half the squared error to `inputs`. An autoencoder's `outputs` are [N, pixels].
+        the wanted outputs; gaussian: half the squared error to them. These are the targets, or the inputs if
+        the targets are integers: an autoencoder's `outputs` are [N, pixels].
         """
         if self.likelihood == "categorical":
             return functional.cross_entropy(outputs, targets)
-        pixels = inputs.flatten(1)
+        wanted = targets if targets.is_floating_point() else inputs.flatten(1)
         if self.likelihood == "bernoulli":
-            total = functional.binary_cross_entropy_with_logits(outputs, pixels, reduction="sum")
+            total = functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="sum")
         else:
-            total = 0.5 * functional.mse_loss(outputs, pixels, reduction="sum")
+            total = 0.5 * functional.mse_loss(outputs, wanted, reduction="sum")
         return total / len(inputs)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from minifisher_lab import data
+from minifisher_lab.problems import own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs [N, C, H, W] and targets [N]."""
+    """Inputs [N, ...], images [N, C, H, W], and targets [N, ...]."""
 
     inputs: Tensor
     targets: Tensor
@@ -44,6 +45,9 @@ class Splits:
 
 def load(problem: Problem, device: torch.device) -> Splits:
     """The problem's data on the device; images for a classifier are standardised per channel."""
+    if not isinstance(problem.data, str):
+        parts = [part.to(device) for part in own.tensors(problem)]
+        return Splits(Samples(*parts[:2]), Samples(*parts[2:]))
     dataset = data.load(problem.data)
     train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
     if problem.classifies:

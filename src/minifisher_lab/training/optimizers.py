@@ -72,34 +72,57 @@ class Choice:
     build: Callable[..., Optimizer]  # build(model, lr=..., **options)
     rate: float
     grid: tuple[float, ...]
+    method: Callable[..., Optimizer]
+    """The class that it makes, whose arguments `minifisher optimizers NAME` lists."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """What `minifisher tune` searches in addition to the learning rate, on a logarithmic scale."""
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    """The default of each of them, which is tried first."""
 
 
 def _first_order(
-    name: str, description: str, kind: Callable[..., Optimizer], rate: float, **fixed: Any
+    name: str,
+    description: str,
+    kind: Callable[..., Optimizer],
+    rate: float,
+    grid: tuple[float, ...] = (),
+    **fixed: Any,
 ) -> Choice:
     def build(model: nn.Module, **options: Any) -> Optimizer:
         return kind(model.parameters(), **{**fixed, **options})
 
-    return Choice(name, description, build, rate, grid_around(rate))
+    return Choice(name, description, build, rate, grid or grid_around(rate), kind)
+
+
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-9, 4) for digit in (1, 3))
+"""The learning rates that are tried: {1, 3} x 10^p."""
+ADAM_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""One grid for all optimizers whose learning rate is in step lengths of Adam."""
 
 
 def grid_around(rate: float) -> tuple[float, ...]:
-    """Five learning rates, {1, 3} x 10^p, with `rate` in the middle."""
-    ladder = sorted(digit * 10.0**power for power in range(-8, 3) for digit in (1, 3))
-    middle = min(range(len(ladder)), key=lambda index: abs(ladder[index] / rate - 1))
-    return tuple(float(f"{step:.0e}") for step in ladder[middle - 2 : middle + 3])
+    """Five learning rates of the ladder with `rate` in the middle."""
+    middle = _nearest(rate)
+    return LADDER[middle - 2 : middle + 3]
+
+
+def next_rate(rate: float, *, up: bool) -> float:
+    """The neighbour of the rate on the ladder."""
+    return LADDER[_nearest(rate) + (1 if up else -1)]
+
+
+def _nearest(rate: float) -> int:
+    return min(range(len(LADDER)), key=lambda index: abs(LADDER[index] / rate - 1))
 
 
 _OPTIM = torch.optim
 FIRST_ORDER = (
-    _first_order("adamw", "Adam with decoupled decay 0.01", _OPTIM.AdamW, 1e-3),
-    _first_order("adam", "Adam", _OPTIM.Adam, 1e-3),
+    _first_order("adamw", "Adam with decoupled decay 0.01", _OPTIM.AdamW, 1e-3, ADAM_GRID),
+    _first_order("adam", "Adam", _OPTIM.Adam, 1e-3, ADAM_GRID),
     _first_order("adagrad", "AdaGrad", _OPTIM.Adagrad, 1e-2),
     _first_order("rmsprop", "RMSprop", _OPTIM.RMSprop, 1e-3),
     _first_order("sgd", "SGD with momentum 0.9", _OPTIM.SGD, 1e-3, momentum=0.9),
-    Choice("muon", "Muon for matrices, AdamW for the rest", MuonWithAdamW, 1e-3, grid_around(1e-3)),
+    Choice("muon", "Muon for matrices, AdamW for the rest", MuonWithAdamW, 1e-3, ADAM_GRID, MuonWithAdamW),
 )
 
 # A name for a method with some arguments fixed, written as on the command line: NAME:ARGUMENT=VALUE:...
@@ -112,7 +135,9 @@ ALIASES = {
 def _method(name: str, method: type[minifisher.CurvatureOptimizer]) -> Choice:
     rate = float(inspect.signature(method).parameters["lr"].default)
     description = (inspect.getdoc(method) or name).splitlines()[0].partition(":")[0].rstrip(".")
-    return Choice(name, description, method, rate, grid_around(rate), {"damping": (1e-4, 1e1)})
+    damping = float(method.options["damping"].default)
+    searched, default = {"damping": (damping / 100, damping * 100)}, {"damping": damping}
+    return Choice(name, description, method, rate, ADAM_GRID, method, searched, default)
 
 
 def optimizers() -> dict[str, Choice]:

@@ -39,7 +39,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.epochs is None):
-            raise ValueError(f"give either seconds or epochs, got {self.seconds=} and {self.epochs=}")
+            both = "both" if self.seconds is not None else "neither"
+            raise ValueError(f"give either seconds or epochs, not {both}")
         for name, value in (("seconds", self.seconds), ("epochs", self.epochs)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value:g}")

@@ -6,7 +6,7 @@ import torch
 import minifisher
 from minifisher_lab.names import UnknownNameError
 from minifisher_lab.training import optimizers as module
-from minifisher_lab.training.optimizers import choose, grid_around, optimizers
+from minifisher_lab.training.optimizers import choose, grid_around, next_rate, optimizers
 
 FIRST_ORDER = ("adamw", "adam", "adagrad", "rmsprop", "sgd", "muon")
 
@@ -44,12 +44,14 @@ def test_every_method_of_minifisher_has_a_name() -> None:
     assert set(minifisher.METHODS) <= set(optimizers())
 
 
-def test_grids_hold_five_rates_with_the_default_in_the_middle() -> None:
+def test_grids_are_equal_for_all_methods_and_hold_five_rates_with_the_default() -> None:
     for choice in optimizers().values():
         assert len(choice.grid) == 5
-        assert choice.grid[2] == pytest.approx(choice.rate)
+        assert choice.rate in choice.grid
         assert list(choice.grid) == sorted(choice.grid)
+    assert len({choose(name).grid for name in (*minifisher.METHODS, "adamw", "adam", "muon")}) == 1
     assert grid_around(1e-3) == (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    assert (next_rate(3e-2, up=True), next_rate(3e-4, up=False)) == (1e-1, 1e-4)
 
 
 def test_arguments_after_the_name_reach_the_optimizer() -> None:

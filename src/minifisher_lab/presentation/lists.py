@@ -1,0 +1,176 @@
+"""The lists: problems by kind, optimizers and their arguments, datasets; as tables or as JSON."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from minifisher_lab.names import look_up
+from minifisher_lab.terminal import console, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from minifisher_lab.training.optimizers import Choice
+
+ARGUMENTS_HINT = (
+    "Arguments follow the name: mbf:power=0.5:graft=None. `minifisher optimizers NAME` lists them."
+)
+
+
+def problems(as_json: bool) -> None:
+    """The problems, grouped by kind, with their data and whether it is on this machine."""
+    from minifisher_lab import data
+    from minifisher_lab.problems import PROBLEMS
+
+    here = {row.name: row.present for row in data.catalogue()}
+    rows = [
+        {
+            "kind": _kind(name),
+            "problem": name,
+            "what it is": problem.description,
+            "data": problem.data,
+            "here": here[str(problem.data)],
+            "batch": problem.batch_size,
+            "epochs": problem.epochs,
+            "parameters": problem.parameters(),
+        }
+        for name, problem in PROBLEMS.items()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    _print_problems(rows)
+    console.print("\nA problem of your own: minifisher compare MODULE:FUNCTION", highlight=False)
+
+
+def _kind(name: str) -> str:
+    kinds = {"autoencoder": "Autoencoders", "cnn": "Small convolutional networks"}
+    return kinds.get(name.partition("-")[0], "Large convolutional networks")
+
+
+def _print_problems(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("problem", overflow="fold")
+    for name in ("data", "here", "batch", "epochs", "parameters"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("data", "here") else "right")
+    kind = ""
+    for row in rows:
+        if row["kind"] != kind:
+            kind = row["kind"]
+            table.add_row(f"[bold italic]{kind}[/]")
+        numbers = str(row["batch"]), str(row["epochs"]), f"{row['parameters']:,}"
+        about = f"{row['problem']}\n[dim]{row['what it is']}[/]"
+        table.add_row(about, row["data"], _mark(row["here"]), *numbers)
+    console.print(table)
+
+
+def all_optimizers(as_json: bool) -> None:
+    """The optimizers with their default learning rate and the rates that --tune tries."""
+    from minifisher_lab.training.optimizers import optimizers
+
+    choices = optimizers().values()
+    if as_json:
+        print_json([_choice_record(choice) for choice in choices])
+        return
+    table = _table(("optimizer", "lr", "--tune tries"), ("what it is",))
+    for choice in choices:
+        tried = f"{choice.grid[0]:g} to {choice.grid[-1]:g}"
+        table.add_row(choice.name, f"{choice.rate:g}", tried, choice.description)
+    console.print(table)
+    console.print(f"\n{ARGUMENTS_HINT}", highlight=False)
+
+
+def optimizer(spec: str, as_json: bool) -> None:
+    """The arguments of one optimizer: default, values, meaning."""
+    from minifisher_lab.training.optimizers import choose
+
+    try:
+        choice = choose(spec)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    rows = list(_arguments(choice))
+    if as_json:
+        print_json({**_choice_record(choice), "arguments": rows})
+        return
+    console.print(f"{choice.name}: {choice.description}. Learning rate {choice.rate:g}.\n", highlight=False)
+    for row in rows:
+        console.print(f"[bold]{row['argument']}[/] = {row['default']}  [dim]{escape(row['values'])}[/]")
+        console.print(Padding(escape(row["meaning"]), (0, 0, 0, 4)))
+
+
+def _choice_record(choice: Choice) -> dict[str, Any]:
+    return {
+        "name": choice.name,
+        "description": choice.description,
+        "lr": choice.rate,
+        "grid": list(choice.grid),
+    }
+
+
+def _arguments(choice: Choice) -> Iterator[dict[str, str]]:
+    """minifisher's methods declare ranges and meanings; of torch's optimizers the signature tells less."""
+    method = choice.method
+    options = getattr(method, "options", None)
+    if options:
+        for option in options.values():
+            if option.init and option.name not in ("params", "lr"):
+                yield _argument(option.name, option.default, option.range, option.meaning)
+        return
+    for name, parameter in inspect.signature(method).parameters.items():
+        if name not in ("params", "model", "lr") and parameter.default is not inspect.Parameter.empty:
+            yield _argument(name, parameter.default, "", f"see torch.optim.{method.__name__}")
+
+
+def _argument(name: str, default: object, values: str, meaning: str) -> dict[str, str]:
+    return {"argument": name, "default": repr(default), "values": values, "meaning": meaning}
+
+
+def datasets(as_json: bool) -> None:
+    """The datasets: what each holds, where it comes from, and whether it is on this machine."""
+    from minifisher_lab import data
+
+    names = ("name", "present", "holds", "source", "licence")
+    rows = [{name: getattr(row, name) for name in names} for row in data.catalogue()]
+    if as_json:
+        print_json(rows)
+        return
+    table = _table(("dataset", "here"), ("what it holds", "where it comes from", "licence"))
+    for row in rows:
+        table.add_row(row["name"], _mark(row["present"]), row["holds"], row["source"], row["licence"])
+    console.print(table)
+
+
+def fetch(name: str) -> None:
+    """Download a dataset, check it and store it."""
+    from minifisher_lab import data
+
+    try:
+        look_up("dataset", name, dict.fromkeys(data.NAMES))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    try:
+        data.get(name)
+    except data.DataUnavailable as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+    console.print(f"{name} is ready.")
+
+
+def _table(fixed: Iterable[str], wrapped: Iterable[str]) -> Table:
+    """A table whose first columns are never cut, and whose last ones wrap."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in fixed:
+        table.add_column(name, no_wrap=True, justify="right" if name == "lr" else "left")
+    for name in wrapped:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _mark(present: bool) -> str:
+    return "yes" if present else "-"
