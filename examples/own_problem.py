@@ -21,9 +21,3 @@ def make_problem():
         batch_size=50,
         epochs=5,
     )
-
-
-if __name__ == "__main__":
-    from minifisher_lab.cli import app
-
-    app(["compare", f"{__file__}:make_problem", "--optimizers", "adamw,mbf", "--lr", "mbf=1e-2"])

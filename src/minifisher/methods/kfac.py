@@ -201,7 +201,7 @@ def _widened(tensor: Tensor) -> Tensor:
 class KFAC(KroneckerOptimizer):
     """Kronecker-factored Fisher: W <- W - lr (G + gamma_G I)^-1 M (A + gamma_A I)^-1.
 
-    A = E[a a^T] [in, in] of the inputs of a layer, G = E[g g^T] [out, out] of its per-sample output
+    A = E[a a^T], [in, in], of the inputs of a layer, G = E[g g^T], [out, out], of its per-sample output
     gradients; gamma_A gamma_G = lambda, see `pi_correction`. Labels are drawn from the model
     (`fisher="sampled"`), are those of the data ("empirical"), or are all labels with their probabilities
     ("exact": one backward pass for each output entry of a sample). "sampled" and "exact" need a call of
