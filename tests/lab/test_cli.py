@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from rich.console import Console
@@ -205,6 +206,22 @@ def test_the_first_trial_has_the_defaults_of_all_that_is_searched() -> None:
         assert search.defaults == {key: method.options[key].default for key in ("lr", "damping")}
         space = search.distributions()
         assert all(space[key].low <= value <= space[key].high for key, value in search.defaults.items())
+
+
+def test_the_table_of_trials_says_which_were_cut_short() -> None:
+    search = Search(PROBLEMS["cnn-digits"], choose("adamw"), Budget(epochs=1), 2)
+    space, states = search.distributions(), optuna.trial.TrialState
+    trials = [
+        optuna.create_trial(
+            state=state, value=1.5, params={"lr": rate}, distributions=space,
+            intermediate_values={1: 2.0, 2: 1.5},
+        )
+        for state, rate in ((states.COMPLETE, 1e-3), (states.PRUNED, 1e-2))
+    ]  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.trial_table(search, trials))
+    assert "the defaults" in console.file.getvalue()
+    assert "cut short after 2 of 21 points" in console.file.getvalue()
 
 
 def test_optimizers_name_lists_every_argument_with_its_meaning() -> None:

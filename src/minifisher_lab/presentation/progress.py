@@ -124,6 +124,6 @@ class TrialBars(PairOfBars):
     def ended(self, trial: FrozenTrial) -> None:
         """Print a line for the trial and restart the bar for the next one."""
         settings = "  ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
-        outcome = "cut short" if trial.value is None else f"best loss {trial.value:.5g}"
+        outcome = f"best loss {trial.value:.5g}" if trial.state.name == "COMPLETE" else "cut short"
         self.finish(f"trial {trial.number:<3} {settings}   {trial.user_attrs.get('status', '')} {outcome}")
         self.begin(f"trial {trial.number + 1}")

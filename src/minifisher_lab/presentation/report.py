@@ -93,7 +93,7 @@ def trial_table(search: Search, ranked: Sequence[FrozenTrial]) -> Table:
 
 
 def _outcome(search: Search, trial: FrozenTrial) -> str:
-    if trial.value is not None:
+    if trial.state.name == "COMPLETE":  # optuna gives a pruned trial a value, too
         default = all(trial.params[name] == value for name, value in search.defaults.items())
         return "the defaults" if default else "finished"
     if trial.user_attrs.get("status") == "diverged":
