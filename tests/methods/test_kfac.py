@@ -662,3 +662,16 @@ def test_the_factors_equal_those_of_curvlinops(module, shape, fisher, theirs, we
     expected = operator @ torch.eye(size, dtype=torch.float64)
     layers = read(case, fisher=fisher, weight_sharing=weight_sharing)
     torch.testing.assert_close(torch.block_diag(*map(flattened, layers)), expected)
+
+
+def test_eigenvalues_without_damping_are_at_least_the_rounding_error_of_their_mean():
+    layer = Layer("weight", torch.zeros(2, 2, dtype=torch.float64))
+    curvature = CorrectedFactors(layer.shape, groups=1, dtype=torch.float64, relative_damping=False)
+    state = curvature.init(layer)
+    for side in ("input", "gradient"):
+        state[f"{side}_basis"].copy_(torch.eye(2))
+    state["eigenvalues"].copy_(torch.tensor([[40.0, 0.0], [0.0, 0.0]]))
+    direction = curvature.precondition(state, torch.ones(2, 2, dtype=torch.float64), 0.0)
+    smallest = 10 * torch.finfo(torch.float64).eps
+    expected = torch.tensor([[1 / 40, 1 / smallest], [1 / smallest] * 2], dtype=torch.float64)
+    torch.testing.assert_close(direction, expected)

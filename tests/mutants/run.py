@@ -84,12 +84,13 @@ def read_mutants() -> list[Mutant]:
 # ---- one run ----
 
 
-def run_tests(tree: Path, tests: Iterable[str]) -> str:
+def run_tests(tree: Path, tests: Iterable[str], kernels: str = "kernels") -> str:
     """What the tests say of the source in `tree`: "survived", "noticed", or an error."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "1",
+        "NUMBA_CACHE_DIR": str(tree / kernels),
         "PYTHONDONTWRITEBYTECODE": "1",  # a stale file would hide the next mutant
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
@@ -110,7 +111,8 @@ def run_mutant(mutant: Mutant, tree: Path) -> str:
         compiled.unlink()
     file.write_text(mutant.applied())
     try:
-        return run_tests(tree, mutant.tests)
+        # Compiled kernels of the mutant must not replace those of the source.
+        return run_tests(tree, mutant.tests, "mutated" if mutant.path.startswith("kernels/") else "kernels")
     finally:
         shutil.copy2(SOURCE / mutant.path, file)
 
@@ -230,7 +232,9 @@ def main() -> None:
     found = run_all(chosen(mutants, options.names, options.distributed), options.jobs)
     bad = {mutant: result for mutant, result in found.items() if result != "noticed"}
     equivalent = sum(bool(mutant.equivalent) for mutant in mutants)
-    print(f"{len(mutants)} mutants, {equivalent} equivalent, {len(found)} run, {len(bad)} survivors or errors")
+    print(
+        f"{len(mutants)} mutants, {equivalent} equivalent, {len(found)} run, {len(bad)} survivors or errors"
+    )
     for mutant, result in bad.items():
         print(f"  {mutant.name} in {mutant.path}: {result}\n    - {mutant.old}\n    + {mutant.new}")
     sys.exit(bool(bad))
