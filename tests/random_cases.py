@@ -222,6 +222,11 @@ class Run:
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.module.parameters()]
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that the optimizer has so far."""
+        return [parameter for group in self.opt.param_groups for parameter in group["params"]]
+
     def prepare(self, step: Step) -> None:
         """Change what the step changes."""
         name, value = step.change or ("", None)
@@ -240,6 +245,7 @@ class Run:
 
         def closure() -> Tensor:
             self.opt.zero_grad()
+            self.module.zero_grad()  # also of what is added later
             inputs = torch.randn(BATCH, WIDTH).to(self.case.dtype)
             outputs = self.module[1](self.module[0](inputs))
             if outputs.requires_grad:
@@ -251,17 +257,16 @@ class Run:
             return loss.detach()
 
         self.opt.step(closure)
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
     def _spoil(self, step: Step) -> None:
-        parameters = list(self.module.parameters())
-        for bit, parameter in enumerate(parameters):
+        for bit, parameter in enumerate(self.trained):
             if step.missing >> bit & 1:
                 parameter.grad = None
-        present = [p for p in parameters if p.grad is not None and p.grad.numel()]
+        present = [p for p in self.trained if p.grad is not None and p.grad.numel()]
         if step.bad and present:
-            present[0].grad.view(-1)[0] = float(step.bad)
+            present[0].grad[(0,) * present[0].ndim] = float(step.bad)
 
     def resumed(self) -> Run:
         """A new optimizer for a copy of the network, with the saved state."""
@@ -269,11 +274,11 @@ class Run:
         torch.save(self.opt.state_dict(), buffer)
         buffer.seek(0)
         twin = Run(self.case)
+        if len(self.opt.param_groups) > 1:
+            twin.prepare(Step(change=("add", None)))
         for parameter, own in zip(twin.module.parameters(), self.module.parameters(), strict=True):
             parameter.data.copy_(own.data)
             parameter.requires_grad_(own.requires_grad)
-        if len(self.opt.param_groups) > 1:
-            twin.prepare(Step(change=("add", None)))
         twin.opt.load_state_dict(torch.load(buffer))
         return twin
 
