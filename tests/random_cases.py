@@ -299,7 +299,7 @@ def _check(case: Case) -> str:
     try:
         run = Run(case)
     except (TypeError, ValueError) as error:
-        assert len(str(error)) > 20, f"an error that does not say what to do: {error!r}"
+        _check_message(error)
         return "refused"
     for index, step in enumerate(case.steps[:SAVED_AFTER]):
         _take(run, index, step)
@@ -314,11 +314,15 @@ def _check(case: Case) -> str:
     return "skipped a step" if run.opt.skipped_steps else "trained"
 
 
+def _check_message(error: Exception) -> None:
+    assert len(str(error)) > 20, f"an error that does not say what to do: {error!r}"
+
+
 def _take(run: Run, index: int, step: Step) -> None:
     try:
         run.prepare(step)
     except (TypeError, ValueError) as error:  # a group that the method cannot train
-        assert len(str(error)) > 20, f"an error that does not say what to do: {error!r}"
+        _check_message(error)
     before = copy.deepcopy(run.weights)
     finite = run.take(index, step)
     for old, new in zip(before, run.weights, strict=True):
