@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test fuzz mutants lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/minifisher demo
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
+
+# Twenty thousand random networks, options and gradients.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py
+
+# Every mutant of a formula against the tests that should notice it; prints the survivors.
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests benchmarks examples docs
