@@ -485,3 +485,14 @@ def test_the_inputs_are_inverted_exactly_every_so_many_refreshes():
         method.refresh(state, 0.04)
         exact = torch.linalg.inv(state["input_moment"] + 0.2 * identity)
         assert torch.allclose(state["input_inverse"], exact, rtol=1e-9, atol=0) == (refresh % 2 == 0), refresh
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_pair_whose_output_change_alone_is_not_finite_is_skipped(bad):
+    method, layer = curvature(relative_damping=False)
+    state, secant = method.init(layer), random_secant(torch.Generator().manual_seed(0))
+    secant.output_change[0, 0] = bad
+    method.observe(state, secant, 0.5)
+    assert state["skipped_pairs"] == 1
+    assert (state["output_change"] == 0).all()
+    assert (state["gradient_change"] == 0).all()
