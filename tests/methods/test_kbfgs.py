@@ -496,3 +496,29 @@ def test_a_pair_whose_output_change_alone_is_not_finite_is_skipped(bad):
     assert state["skipped_pairs"] == 1
     assert (state["output_change"] == 0).all()
     assert (state["gradient_change"] == 0).all()
+
+
+@pytest.mark.parametrize("memory", [None, 3])
+def test_a_pair_of_negative_curvature_is_not_taken(memory):
+    method, layer = curvature(memory, relative_damping=False)
+    state, scale = method.init(layer), torch.full((GROUPS,), 4.0, dtype=torch.float64)
+    method._start_outputs(state, scale)
+    change = torch.ones(GROUPS, OUT, dtype=torch.float64)
+    assert method._learn(state, change, 2 * change, scale).all()
+    before = copy.deepcopy(state)
+    assert not method._learn(state, change, -change, scale).any()
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+def test_the_limited_memory_starts_from_the_latest_scale():
+    method, layer = curvature(3, relative_damping=True)
+    state, change = method.init(layer), torch.ones(GROUPS, OUT, dtype=torch.float64)
+    for size in (4.0, 5.0):
+        method._learn(state, change, change, torch.full((GROUPS,), size, dtype=torch.float64))
+    assert (state["initial_inverse"] == 1 / 5).all()
+
+
+def test_the_period_of_exact_inverses_is_counted_in_refreshes():
+    layer = grouped_layer()
+    optimizer = KBFGS(layer.modules[0], statistics_every=2, inverse_every=10, fold_bias=False)
+    assert optimizer.plan(layer, optimizer.param_groups[0]).curvature.inverse_every == 5
