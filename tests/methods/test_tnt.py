@@ -271,3 +271,16 @@ def test_blocks_with_padding_are_damped_by_the_means_of_their_entries():
                 inverses.append(torch.linalg.inv(omega + level * torch.eye(len(h), dtype=torch.float64)))
             expected = inverses[0] @ direction[rows, columns] @ inverses[1]
             torch.testing.assert_close(found[rows, columns], expected)
+
+
+def test_power_one_half_is_the_root_of_the_inverse():
+    inverses = []
+    for power in (1.0, 0.5):
+        weight = torch.zeros(4, 6, dtype=torch.float64, requires_grad=True)
+        optimizer, layer = TNT([weight], fisher="gradient", power=power), layer_of("weight", weight)
+        curvature = optimizer.plan(layer, optimizer.defaults).curvature
+        state = curvature.init(layer)
+        curvature.observe(state, BatchGradient(random_gradients((4, 6), count=1)[0]), 0.0)
+        curvature.refresh(state, 0.1)
+        inverses.append(state["inverse_0"])
+    torch.testing.assert_close(inverses[1] @ inverses[1], inverses[0])
