@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs fuzz mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/minifisher demo
@@ -15,6 +15,14 @@ test: $(INSTALLED) lint
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Twenty thousand random networks, options and gradients.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py
+
+# Every mutant of a formula against the tests that should notice it; prints the survivors.
+mutants: $(INSTALLED)
+	$(BIN)/python tests/mutants/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests benchmarks examples docs

@@ -114,3 +114,10 @@ def test_a_nan_without_an_error_in_float32_is_computed_again_in_float64(monkeypa
     assert basis.dtype == torch.float32
     rotated = basis.T.double() @ matrix @ basis.double()
     assert (rotated - rotated.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_old_columns_take_the_places_of_lost_ones_in_the_new_order():
+    matrix, basis = torch.diag(torch.tensor([0.0, 0.0, 1.0])), torch.eye(3)
+    moved, order = power_iteration(matrix.unsqueeze(0), basis.unsqueeze(0))
+    assert order.tolist() == [[2, 0, 1]]
+    torch.testing.assert_close(moved[0].abs(), basis[:, [2, 0, 1]])

@@ -475,3 +475,50 @@ def test_a_pair_is_damped_in_units_of_the_mean_squared_output_gradient():
         s, y, _ = double_damped(s, y, y, 0.2, 0.2)
         expected = published(torch.eye(OUT).double(), s, y, 0.0, 0.0) / units[group]
         torch.testing.assert_close(state["output_inverse"][group], expected)
+
+
+def test_the_inputs_are_inverted_exactly_every_so_many_refreshes():
+    method, layer = curvature(relative_damping=False, inverse_every=2)
+    state, identity = method.init(layer), torch.eye(IN, dtype=torch.float64)
+    for refresh in range(5):
+        method.observe(state, random_samples(refresh), 0.5 if refresh else 0.0)
+        method.refresh(state, 0.04)
+        exact = torch.linalg.inv(state["input_moment"] + 0.2 * identity)
+        assert torch.allclose(state["input_inverse"], exact, rtol=1e-9, atol=0) == (refresh % 2 == 0), refresh
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_pair_whose_output_change_alone_is_not_finite_is_skipped(bad):
+    method, layer = curvature(relative_damping=False)
+    state, secant = method.init(layer), random_secant(torch.Generator().manual_seed(0))
+    secant.output_change[0, 0] = bad
+    method.observe(state, secant, 0.5)
+    assert state["skipped_pairs"] == 1
+    assert (state["output_change"] == 0).all()
+    assert (state["gradient_change"] == 0).all()
+
+
+@pytest.mark.parametrize("memory", [None, 3])
+def test_a_pair_of_negative_curvature_is_not_taken(memory):
+    method, layer = curvature(memory, relative_damping=False)
+    state, scale = method.init(layer), torch.full((GROUPS,), 4.0, dtype=torch.float64)
+    method._start_outputs(state, scale)
+    change = torch.ones(GROUPS, OUT, dtype=torch.float64)
+    assert method._learn(state, change, 2 * change, scale).all()
+    before = copy.deepcopy(state)
+    assert not method._learn(state, change, -change, scale).any()
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+def test_the_limited_memory_starts_from_the_latest_scale():
+    method, layer = curvature(3, relative_damping=True)
+    state, change = method.init(layer), torch.ones(GROUPS, OUT, dtype=torch.float64)
+    for size in (4.0, 5.0):
+        method._learn(state, change, change, torch.full((GROUPS,), size, dtype=torch.float64))
+    assert (state["initial_inverse"] == 1 / 5).all()
+
+
+def test_the_period_of_exact_inverses_is_counted_in_refreshes():
+    layer = grouped_layer()
+    optimizer = KBFGS(layer.modules[0], statistics_every=2, inverse_every=10, fold_bias=False)
+    assert optimizer.plan(layer, optimizer.param_groups[0]).curvature.inverse_every == 5

@@ -662,3 +662,48 @@ def test_the_factors_equal_those_of_curvlinops(module, shape, fisher, theirs, we
     expected = operator @ torch.eye(size, dtype=torch.float64)
     layers = read(case, fisher=fisher, weight_sharing=weight_sharing)
     torch.testing.assert_close(torch.block_diag(*map(flattened, layers)), expected)
+
+
+def test_eigenvalues_without_damping_are_at_least_the_rounding_error_of_their_mean():
+    layer = Layer("weight", torch.zeros(2, 2, dtype=torch.float64))
+    curvature = CorrectedFactors(layer.shape, groups=1, dtype=torch.float64, relative_damping=False)
+    state = curvature.init(layer)
+    for side in ("input", "gradient"):
+        state[f"{side}_basis"].copy_(torch.eye(2))
+    state["eigenvalues"].copy_(torch.tensor([[40.0, 0.0], [0.0, 0.0]]))
+    direction = curvature.precondition(state, torch.ones(2, 2, dtype=torch.float64), 0.0)
+    smallest = 10 * torch.finfo(torch.float64).eps
+    expected = torch.tensor([[1 / 40, 1 / smallest], [1 / smallest] * 2], dtype=torch.float64)
+    torch.testing.assert_close(direction, expected)
+
+
+def corrected(power=1.0):
+    layer = Layer("weight", torch.zeros(3, 4, dtype=torch.float64))
+    curvature = CorrectedFactors(
+        layer.shape, groups=1, dtype=torch.float64, relative_damping=False, power=power
+    )
+    return curvature, curvature.init(layer)
+
+
+def test_the_corrected_eigenvalues_are_raised_to_the_power():
+    curvature, state = corrected(power=0.5)
+    for side in ("input", "gradient"):
+        state[f"{side}_basis"].copy_(torch.eye(state[f"{side}_basis"].shape[-1]))
+    eigenvalues = torch.arange(1.0, 13.0, dtype=torch.float64).view(3, 4)
+    state["eigenvalues"].copy_(eigenvalues)
+    direction = curvature.precondition(state, torch.ones(3, 4, dtype=torch.float64), 0.5)
+    torch.testing.assert_close(direction, (eigenvalues + 0.5).rsqrt())
+
+
+def test_a_new_basis_never_makes_an_eigenvalue_negative():
+    curvature, state = corrected()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for side in ("input", "gradient"):
+            width = state[f"{side}_factor"].shape[-1]
+            root = torch.randn(1, width, width, generator=generator, dtype=torch.float64)
+            state[f"{side}_factor"].copy_(root @ root.mT)
+        state["eigenvalues"].zero_()  # measured: less than the factors explain
+        curvature.refresh(state, 0.0)
+    assert (state["eigenvalues"] == 0).any()
+    assert (state["eigenvalues"] >= 0).all()

@@ -29,3 +29,9 @@ def test_a_layer_without_samples_takes_the_first_order_step(method):
     rows = {row.name: row for row in method(module).describe().layers}
     assert rows["1.weight"].structure == "first-order step"
     assert rows["1.weight"].reason == "LayerNorm: only its gradient is read"
+
+
+@pytest.mark.parametrize("method", [KFAC, KBFGS])
+def test_matrices_as_wide_as_max_dim_are_made(method):
+    (layer,) = method(torch.nn.Linear(3, 3, bias=False), max_dim=3).describe().layers
+    assert layer.structure.startswith("Kronecker")

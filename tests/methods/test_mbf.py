@@ -614,3 +614,13 @@ def test_curvature_in_half_precision_is_damped_by_its_rounding_error(dtype):
     rounding = torch.finfo(torch.bfloat16).eps
     assert (gain < 1.1 / (rounding * largest)) == (dtype == torch.bfloat16)
     assert opt.diagnostics()["fallbacks"] == 0
+
+
+def test_padding_leaves_an_inverse_that_needs_no_second_attempt():
+    """A recorded step cannot factorise again with more damping: padded entries must not be singular."""
+    weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    opt = MBF([weight], block_size=3, capturable=True, statistics_every=1, inverse_every=1)
+    weight.grad = torch.ones(3, 5, dtype=torch.float64)
+    opt.step()
+    assert torch.isfinite(opt.state[weight]["inverse"]).all()
+    assert opt.diagnostics()["fallbacks"] == 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from minifisher import Shampoo
 from tests.helpers import per_sample_gradients, problem
-from tests.methods.weights_as_tensors import EVERYTHING, dense, moment, random_gradients, steps
+from tests.methods.weights_as_tensors import EVERYTHING, dense, moment, observed, random_gradients, steps
 
 
 def power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -231,3 +231,21 @@ def test_describe_names_the_structure_of_every_weight():
 def test_invalid_arguments_raise_an_error_with_the_cure(options, message):
     with pytest.raises(ValueError, match=message):
         Shampoo([torch.zeros(3, 4, requires_grad=True)], **options)
+
+
+def test_blocks_with_padding_are_damped_by_the_means_of_their_entries():
+    """Blocks of 3 x 3 in a weight of 5 x 6: the last ones along the first mode have two rows."""
+    (gradient,), damping = random_gradients((5, 6), count=1), 0.1
+    direction = random_gradients((6, 5), count=1)[0].T
+    curvature, state, _ = observed((5, 6), [gradient], damping, max_dim=4)
+    found = curvature.precondition(state, direction, damping)
+    for rows in (slice(0, 3), slice(3, 5)):
+        for columns in (slice(0, 3), slice(3, 6)):
+            block = gradient[rows, columns]
+            scale = (block.square().mean() + gradient.square().mean()) / 2
+            roots = []
+            for h in (block @ block.T, block.T @ block):
+                level = damping * scale * block.numel() / len(h)
+                values, vectors = torch.linalg.eigh(h + level * torch.eye(len(h), dtype=torch.float64))
+                roots.append(vectors @ torch.diag(values**-0.25) @ vectors.T)
+            torch.testing.assert_close(found[rows, columns], roots[0] @ direction[rows, columns] @ roots[1])

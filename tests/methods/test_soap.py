@@ -117,3 +117,13 @@ def test_rows_that_never_had_a_gradient_stay_exactly(shape):
     unused = torch.ones(shape[0], dtype=torch.bool).index_fill_(0, used, False)
     assert torch.equal(weight[unused], torch.ones_like(weight[unused]))
     assert (weight[used] - 1).abs().min() > 0
+
+
+def test_relative_damping_is_a_fraction_of_the_root_mean_square_without_padding():
+    shape, options = (5, 6), {"eigenbasis": True, "max_dim": 4}
+    (gradient,) = random_gradients(shape, count=1)
+    level = 0.1 * gradient.square().mean().sqrt().item()
+    torch.testing.assert_close(
+        dense(shape, [gradient], 0.1, **options),
+        dense(shape, [gradient], level, relative_damping=False, **options),
+    )

@@ -11,7 +11,7 @@ from minifisher.statistics.layers import layer_of
 from minifisher.statistics.likelihood import sampled_loss
 from minifisher.statistics.records import BatchGradient, LayerSamples
 from tests.helpers import NETS, dense_preconditioner, joined, per_sample_gradients, problem
-from tests.methods.weights_as_tensors import moment
+from tests.methods.weights_as_tensors import moment, random_gradients
 
 
 def modes(weight: torch.Tensor) -> torch.Tensor:
@@ -247,3 +247,40 @@ def test_the_loss_falls_with_the_defaults():
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     assert optimizer.diagnostics()["fallbacks"] == optimizer.skipped_steps == 0
+
+
+def test_blocks_with_padding_are_damped_by_the_means_of_their_entries():
+    """Blocks of 3 x 3 in a weight of 5 x 6: the last ones along the first mode have two rows."""
+    (gradient,), damping = random_gradients((5, 6), count=1), 0.1
+    direction = random_gradients((6, 5), count=1)[0].T
+    weight = torch.zeros(5, 6, dtype=torch.float64, requires_grad=True)
+    optimizer, layer = TNT([weight], fisher="gradient", max_dim=4), layer_of("weight", weight)
+    curvature = optimizer.plan(layer, optimizer.defaults).curvature
+    state = curvature.init(layer)
+    curvature.observe(state, BatchGradient(gradient), 0.0)
+    curvature.refresh(state, damping)
+    found = curvature.precondition(state, direction, damping)
+    for rows in (slice(0, 3), slice(3, 5)):
+        for columns in (slice(0, 3), slice(3, 6)):
+            block = gradient[rows, columns]
+            mean = block.square().mean()
+            level = damping * ((mean + gradient.square().mean()) / 2).sqrt()
+            inverses = []
+            for h in (block @ block.T, block.T @ block):
+                omega = h / (mean.sqrt() * block.numel() / len(h))
+                inverses.append(torch.linalg.inv(omega + level * torch.eye(len(h), dtype=torch.float64)))
+            expected = inverses[0] @ direction[rows, columns] @ inverses[1]
+            torch.testing.assert_close(found[rows, columns], expected)
+
+
+def test_power_one_half_is_the_root_of_the_inverse():
+    inverses = []
+    for power in (1.0, 0.5):
+        weight = torch.zeros(4, 6, dtype=torch.float64, requires_grad=True)
+        optimizer, layer = TNT([weight], fisher="gradient", power=power), layer_of("weight", weight)
+        curvature = optimizer.plan(layer, optimizer.defaults).curvature
+        state = curvature.init(layer)
+        curvature.observe(state, BatchGradient(random_gradients((4, 6), count=1)[0]), 0.0)
+        curvature.refresh(state, 0.1)
+        inverses.append(state["inverse_0"])
+    torch.testing.assert_close(inverses[1] @ inverses[1], inverses[0])

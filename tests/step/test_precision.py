@@ -10,6 +10,8 @@ from torch.nn import functional
 
 import minifisher
 from minifisher.statistics import likelihood
+from minifisher.statistics.layers import layer_of
+from minifisher.step.precision import all_finite
 
 ESTIMATORS = ["gradient", "empirical"]
 
@@ -179,3 +181,10 @@ def test_autocast_trains(fisher: str, dtype: torch.dtype) -> None:
     state = optimizer.state[network.hidden.weight]
     assert state["fisher"].dtype == torch.float32
     assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize(("size", "finite"), [(1e18, True), (1e25, False), (torch.inf, False)])
+def test_a_gradient_is_finite_where_its_square_is(size: float, finite: bool) -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))  # in float32 the norm itself is infinite
+    weight.grad = torch.tensor([size, 0.0], dtype=torch.float64)
+    assert all_finite([layer_of("weight", weight)], ()) == finite
