@@ -38,6 +38,7 @@ from minifisher.step.layer_stack import (
     add_momentum,
     form_stacks,
     initial_state,
+    is_due,
 )
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
@@ -344,8 +345,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
-        taken: int = self._entry(layer).get("step", 0)
-        return taken % self._enrolled[layer].plan.statistics_every == 0
+        return is_due(self._entry(layer).get("step", 0), self._enrolled[layer].plan.statistics_every)
 
     @torch.no_grad()
     def warm_start(

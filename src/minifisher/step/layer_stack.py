@@ -114,8 +114,7 @@ class LayerStack:
     def gradient(self) -> Tensor:
         """D of what is minimised; zero where only the weight or only the bias of a layer has a gradient."""
         gradient = self.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
-        if gradient.dtype == torch.float16:
-            gradient = gradient.to(state_dtype(gradient.dtype))
+        gradient = gradient.to(state_dtype(gradient.dtype))
         gradient = -gradient if self.options["maximize"] else gradient
         return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
@@ -158,7 +157,7 @@ class LayerStack:
     @property
     def statistics_due(self) -> bool:
         """Whether the coming step reads statistics: every T1 steps."""
-        return bool(self.step % self.plan.statistics_every == 0)
+        return is_due(self.step, self.plan.statistics_every)
 
     @property
     def refresh_due(self) -> bool:
@@ -170,14 +169,14 @@ class LayerStack:
         plan = self.plan
         every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
         is_first = self.observations == 1 and self.statistics_due
-        return bool(self.observations) and (self.step % every == 0 or is_first)
+        return bool(self.observations) and (is_due(self.step, every) or is_first)
 
     def corrected_decay(self) -> float | None:
         """The decay of the coming observation, without bias in the running average; None if none is due.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
-        if self.step % self.plan.statistics_every != 0:
+        if not self.statistics_due:
             return None
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
@@ -225,6 +224,11 @@ class LayerStack:
             return False
         present = [layer in samples for layer in self.layers]
         return any(present) and not all(present) and self.statistics_due
+
+
+def is_due(step: Any, every: int) -> bool:
+    """Whether the step after so many steps is one of every `every`, beginning with the first."""
+    return bool(step % every == 0)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

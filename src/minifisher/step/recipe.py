@@ -63,11 +63,7 @@ class Alone:
     ) -> bool:
         """Average this process's statistics in."""
         for stack, gradient, decay in zip(stacks, gradients, decays, strict=True):
-            if (
-                self.finite
-                and decay is not None
-                and (stack.observes_gradient or stack.has_statistics(samples))
-            ):
+            if self.finite and decay is not None and stack.has_statistics(samples):
                 stack.observe(stack.curvature, stack.state, gradient, samples, decay)
                 stack.observations += 1
         return self.finite
@@ -151,8 +147,8 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     state, curvature, graft, options = stack.state, stack.curvature, stack.graft, stack.options
     mu = options["momentum"]
     stack.step += 1
-    joins = options["weight_decay"] and not curvature.averages_momentum  # which joined it to D already
-    joined = stack.with_decay(gradient) if joins else gradient
+    # One that averages momentum has the decay in D already.
+    joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
     first_order_norm = stack.per_length(graft.update(state, joined, stack.lengths, stack.step, mu))
     momentum = state["momentum"] if mu else joined
     if not stack.observations:
