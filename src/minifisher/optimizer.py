@@ -38,10 +38,11 @@ from minifisher.step.layer_stack import (
     add_momentum,
     form_stacks,
     initial_state,
-    is_due,
+    with_schedules,
 )
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
+from minifisher.step.schedule import statistics_due
 from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def _placed(self, plans: dict[Layer, Plan], groups: dict[Layer, dict[str, Any]]) -> dict[Layer, Enrolled]:
         placements = place_layers(type(self).__name__, plans, groups, self.defaults["shard_curvature"])
+        placements = with_schedules(placements, groups)
         return {layer: Enrolled(layer, groups[layer], plans[layer], placements[layer]) for layer in plans}
 
     def _take_over(self, enrolled: dict[Layer, Enrolled]) -> None:
@@ -345,7 +347,10 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
-        return is_due(self._entry(layer).get("step", 0), self._enrolled[layer].plan.statistics_every)
+        member = self._enrolled[layer]
+        return statistics_due(
+            member.placement.plan, self._entry(layer).get("step", 0), member.group["jitter"]
+        )
 
     @torch.no_grad()
     def warm_start(

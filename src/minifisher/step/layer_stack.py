@@ -7,7 +7,7 @@ Their entries in the optimizer's state are then views of the stack.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +18,10 @@ from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
 from minifisher.step.first_order import GRAFTS
+from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from minifisher.curvature import Curvature, Plan, State
     from minifisher.distributed.placement import Placement
@@ -156,20 +157,16 @@ class LayerStack:
 
     @property
     def statistics_due(self) -> bool:
-        """Whether the coming step reads statistics: every T1 steps."""
-        return is_due(self.step, self.plan.statistics_every)
+        """Whether the coming step reads statistics."""
+        return statistics_due(self.plan, self.step, self.options["jitter"])
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the coming step recomputes inverses: every T2 steps.
-
-        In the first T2 steps the statistics change fast, so every observation is followed by a refresh, as in
-        the published code.
-        """
-        plan = self.plan
-        every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
+        """Whether the coming step recomputes inverses: by the schedule, or after the first observation."""
+        if not self.observations:
+            return False
         is_first = self.observations == 1 and self.statistics_due
-        return bool(self.observations) and (is_due(self.step, every) or is_first)
+        return is_first or refresh_due(self.plan, self.step, self.options["jitter"])
 
     def corrected_decay(self) -> float | None:
         """The decay of the coming observation, without bias in the running average; None if none is due.
@@ -226,14 +223,24 @@ class LayerStack:
         return any(present) and not all(present) and self.statistics_due
 
 
-def is_due(step: Any, every: int) -> bool:
-    """Whether the step after so many steps is one of every `every`, beginning with the first."""
-    return bool(step % every == 0)
-
-
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def with_schedules(
+    placements: Mapping[Layer, Placement], groups: Mapping[Layer, Options]
+) -> dict[Layer, Placement]:
+    """The placements with plans whose phases spread the work; equal small layers have one phase."""
+    alike = {layer: _alike(layer, groups[layer]) for layer in placements}
+    entries: dict[Hashable, int] = defaultdict(int)
+    for layer, key in alike.items():
+        entries[key] += layer.weight.numel()
+    phases = spread_phases(entries)
+    return {
+        layer: replace(placement, plan=with_phases(placement.plan, phases[alike[layer]]))
+        for layer, placement in placements.items()
+    }
 
 
 # ---- the state of a layer, and stacks made of it ----
@@ -281,12 +288,16 @@ def form_stacks(enrolled: Iterable[Enrolled], entries: Entries, samples: Samples
 
 
 def _key(member: Enrolled, entry: dict[str, Any]) -> object:
-    layer, weight = member.layer, member.layer.weight
+    history = int(entry["step"]), int(entry["observations"])
+    return _alike(member.layer, member.group), member.placement, history
+
+
+def _alike(layer: Layer, group: Options) -> Hashable:
+    """Equal for layers that can be stacked where placement and history are the same, too."""
+    weight = layer.weight
     if weight.numel() > _LARGEST_STACKED:
         return layer
-    history = int(entry["step"]), int(entry["observations"])
-    same_tensors = layer.shape, layer.bias is None, weight.dtype, weight.device
-    return member.placement, *same_tensors, id(member.group), history
+    return layer.shape, layer.bias is None, weight.dtype, weight.device, id(group)
 
 
 def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
