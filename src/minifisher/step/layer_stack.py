@@ -22,6 +22,7 @@ from minifisher.step.schedule import refresh_due, spread_phases, statistics_due,
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from minifisher.curvature import Curvature, Plan, State
     from minifisher.distributed.placement import Placement
@@ -41,7 +42,7 @@ SATURATED = 1_000_000
 # Stacking copies the gradients once. For a weight with more entries that costs more than a call of its own.
 _LARGEST_STACKED = 65_536
 
-_COUNTS = frozenset({"step", "observations"})
+_COUNTS = frozenset({"step", "observations", "missed"})
 
 
 class Enrolled(NamedTuple):
@@ -52,6 +53,12 @@ class Enrolled(NamedTuple):
     """Its parameter group."""
     plan: Plan
     placement: Placement
+
+    def statistics_due(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the coming step reads statistics; `entry` is the weight's in the optimizer's state."""
+        if entry.get("missed"):
+            return True
+        return statistics_due(self.placement.plan, entry.get("step", 0), self.group["jitter"])
 
 
 @dataclass(eq=False)
@@ -68,6 +75,8 @@ class LayerStack:
     """Steps taken so far: an int, or with `capturable` a tensor []."""
     observations: Any
     """Observations averaged into the curvature so far, likewise."""
+    missed: int = 0
+    """1 if the statistics that were due were not read, because the gradient was zero; else 0."""
 
     def __post_init__(self) -> None:
         self.plan: Plan = self.placement.plan
@@ -149,6 +158,7 @@ class LayerStack:
         """Write the counts into the optimizer's state."""
         for weight, *biases in self.entries:
             weight["observations"] = self.observations
+            weight["missed"] = self.missed
             weight["step"] = self.step
             for bias in biases:
                 bias["step"] = self.step
@@ -158,34 +168,58 @@ class LayerStack:
     @property
     def statistics_due(self) -> bool:
         """Whether the coming step reads statistics."""
-        return statistics_due(self.plan, self.step, self.options["jitter"])
+        return bool(self.missed) or statistics_due(self.plan, self.step, self.options["jitter"])
 
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the coming step recomputes inverses: by the schedule, or after the first observation."""
+    def refresh_due(self, observed: bool) -> bool:
+        """Whether the coming step recomputes inverses.
+
+        By the schedule; also where it `observed` for the first time, or later than it was due.
+        """
         if not self.observations:
             return False
-        is_first = self.observations == 1 and self.statistics_due
-        return is_first or refresh_due(self.plan, self.step, self.options["jitter"])
+        if observed and (self.observations == 1 or self.missed):
+            return True
+        return refresh_due(self.plan, self.step, self.options["jitter"])
 
-    def corrected_decay(self) -> float | None:
-        """The decay of the coming observation, without bias in the running average; None if none is due.
+    def corrected_decay(self, samples: Samples, zero: AbstractSet[Layer]) -> float | None:
+        """The decay of the coming observation, without bias in the running average; None if there is none.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
-        if not self.statistics_due:
+        if not (self.statistics_due and self.has_statistics(samples, zero)):
             return None
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
             return decay
         return float(1 - (1 - decay) / (1 - decay ** (self.observations + 1)))
 
-    def has_statistics(self, samples: Samples) -> bool:
-        """Whether the backward pass brought what the curvature needs."""
+    def decay_of_warm_start(self, samples: Samples, zero: AbstractSet[Layer]) -> float | None:
+        """Likewise of a batch of a warm start, all of which weigh alike."""
+        weight = 1 / (int(self.observations) + 1)
+        return 1 - weight if self.has_statistics(samples, zero) else None
+
+    def has_statistics(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
+        """Whether the backward pass brought what the curvature needs; `zero`: the layers with zero gradients.
+
+        A gradient that is zero says nothing about the curvature where there is one.
+        """
+        if zero and self.layers[0] in zero:
+            return False
         needs = self.curvature.needs
         return self.observes_gradient or (
             needs is not None and all(layer in samples for layer in self.layers)
         )
+
+    def keep_missed(self, zero: AbstractSet[Layer]) -> None:
+        """Remember whether a zero gradient hid the statistics that the coming step was to read.
+
+        The next gradient other than zero is then observed. To look for it in samples costs hooks, or another
+        backward pass: after the first T1 steps, only the very next step looks.
+        """
+        if self.statistics_due and self.curvature.needs is not None:
+            every_step = self.observes_gradient or self.step < self.plan.statistics_every
+            tries = every_step or statistics_due(self.plan, self.step, self.options["jitter"])
+            self.missed = int(tries and self.layers[0] in zero)
 
     def observe(
         self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float
@@ -213,14 +247,14 @@ class LayerStack:
             return state
         return {name: tensor[index] for name, tensor in state.items()}
 
-    def must_be_rebuilt(self, samples: Samples) -> bool:
-        """Whether only some layers have new samples, or momentum was switched on and has no buffer yet."""
+    def must_be_rebuilt(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
+        """Whether only some layers have statistics, or momentum was switched on and has no buffer yet."""
         if self.options["momentum"] and "momentum" not in self.state:
             return True
-        if not samples or len(self.layers) == 1:
+        if not (samples or zero) or len(self.layers) == 1:
             return False
-        present = [layer in samples for layer in self.layers]
-        return any(present) and not all(present) and self.statistics_due
+        kinds = {(layer in samples, layer in zero) for layer in self.layers}
+        return len(kinds) > 1 and self.statistics_due
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -259,7 +293,7 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
         for parameter in layer.parameters
     }
     entries[layer.weight].update(
-        observations=_zero_count(layer.weight, options), **plan.curvature.init(local_part(layer))
+        observations=_zero_count(layer.weight, options), missed=0, **plan.curvature.init(local_part(layer))
     )
     return entries
 
@@ -275,20 +309,23 @@ def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
     return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
 
 
-def form_stacks(enrolled: Iterable[Enrolled], entries: Entries, samples: Samples) -> list[LayerStack]:
+def form_stacks(
+    enrolled: Iterable[Enrolled], entries: Entries, samples: Samples, zero: AbstractSet[Layer]
+) -> list[LayerStack]:
     """Stack equal layers; their entries in the optimizer's state become views of the stack.
 
-    Layers with samples are stacked apart from equal layers without, because they observe more from now on.
+    Layers with samples are stacked apart from equal layers without, because they observe more from now on;
+    likewise layers whose gradient is zero.
     """
     members: dict[object, list[Enrolled]] = defaultdict(list)
     for member in enrolled:
         key = _key(member, entries[member.layer.weight])
-        members[key, member.layer in samples].append(member)
+        members[key, member.layer in samples, member.layer in zero].append(member)
     return [_stack(equal, entries) for equal in members.values()]
 
 
 def _key(member: Enrolled, entry: dict[str, Any]) -> object:
-    history = int(entry["step"]), int(entry["observations"])
+    history = int(entry["step"]), int(entry["observations"]), entry["missed"]
     return _alike(member.layer, member.group), member.placement, history
 
 
@@ -309,7 +346,8 @@ def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
     step, observations = (
         c.clone() if isinstance(c, Tensor) else c for c in (entry["step"], entry["observations"])
     )
-    stack = LayerStack(layers, first.group, first.placement, {}, of_layers, step, observations)
+    counts = step, observations, entry["missed"]
+    stack = LayerStack(layers, first.group, first.placement, {}, of_layers, *counts)
     for name in entry:
         if name in PARAMETER_SHAPED:
             stack.state[name] = stack.gather([entries[parameter][name] for parameter in stack.parameters])
