@@ -211,18 +211,17 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         if self._alone:
             taken = self._step_with(Alone(finite, zero), active, samples, predicts)
         else:
-            ranks = Together.of_step(finite, self._members(active), zero, self._statistics_due)
+            ranks = Together.of_step(
+                finite, [self._enrolled[layer] for layer in active], zero, self._statistics_due
+            )
             taken = self._step_with(ranks, active, samples, predicts)
             if ranks.all_ask_for_zero:
                 taken = self._step_with(ranks.knowing_zero(), active, samples, predicts)
         if taken is None:
             self._counters.skip()
-        elif taken.fallbacks or taken.frozen:
-            self._counters.add(taken.fallbacks, taken.frozen)
+        elif taken.fallbacks or taken.frozen or taken.renewed:
+            self._counters.add(taken.fallbacks, taken.frozen, taken.renewed)
         return taken
-
-    def _members(self, layers: Iterable[Layer]) -> list[Enrolled]:
-        return [self._enrolled[layer] for layer in layers]
 
     def _step_with(
         self, ranks: Alone | Together, active: list[Layer], samples: Samples, predicts: bool
@@ -275,7 +274,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             or any(stack.must_be_rebuilt(samples, zero) for stack in self._stacks)
         ):
             self._initialise(active)
-            self._stacks = form_stacks(self._members(active), self.state, samples, zero)
+            self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples, zero)
             self._stacked = active
             if self.defaults["capturable"]:
                 for stack in self._stacks:

@@ -210,6 +210,19 @@ class LayerStack:
             needs is not None and all(layer in samples for layer in self.layers)
         )
 
+    def renew_curvature(self) -> int:
+        """Begin the averages of the curvature anew where they are not finite; returns of how many layers.
+
+        One record of 1e12 can be enough. Averages that ranks exchange are never so: the step is skipped.
+        """
+        tensors = [t for name, t in self.state.items() if name not in PARAMETER_SHAPED]
+        if not self.placement.alone or all(bool(tensor.isfinite().all()) for tensor in tensors):
+            return 0
+        for name, tensor in self.curvature.init(self.layers[0]).items():
+            self.state[name].copy_(tensor)
+        self.observations, self.missed = 0, 1
+        return len(self.layers)
+
     def keep_missed(self, zero: AbstractSet[Layer]) -> None:
         """Remember whether a zero gradient hid the statistics that the coming step was to read.
 

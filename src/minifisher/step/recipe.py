@@ -88,6 +88,8 @@ class StepTaken:
     """Layers that took the first-order step because their direction was not finite."""
     frozen: int = 0
     """Layers that stayed because their first-order step was not finite either."""
+    renewed: int = 0
+    """Layers whose curvature begins anew, because its averages were not finite."""
     changes: list[tuple[Tensor, tuple[Any, ...]]] = field(default_factory=list)
     """Predicted changes of the loss, each with the groups of ranks over which it is summed."""
 
@@ -111,6 +113,7 @@ def take_step(
             update.stack.keep_counts()
             taken.fallbacks += update.fallbacks
             taken.frozen += update.frozen
+            taken.renewed += update.renewed
     return taken
 
 
