@@ -38,6 +38,7 @@ PUBLISHED: dict[str, Any] = {
     "curvature_decay": 0.9,
     "statistics_every": 1,
     "inverse_every": 20,
+    "jitter": False,
 }
 UNCUT = {"max_dim": 10**6, "merge_dims": 9}
 ONCE = {"inverse_every": 10**9}  # H_a is inverted at the start alone

@@ -271,7 +271,7 @@ def test_loops_are_compiled_where_nothing_can_be_cached(monkeypatch):
 @pytest.mark.parametrize(("every", "inverse_every"), [(5, 10), (4, 20), (1000, 1000)])
 def test_inverses_are_made_when_they_are_due_and_never_between(monkeypatch, every, inverse_every):
     module = network()
-    optimizer = KFAC(module, statistics_every=every, inverse_every=inverse_every)
+    optimizer = KFAC(module, statistics_every=every, inverse_every=inverse_every, jitter=False)
     refreshed, refresh = [], KroneckerFactors.refresh
     first_shape = module[0].weight.flatten(1).shape[0], module[0].weight.flatten(1).shape[1] + 1
 

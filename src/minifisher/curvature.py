@@ -149,6 +149,10 @@ class Plan:
     block_size: int
     statistics_every: int  # T1, in steps
     inverse_every: int  # T2, in steps
+    statistics_phase: int = 0
+    """Set by the engine, so that layers take turns: see `minifisher.step.schedule`."""
+    inverse_phase: int = 0
+    """Likewise."""
 
 
 def no_curvature(reason: str) -> Plan:

@@ -38,6 +38,7 @@ from minifisher.step.layer_stack import (
     add_momentum,
     form_stacks,
     initial_state,
+    with_schedules,
 )
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
@@ -45,6 +46,7 @@ from minifisher.step.together import Together, mean_over_ranks, mean_secants, to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Set as AbstractSet
 
 Samples = dict[Layer, LayerSamples]
 
@@ -152,6 +154,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def _placed(self, plans: dict[Layer, Plan], groups: dict[Layer, dict[str, Any]]) -> dict[Layer, Enrolled]:
         placements = place_layers(type(self).__name__, plans, groups, self.defaults["shard_curvature"])
+        placements = with_schedules(placements, groups)
         return {layer: Enrolled(layer, groups[layer], plans[layer], placements[layer]) for layer in plans}
 
     def _take_over(self, enrolled: dict[Layer, Enrolled]) -> None:
@@ -202,24 +205,31 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         """Step; None where it was skipped."""
         if hasattr(self, "found_inf") and not unscale(self):  # a GradScaler drives this step
             return None
-        active = self._layers_with_gradients()
+        active, zero = self._layers_with_gradients(), set[Layer]()
         # What samples other processes have seen is found out when they are averaged.
-        finite = all_finite(active, samples.values() if self._alone else ())
-        ranks = Alone(finite) if self._alone else Together(finite, self._cut_over(active))
-        taken = None
-        if finite or (isinstance(ranks, Together) and ranks.groups):
-            stacks = self._restack(active, samples)
-            taken = take_step(stacks, samples, ranks, self.defaults.get("kl_clip"), predicts)
+        finite = all_finite(active, samples.values() if self._alone else (), zero)
+        if self._alone:
+            taken = self._step_with(Alone(finite, zero), active, samples, predicts)
+        else:
+            ranks = Together.of_step(
+                finite, [self._enrolled[layer] for layer in active], zero, self._statistics_due
+            )
+            taken = self._step_with(ranks, active, samples, predicts)
+            if ranks.all_ask_for_zero:
+                taken = self._step_with(ranks.knowing_zero(), active, samples, predicts)
         if taken is None:
             self._counters.skip()
-        elif taken.fallbacks or taken.frozen:
-            self._counters.add(taken.fallbacks, taken.frozen)
+        elif taken.fallbacks or taken.frozen or taken.renewed:
+            self._counters.add(taken.fallbacks, taken.frozen, taken.renewed)
         return taken
 
-    def _cut_over(self, active: list[Layer]) -> tuple[Any, ...]:
-        """The groups of ranks over which the weights of these layers are cut."""
-        groups = (group for layer in active for group in self._enrolled[layer].placement.groups)
-        return tuple(dict.fromkeys(groups))
+    def _step_with(
+        self, ranks: Alone | Together, active: list[Layer], samples: Samples, predicts: bool
+    ) -> StepTaken | None:
+        if not (ranks.finite or (isinstance(ranks, Together) and ranks.groups)):
+            return None
+        stacks = self._restack(active, samples, ranks.zero)
+        return take_step(stacks, samples, ranks, self.defaults.get("kl_clip"), predicts)
 
     def _step_on_device(self, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
@@ -253,16 +263,18 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             )
         return [layer for layer in self._enrolled if any(p.grad is not None for p in layer.parameters)]
 
-    def _restack(self, active: list[Layer], samples: Samples) -> list[LayerStack]:
+    def _restack(
+        self, active: list[Layer], samples: Samples, zero: AbstractSet[Layer] = frozenset()
+    ) -> list[LayerStack]:
         """The stacks of the layers with gradients; formed anew where those, or their samples, change."""
         has_state = all(self.state.get(layer.weight) for layer in active)  # a user may empty it to begin anew
         if (
             active != self._stacked
             or not has_state
-            or any(stack.must_be_rebuilt(samples) for stack in self._stacks)
+            or any(stack.must_be_rebuilt(samples, zero) for stack in self._stacks)
         ):
             self._initialise(active)
-            self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples)
+            self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples, zero)
             self._stacked = active
             if self.defaults["capturable"]:
                 for stack in self._stacks:
@@ -311,6 +323,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             secants = two_passes.secants(loss_scale(self, captured=False))
             if not self._alone:
                 secants = mean_secants(secants)
+            secants = {layer: secant for layer, secant in secants.items() if layer not in taken.zero}
             for stack in self._stacks:
                 stack.observe_secants(secants)
         if taken.changes:
@@ -344,8 +357,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
-        taken: int = self._entry(layer).get("step", 0)
-        return taken % self._enrolled[layer].plan.statistics_every == 0
+        return self._enrolled[layer].statistics_due(self._entry(layer))
 
     @torch.no_grad()
     def warm_start(
@@ -391,12 +403,13 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             loss(outputs, targets).backward()
         with full_precision(self.param_groups):
             samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
-            active = self._layers_with_gradients()
-            finite = all_finite(active, samples.values())
-            stacks = self._restack(active, samples)
+            active, zero = self._layers_with_gradients(), set[Layer]()
+            finite = all_finite(active, samples.values(), zero)
+            zero = {layer for layer in zero if not self._enrolled[layer].placement.cuts}
+            stacks = self._restack(active, samples, zero)
             ranks = Alone(finite) if self._alone else Together.over_all_ranks(finite, stacks)
             gradients = [stack.gradient() for stack in stacks]
-            decays = [1 - 1 / (int(stack.observations) + 1) for stack in stacks]  # all batches weigh alike
+            decays = [stack.decay_of_warm_start(samples, zero) for stack in stacks]
             taken = ranks.average_statistics(stacks, gradients, samples, decays)
             if not taken:
                 self._counters.skip()

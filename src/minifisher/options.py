@@ -371,6 +371,9 @@ class CommonOptions(HasOptions):
     inverse_every: int | None = option(
         default=None, at_least=1, meaning="Steps between inverses (T2); None chooses what is cheap."
     )
+    jitter: bool = option(
+        default=True, meaning="Draw the due step of every period T1 or T2; False: it is the first."
+    )
     fold_bias: bool = option(
         default=False, fixed=True, meaning="Read the bias of a layer as the weight of one more input."
     )

@@ -509,7 +509,7 @@ RECIPES = {
     "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
     "root": {"power": 0.5},
     "per sample": {"fisher": "empirical"},
-    "stale": {"statistics_every": 2, "inverse_every": 4},
+    "stale": {"statistics_every": 2, "inverse_every": 4, "jitter": False},
     "no momentum": {"momentum": 0.0},
     "upwards": {"maximize": True},
 }

@@ -39,7 +39,9 @@ def test_steps_equal_an_independent_implementation(every):
     # The gradients have full rank. The null space of a singular H has no unique basis.
     gradients = random_gradients((4, 4), count=8)
     weight = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
-    optimizer = SOAP([weight], lr=0.01, damping=1e-8, relative_damping=False, inverse_every=every)
+    optimizer = SOAP(
+        [weight], lr=0.01, damping=1e-8, relative_damping=False, inverse_every=every, jitter=False
+    )
     steps(weight, optimizer, gradients)
     expected = dense_soap(gradients, lr=0.01, beta=0.95, epsilon=1e-8, every=every)
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-7, atol=1e-9)

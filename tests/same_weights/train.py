@@ -521,7 +521,7 @@ def _compile(rank: int) -> None:
 SAVED_AT, GOES_ON = range(39), range(39, 42)  # step 40 renews statistics and inverses of most methods
 
 CHECKPOINTS: dict[str, Case] = {
-    name: case(network=Tiny, dtype=torch.float64, lr=1e-2, **options)
+    name: case(network=Tiny, dtype=torch.float64, lr=1e-2, jitter=False, **options)
     for name, options in {
         "mbf": {"method": "mbf"},
         "mbf kernels": {"method": "mbf", "conv_blocks": "kernel"},

@@ -115,6 +115,8 @@ def _wanted(layer: Layer, plan: Plan, options: Group) -> list[Entry]:
 
 
 def _read(parameter: str, wanted: Entry, entry: Entry, device: torch.device) -> Entry:
+    if "missed" in wanted:  # earlier versions observed zero gradients, too
+        entry = {"missed": 0, **entry}
     for missing in sorted(wanted.keys() - entry.keys()):
         raise ValueError(f"the saved state of {parameter} has no {missing!r}")
     for unknown in sorted(entry.keys() - wanted.keys()):

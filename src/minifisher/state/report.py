@@ -128,6 +128,8 @@ class Counters:
     """Layers that took the first-order step because their direction was not finite."""
     frozen: int = 0
     """Layers that stayed because their first-order step was not finite either."""
+    renewed: int = 0
+    """Layers whose curvature began anew because its averages were not finite."""
 
     def skip(self) -> None:
         """Count a step that was not taken."""
@@ -138,9 +140,14 @@ class Counters:
                 "optimizer.skipped_steps counts on, this warning is not repeated"
             )
 
-    def add(self, fallbacks: int, frozen: int) -> None:
+    def add(self, fallbacks: int, frozen: int, renewed: int = 0) -> None:
         """Count the layers of one step."""
-        if fallbacks and not self.fallbacks:
+        if renewed and not self.renewed:
+            _warn(
+                "the averages of a layer's curvature overflowed: they begin anew; look for huge data. "
+                'optimizer.diagnostics()["renewed_curvatures"] counts on, this warning is not repeated'
+            )
+        elif fallbacks and not self.fallbacks:
             _warn(
                 "the direction of a layer was not finite: it took the first-order step; raise the damping. "
                 'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated'
@@ -153,6 +160,7 @@ class Counters:
             )
         self.fallbacks += fallbacks
         self.frozen += frozen
+        self.renewed += renewed
 
     def move_to(self, device: torch.device) -> None:
         """Count on a device, without asking the host."""
@@ -166,6 +174,7 @@ class Counters:
             "skipped_steps": int(self.skipped),
             "fallbacks": int(self.fallbacks),
             "frozen_layers": self.frozen,
+            "renewed_curvatures": self.renewed,
         }
 
 

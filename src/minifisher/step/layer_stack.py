@@ -7,7 +7,7 @@ Their entries in the optimizer's state are then views of the stack.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +18,11 @@ from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
 from minifisher.step.first_order import GRAFTS
+from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from minifisher.curvature import Curvature, Plan, State
     from minifisher.distributed.placement import Placement
@@ -40,7 +42,7 @@ SATURATED = 1_000_000
 # Stacking copies the gradients once. For a weight with more entries that costs more than a call of its own.
 _LARGEST_STACKED = 65_536
 
-_COUNTS = frozenset({"step", "observations"})
+_COUNTS = frozenset({"step", "observations", "missed"})
 
 
 class Enrolled(NamedTuple):
@@ -51,6 +53,12 @@ class Enrolled(NamedTuple):
     """Its parameter group."""
     plan: Plan
     placement: Placement
+
+    def statistics_due(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the coming step reads statistics; `entry` is the weight's in the optimizer's state."""
+        if entry.get("missed"):
+            return True
+        return statistics_due(self.placement.plan, entry.get("step", 0), self.group["jitter"])
 
 
 @dataclass(eq=False)
@@ -67,6 +75,8 @@ class LayerStack:
     """Steps taken so far: an int, or with `capturable` a tensor []."""
     observations: Any
     """Observations averaged into the curvature so far, likewise."""
+    missed: int = 0
+    """1 if the statistics that were due were not read, because the gradient was zero; else 0."""
 
     def __post_init__(self) -> None:
         self.plan: Plan = self.placement.plan
@@ -114,8 +124,7 @@ class LayerStack:
     def gradient(self) -> Tensor:
         """D of what is minimised; zero where only the weight or only the bias of a layer has a gradient."""
         gradient = self.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
-        if gradient.dtype == torch.float16:
-            gradient = gradient.to(state_dtype(gradient.dtype))
+        gradient = gradient.to(state_dtype(gradient.dtype))
         gradient = -gradient if self.options["maximize"] else gradient
         return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
@@ -149,6 +158,7 @@ class LayerStack:
         """Write the counts into the optimizer's state."""
         for weight, *biases in self.entries:
             weight["observations"] = self.observations
+            weight["missed"] = self.missed
             weight["step"] = self.step
             for bias in biases:
                 bias["step"] = self.step
@@ -157,39 +167,72 @@ class LayerStack:
 
     @property
     def statistics_due(self) -> bool:
-        """Whether the coming step reads statistics: every T1 steps."""
-        return bool(self.step % self.plan.statistics_every == 0)
+        """Whether the coming step reads statistics."""
+        return bool(self.missed) or statistics_due(self.plan, self.step, self.options["jitter"])
 
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the coming step recomputes inverses: every T2 steps.
+    def refresh_due(self, observed: bool) -> bool:
+        """Whether the coming step recomputes inverses.
 
-        In the first T2 steps the statistics change fast, so every observation is followed by a refresh, as in
-        the published code.
+        By the schedule; also where it `observed` for the first time, or later than it was due.
         """
-        plan = self.plan
-        every = plan.statistics_every if self.step < plan.inverse_every else plan.inverse_every
-        is_first = self.observations == 1 and self.statistics_due
-        return bool(self.observations) and (self.step % every == 0 or is_first)
+        if not self.observations:
+            return False
+        if observed and (self.observations == 1 or self.missed):
+            return True
+        return refresh_due(self.plan, self.step, self.options["jitter"])
 
-    def corrected_decay(self) -> float | None:
-        """The decay of the coming observation, without bias in the running average; None if none is due.
+    def corrected_decay(self, samples: Samples, zero: AbstractSet[Layer]) -> float | None:
+        """The decay of the coming observation, without bias in the running average; None if there is none.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
-        if self.step % self.plan.statistics_every != 0:
+        if not (self.statistics_due and self.has_statistics(samples, zero)):
             return None
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
             return decay
         return float(1 - (1 - decay) / (1 - decay ** (self.observations + 1)))
 
-    def has_statistics(self, samples: Samples) -> bool:
-        """Whether the backward pass brought what the curvature needs."""
+    def decay_of_warm_start(self, samples: Samples, zero: AbstractSet[Layer]) -> float | None:
+        """Likewise of a batch of a warm start, all of which weigh alike."""
+        weight = 1 / (int(self.observations) + 1)
+        return 1 - weight if self.has_statistics(samples, zero) else None
+
+    def has_statistics(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
+        """Whether the backward pass brought what the curvature needs; `zero`: the layers with zero gradients.
+
+        A gradient that is zero says nothing about the curvature where there is one.
+        """
+        if zero and self.layers[0] in zero:
+            return False
         needs = self.curvature.needs
         return self.observes_gradient or (
             needs is not None and all(layer in samples for layer in self.layers)
         )
+
+    def renew_curvature(self) -> int:
+        """Begin the averages of the curvature anew where they are not finite; returns of how many layers.
+
+        One record of 1e12 can be enough. Averages that ranks exchange are never so: the step is skipped.
+        """
+        tensors = [t for name, t in self.state.items() if name not in PARAMETER_SHAPED]
+        if not self.placement.alone or all(bool(tensor.isfinite().all()) for tensor in tensors):
+            return 0
+        for name, tensor in self.curvature.init(self.layers[0]).items():
+            self.state[name].copy_(tensor)
+        self.observations, self.missed = 0, 1
+        return len(self.layers)
+
+    def keep_missed(self, zero: AbstractSet[Layer]) -> None:
+        """Remember whether a zero gradient hid the statistics that the coming step was to read.
+
+        The next gradient other than zero is then observed. To look for it in samples costs hooks, or another
+        backward pass: after the first T1 steps, only the very next step looks.
+        """
+        if self.statistics_due and self.curvature.needs is not None:
+            every_step = self.observes_gradient or self.step < self.plan.statistics_every
+            tries = every_step or statistics_due(self.plan, self.step, self.options["jitter"])
+            self.missed = int(tries and self.layers[0] in zero)
 
     def observe(
         self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float
@@ -217,19 +260,34 @@ class LayerStack:
             return state
         return {name: tensor[index] for name, tensor in state.items()}
 
-    def must_be_rebuilt(self, samples: Samples) -> bool:
-        """Whether only some layers have new samples, or momentum was switched on and has no buffer yet."""
+    def must_be_rebuilt(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
+        """Whether only some layers have statistics, or momentum was switched on and has no buffer yet."""
         if self.options["momentum"] and "momentum" not in self.state:
             return True
-        if not samples or len(self.layers) == 1:
+        if not (samples or zero) or len(self.layers) == 1:
             return False
-        present = [layer in samples for layer in self.layers]
-        return any(present) and not all(present) and self.statistics_due
+        kinds = {(layer in samples, layer in zero) for layer in self.layers}
+        return len(kinds) > 1 and self.statistics_due
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def with_schedules(
+    placements: Mapping[Layer, Placement], groups: Mapping[Layer, Options]
+) -> dict[Layer, Placement]:
+    """The placements with plans whose phases spread the work; equal small layers have one phase."""
+    alike = {layer: _alike(layer, groups[layer]) for layer in placements}
+    entries: dict[Hashable, int] = defaultdict(int)
+    for layer, key in alike.items():
+        entries[key] += layer.weight.numel()
+    phases = spread_phases(entries)
+    return {
+        layer: replace(placement, plan=with_phases(placement.plan, phases[alike[layer]]))
+        for layer, placement in placements.items()
+    }
 
 
 # ---- the state of a layer, and stacks made of it ----
@@ -248,7 +306,7 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
         for parameter in layer.parameters
     }
     entries[layer.weight].update(
-        observations=_zero_count(layer.weight, options), **plan.curvature.init(local_part(layer))
+        observations=_zero_count(layer.weight, options), missed=0, **plan.curvature.init(local_part(layer))
     )
     return entries
 
@@ -264,25 +322,32 @@ def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
     return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
 
 
-def form_stacks(enrolled: Iterable[Enrolled], entries: Entries, samples: Samples) -> list[LayerStack]:
+def form_stacks(
+    enrolled: Iterable[Enrolled], entries: Entries, samples: Samples, zero: AbstractSet[Layer]
+) -> list[LayerStack]:
     """Stack equal layers; their entries in the optimizer's state become views of the stack.
 
-    Layers with samples are stacked apart from equal layers without, because they observe more from now on.
+    Layers with samples are stacked apart from equal layers without, because they observe more from now on;
+    likewise layers whose gradient is zero.
     """
     members: dict[object, list[Enrolled]] = defaultdict(list)
     for member in enrolled:
         key = _key(member, entries[member.layer.weight])
-        members[key, member.layer in samples].append(member)
+        members[key, member.layer in samples, member.layer in zero].append(member)
     return [_stack(equal, entries) for equal in members.values()]
 
 
 def _key(member: Enrolled, entry: dict[str, Any]) -> object:
-    layer, weight = member.layer, member.layer.weight
+    history = int(entry["step"]), int(entry["observations"]), entry["missed"]
+    return _alike(member.layer, member.group), member.placement, history
+
+
+def _alike(layer: Layer, group: Options) -> Hashable:
+    """Equal for layers that can be stacked where placement and history are the same, too."""
+    weight = layer.weight
     if weight.numel() > _LARGEST_STACKED:
         return layer
-    history = int(entry["step"]), int(entry["observations"])
-    same_tensors = layer.shape, layer.bias is None, weight.dtype, weight.device
-    return member.placement, *same_tensors, id(member.group), history
+    return layer.shape, layer.bias is None, weight.dtype, weight.device, id(group)
 
 
 def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
@@ -294,7 +359,8 @@ def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
     step, observations = (
         c.clone() if isinstance(c, Tensor) else c for c in (entry["step"], entry["observations"])
     )
-    stack = LayerStack(layers, first.group, first.placement, {}, of_layers, step, observations)
+    counts = step, observations, entry["missed"]
+    stack = LayerStack(layers, first.group, first.placement, {}, of_layers, *counts)
     for name in entry:
         if name in PARAMETER_SHAPED:
             stack.state[name] = stack.gather([entries[parameter][name] for parameter in stack.parameters])

@@ -12,7 +12,7 @@ from torch import Tensor
 from minifisher.distributed.collectives import local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from minifisher.statistics.records import LayerSamples
 
 
-def all_finite(layers: Iterable[Layer], samples: Iterable[LayerSamples]) -> bool:
-    """Whether every gradient is finite, and its square too, since the curvature averages squares."""
+def all_finite(
+    layers: Iterable[Layer], samples: Iterable[LayerSamples], zero: set[Layer] | None = None
+) -> bool:
+    """Whether every gradient is finite, and its square too, since the curvature averages squares.
+
+    `zero` receives the layers whose gradient is zero, here on this process.
+    """
     gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
+    owners: dict[torch.device, list[Layer]] = defaultdict(list)
     for layer in layers:
         for parameter in layer.parameters:
             gradient = parameter.grad
@@ -34,15 +40,24 @@ def all_finite(layers: Iterable[Layer], samples: Iterable[LayerSamples]) -> bool
                     "or give it to torch.optim.SparseAdam"
                 )
             gradients[gradient.device].append(gradient if type(gradient) is Tensor else local(gradient))
-    norms = []
-    for tensors in gradients.values():
+            owners[gradient.device].append(layer)
+    finite = True
+    for device, tensors in gradients.items():
         # Float16 ends at 65,504, the norm of such gradients does not.
         halves = any(tensor.dtype == torch.float16 for tensor in tensors)
         of_device = torch._foreach_norm(tensors, dtype=torch.float32 if halves else None)
-        norms.append(torch.stack([norm.float() for norm in of_device]))
-    return all(bool(torch.isfinite(norm.square()).all()) for norm in norms) and all(
-        record.is_finite() for record in samples
-    )
+        norm = torch.stack([norm.float() for norm in of_device])
+        answers = torch.stack((torch.isfinite(norm.square()).all(), norm.all()))  # asked of a GPU at once
+        is_finite, has_no_zero = answers.tolist()
+        finite = finite and is_finite
+        if zero is not None and not has_no_zero:
+            zero.update(_zero_layers(owners[device], norm.tolist()))
+    return finite and all(record.is_finite() for record in samples)
+
+
+def _zero_layers(owners: Sequence[Layer], norms: Sequence[float]) -> set[Layer]:
+    """The layers all of whose gradients have norm zero."""
+    return set(owners).difference(owner for owner, norm in zip(owners, norms, strict=True) if norm)
 
 
 def unscale(optimizer: Optimizer) -> bool:

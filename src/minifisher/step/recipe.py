@@ -24,9 +24,11 @@ from minifisher.step.update import Update, clip_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from collections.abc import Set as AbstractSet
 
     from torch import Tensor
 
+    from minifisher.statistics.layers import Layer
     from minifisher.step.layer_stack import LayerStack, Samples
 
     Decays = Sequence[float | None]  # one a stack; None where no statistics are due
@@ -41,6 +43,8 @@ class Ranks(Protocol):
     """Whether a stack may take its step before the next one computes its own: less memory is in use then."""
     fuses: bool
     """Whether a stack may use a fused kernel, which leaves no time for an exchange."""
+    zero: AbstractSet[Layer]
+    """The layers whose gradient is zero on all ranks."""
 
     def average_statistics(
         self, stacks: Sequence[LayerStack], gradients: Sequence[Tensor], samples: Samples, decays: Decays
@@ -56,6 +60,7 @@ class Alone:
     """One process: nothing is exchanged."""
 
     finite: bool
+    zero: AbstractSet[Layer] = frozenset()
     one_by_one = fuses = True
 
     def average_statistics(
@@ -63,11 +68,7 @@ class Alone:
     ) -> bool:
         """Average this process's statistics in."""
         for stack, gradient, decay in zip(stacks, gradients, decays, strict=True):
-            if (
-                self.finite
-                and decay is not None
-                and (stack.observes_gradient or stack.has_statistics(samples))
-            ):
+            if self.finite and decay is not None:
                 stack.observe(stack.curvature, stack.state, gradient, samples, decay)
                 stack.observations += 1
         return self.finite
@@ -81,10 +82,14 @@ class Alone:
 class StepTaken:
     """What a step did, for those who report it."""
 
+    zero: AbstractSet[Layer] = frozenset()
+    """The layers whose gradient was zero."""
     fallbacks: int = 0
     """Layers that took the first-order step because their direction was not finite."""
     frozen: int = 0
     """Layers that stayed because their first-order step was not finite either."""
+    renewed: int = 0
+    """Layers whose curvature begins anew, because its averages were not finite."""
     changes: list[tuple[Tensor, tuple[Any, ...]]] = field(default_factory=list)
     """Predicted changes of the loss, each with the groups of ranks over which it is summed."""
 
@@ -93,7 +98,7 @@ def take_step(
     stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks, kl_clip: float | None, predicts: bool
 ) -> StepTaken | None:
     """Step all stacks; None, and nothing changed, where a gradient of any rank is not finite."""
-    taken = StepTaken()
+    taken = StepTaken(ranks.zero)
     alone = ranks.one_by_one and not kl_clip
     for together in [[stack] for stack in stacks] if alone else [stacks]:
         updates = compute_updates(together, samples, ranks)
@@ -108,6 +113,7 @@ def take_step(
             update.stack.keep_counts()
             taken.fallbacks += update.fallbacks
             taken.frozen += update.frozen
+            taken.renewed += update.renewed
     return taken
 
 
@@ -115,21 +121,25 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     """The update of every stack; None, and nothing changed, where a gradient of any rank is not finite."""
     # D; zero where it is not finite: the ranks then agree not to step.
     gradients = [stack.gradient() if ranks.finite else torch.zeros_like(stack.gradient()) for stack in stacks]
+    decays = [stack.corrected_decay(samples, ranks.zero) for stack in stacks]
     # All of the below in one pass over memory, where a kernel can.
     fused = [
-        fused_update(stack, gradient) if ranks.fuses and isinstance(stack.curvature, FusedCurvature) else None
-        for stack, gradient in zip(stacks, gradients, strict=True)
+        fused_update(stack, gradient, decay)
+        if ranks.fuses and isinstance(stack.curvature, FusedCurvature)
+        else None
+        for stack, gradient, decay in zip(stacks, gradients, decays, strict=True)
     ]
     rest = [index for index, update in enumerate(fused) if update is None]
     # F <- beta F + (1 - beta) E[d d^T]
-    observers = [stacks[index] for index in rest]
-    decays = [stack.corrected_decay() for stack in observers]
-    if not ranks.average_statistics(observers, [gradients[index] for index in rest], samples, decays):
+    observers, observed = [stacks[index] for index in rest], [decays[index] for index in rest]
+    if not ranks.average_statistics(observers, [gradients[index] for index in rest], samples, observed):
         return None
     # P <- (F + lambda I)^-power
-    for stack in observers:
-        if stack.refresh_due:
+    for stack, decay in zip(observers, observed, strict=True):
+        if stack.refresh_due(decay is not None):
             stack.curvature.refresh(stack.state, stack.options["damping"])
+        if ranks.zero or stack.missed:
+            stack.keep_missed(ranks.zero)
     # M <- mu M + D, |s|, P M
     updates = [
         update or compute_direction(stack, gradient)
@@ -151,8 +161,8 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     state, curvature, graft, options = stack.state, stack.curvature, stack.graft, stack.options
     mu = options["momentum"]
     stack.step += 1
-    joins = options["weight_decay"] and not curvature.averages_momentum  # which joined it to D already
-    joined = stack.with_decay(gradient) if joins else gradient
+    # One that averages momentum has the decay in D already.
+    joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
     first_order_norm = stack.per_length(graft.update(state, joined, stack.lengths, stack.step, mu))
     momentum = state["momentum"] if mu else joined
     if not stack.observations:
@@ -164,11 +174,10 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     return Update(stack, gradient, momentum, direction, first_order_norm)
 
 
-def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
+def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Update | None:
     """The update by one fused kernel, statistics and momentum included; None where there is none for it."""
     curvature, options, state = stack.curvature, stack.options, stack.state
     assert isinstance(curvature, FusedCurvature)
-    decay = stack.corrected_decay()
     if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
         return None
     first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
@@ -178,6 +187,6 @@ def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
     if fused is None:
         return None
     direction, norm, first_order_norm = fused
-    stack.step, stack.observations = stack.step + 1, stack.observations + 1
+    stack.step, stack.observations, stack.missed = stack.step + 1, stack.observations + 1, 0
     norms = stack.per_length(first_order_norm), stack.per_length(norm)
     return Update(stack, gradient, state["momentum"], direction, *norms, is_fused=True)

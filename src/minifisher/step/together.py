@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from minifisher.distributed.collectives import (
     ALL_RANKS,
     copy_from_owners,
+    local,
     rank,
     sum_over_ranks,
     world_size,
@@ -17,14 +19,15 @@ from minifisher.distributed.collectives import (
 from minifisher.statistics.records import BatchGradient, Secant, mean_gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from torch import Tensor
 
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
-    from minifisher.step.layer_stack import LayerStack
+    from minifisher.step.layer_stack import Enrolled, LayerStack
     from minifisher.step.update import Update
 
     Samples = Mapping[Layer, LayerSamples]
@@ -45,6 +48,14 @@ class Together:
     """Whether this rank's gradients are finite."""
     groups: tuple[Any, ...] = ()
     """The ranks that hold other pieces of the weights; empty where every rank knows all gradients."""
+    zero: AbstractSet[Layer] = frozenset()
+    """The layers whose gradient is zero on all ranks."""
+    zero_pieces: Mapping[Layer, bool] = field(default_factory=dict)
+    """Whether the gradient is zero in the piece that this rank holds, of every layer that is cut."""
+    asks_for_zero: bool = False
+    """Whether such a layer is about to be observed."""
+    all_ask_for_zero: bool = field(init=False, default=False)
+    """Whether all ranks ask: no step was taken then, and `knowing_zero` can."""
     one_by_one = fuses = False
     _objects: bool = field(init=False)
     _must_ask: bool = field(init=False)
@@ -52,6 +63,30 @@ class Together:
 
     def __post_init__(self) -> None:
         self._objects, self._must_ask = not self.finite, bool(self.groups)
+
+    @classmethod
+    def of_step(
+        cls,
+        finite: bool,
+        members: Sequence[Enrolled],
+        zero: set[Layer],
+        is_due: Callable[[Layer], bool],
+    ) -> Together:
+        """For a step of these layers; `zero`: those whose gradient, or the piece of it here, is zero."""
+        groups = dict.fromkeys(group for member in members for group in member.placement.groups)
+        cut = [member.layer for member in members if member.placement.cuts]
+        pieces = {layer: layer in zero for layer in cut}
+        asks = any(is_due(layer) for layer in cut if layer in zero)
+        return cls(finite, tuple(groups), zero.difference(cut), pieces, asks)
+
+    def knowing_zero(self) -> Together:
+        """The same, after the ranks have told each other which layers are zero in all pieces."""
+        device = local(next(iter(self.zero_pieces)).weight).device
+        others = torch.tensor([float(not zero) for zero in self.zero_pieces.values()], device=device)
+        sum_over_ranks([(others, self.groups)])
+        counts = zip(self.zero_pieces, others.tolist(), strict=True)
+        agreed = {layer for layer, count in counts if not count}
+        return Together(self.finite, self.groups, self.zero | agreed)
 
     @classmethod
     def over_all_ranks(cls, finite: bool, stacks: Sequence[LayerStack]) -> Together:
@@ -75,7 +110,7 @@ class Together:
         due = [
             (stack, gradient, decay)
             for stack, gradient, decay in zip(stacks, gradients, decays, strict=True)
-            if decay is not None and stack.has_statistics(samples)
+            if decay is not None
         ]
         if self._must_ask and not any(stack.placement.exchanges for stack, _, _ in due):
             self._snapshots = [_Snapshot(stack) for stack in stacks]
@@ -95,12 +130,15 @@ class Together:
         return True
 
     def _sum(self, sums: Sums) -> bool:
-        """Sum over ranks, the first time with their objections; whether all sums are finite."""
+        """Sum over ranks, the first time with their votes; whether all sums are finite."""
         if not self._must_ask:
             return sum_over_ranks(sums)
         like = sums[0][0] if sums else torch.empty(0, dtype=torch.float64, device=self._device)
-        objections = like.new_tensor([float(self._objects)])
-        finite = sum_over_ranks([*sums, (objections, self.groups)])
+        # One; infinity to object; and zero, which only a sum of zeros keeps, to ask for zero gradients.
+        vote = like.new_tensor([math.inf if self._objects else float(not self.asks_for_zero)])
+        finite = sum_over_ranks([*sums, (vote, self.groups)])
+        self.all_ask_for_zero = not vote
+        objections = self.all_ask_for_zero or not torch.isfinite(vote)
         self._objects, self._must_ask = bool(objections), False
         return finite
 
@@ -139,8 +177,8 @@ class _Snapshot:
 
     def __init__(self, stack: LayerStack) -> None:
         self.stack = stack
-        self._counts = stack.step, stack.observations
-        writes_all = stack.statistics_due or stack.refresh_due
+        self._counts = stack.step, stack.observations, stack.missed
+        writes_all = stack.statistics_due or stack.refresh_due(observed=False)
         self._tensors = {
             name: tensor.clone()
             for name, tensor in stack.state.items()
@@ -149,7 +187,7 @@ class _Snapshot:
 
     def restore(self) -> None:
         """Put all of it back."""
-        self.stack.step, self.stack.observations = self._counts
+        self.stack.step, self.stack.observations, self.stack.missed = self._counts
         for name, tensor in self._tensors.items():
             self.stack.state[name].copy_(tensor)
 

@@ -37,6 +37,8 @@ class Update:
     """Layers that take the first-order step because their direction is not finite."""
     frozen: int = 0
     """Layers that stay, because their first-order step is not finite either."""
+    renewed: int = 0
+    """Layers whose curvature begins anew, because its averages were not finite."""
 
     def measured_norm(self) -> Tensor:
         """The norm of the direction, [] or [layers, rows | 1, 1, ...]."""
@@ -63,6 +65,7 @@ class Update:
         step = stack.graft.step(stack.state, momentum, stack.step, mu)
         self.direction = torch.where(usable, self.direction, step.masked_fill(frozen, 0))
         self.length = self.length.masked_fill(~usable, 1)
+        self.renewed = stack.renew_curvature()
         # An average that has become NaN stays NaN: reset it to zero.
         for name in stack.parameter_shaped:
             stack.state[name].masked_fill_(frozen, 0)
