@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import add_to_diagonal, inverse_power, inverse_without_sync
 from minifisher.linalg.newton import newton_schulz_inverse
 
@@ -81,6 +82,39 @@ def damped_inverse_power(
     return inverse_without_sync(damped) if avoid_sync else inverse_power(damped, power)
 
 
+def damping_levels(
+    blocks: Tensor,
+    reading: BlockReading,
+    damping: float | Tensor,
+    layer_mean: Tensor | None,
+    kept: torch.dtype,
+) -> Tensor:
+    """lambda_b for every entry of a block: blocks [..., rows | 1, k, b, b], levels [..., rows | 1, k, b].
+
+    Relative to `layer_mean` [..., 1], the mean of the layer's diagonal: `damping` times `curvature_scale`.
+    Without it `damping` itself, a number or [..., 1]. `kept` is the dtype in which the blocks are kept. A
+    padded entry has damping 1.
+    """
+    diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+    if layer_mean is None:
+        levels = torch.as_tensor(damping, dtype=blocks.dtype, device=blocks.device)
+        levels = levels[..., None, None] if levels.ndim else levels
+    else:
+        if reading.padding:
+            block_mean = diagonal.sum(-1, keepdim=True) / reading.entries(blocks).sum(-1, keepdim=True)
+        else:
+            block_mean = diagonal.mean(-1, keepdim=True)
+        levels = damping * curvature_scale(block_mean, layer_mean[..., None, None])
+    if kept != blocks.dtype:
+        # Rounding to half precision can leave a matrix indefinite. Damping by twice the largest rounding
+        # error of an entry was enough; a bound for all cases, the sum over a row, hides too much.
+        levels = torch.maximum(levels, torch.finfo(kept).eps * diagonal.amax(-1, keepdim=True))
+    if reading.padding:
+        entries = reading.entries(blocks)
+        levels = levels * entries + (1 - entries)
+    return levels.expand(blocks.shape[:-1])
+
+
 def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
     """x_rk B_rk for every row r and block k: vectors [..., rows, k, b], blocks [..., rows | 1, k, b, b].
 
@@ -93,6 +127,18 @@ def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
         torch.matmul(vectors.transpose(-3, -2), blocks.squeeze(-4), out=product.transpose(-3, -2))
         return product
     return (vectors.unsqueeze(-2) @ blocks).squeeze(-2)
+
+
+def multiply_columns(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """blockdiag(B_1, ..., B_k) X, with X [..., n, columns] and blocks [..., 1, k, b, b]; n is at most k b."""
+    count, width = blocks.shape[-3], blocks.shape[-1]
+    n = matrix.shape[-2]
+    if width == 1:
+        return matrix * blocks.flatten(-4)[..., None]
+    if n != count * width:
+        matrix = F.pad(matrix, (0, 0, 0, count * width - n))
+    slabs = torch.unflatten(matrix, -2, (count, width))
+    return (blocks.squeeze(-4) @ slabs).flatten(-3, -2)[..., :n, :]
 
 
 def outer_products(vectors: Tensor, shared: bool) -> Tensor:

@@ -19,15 +19,16 @@ from minifisher.linalg.blocks import (
     BlockReading,
     average_outer_products,
     damped_inverse_power,
+    damping_levels,
     multiply_rows,
     outer_products,
     sum_of_outer_products,
     sum_over_positions,
 )
-from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import working_dtype
 from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
 from minifisher.methods.mbf_packed import PackedBlocks
+from minifisher.methods.mbf_two_sided import TwoSidedBlocks
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
@@ -165,29 +166,11 @@ class MiniBlocks(Curvature):
         return self.reading.write(product, self.shape).to(direction.dtype)
 
     def _damping_levels(self, fisher: Tensor, mean: Tensor | None, damping: float) -> Tensor:
-        """lambda_b for every entry of a block, [..., rows | 1, blocks, width].
-
-        Relative: `damping` times `curvature_scale`, where `mean` [..., 1] replaces the layer's mean. A padded
-        entry has damping 1.
-        """
-        reading, diagonal = self.reading, fisher.diagonal(dim1=-2, dim2=-1)
-        if not self.relative_damping:
-            levels = damping * fisher.new_ones(())
-        else:
+        """lambda_b, [..., rows | 1, blocks, width]; `mean` [..., 1] replaces that of the diagonal."""
+        layer_mean = None
+        if self.relative_damping:
             layer_mean = self._mean_of_layer(fisher) if mean is None else mean.to(fisher.dtype)
-            if reading.padding:
-                block_mean = diagonal.sum(-1, keepdim=True) / reading.entries(fisher).sum(-1, keepdim=True)
-            else:
-                block_mean = diagonal.mean(-1, keepdim=True)
-            levels = damping * curvature_scale(block_mean, layer_mean[..., None, None])
-        if self.dtype != fisher.dtype:
-            # Rounding to half precision can leave a matrix indefinite. Damping by twice the largest rounding
-            # error of an entry was enough; a bound for all cases, the sum over a row, hides too much.
-            levels = torch.maximum(levels, torch.finfo(self.dtype).eps * diagonal.amax(-1, keepdim=True))
-        if reading.padding:
-            entries = reading.entries(fisher)
-            levels = levels * entries + (1 - entries)
-        return levels.expand(fisher.shape[:-1])
+        return damping_levels(fisher, self.reading, damping, layer_mean, self.dtype)
 
     def _mean_of_layer(self, fisher: Tensor) -> Tensor:
         """The mean of the diagonal over all blocks, [..., 1], without padding."""
@@ -213,10 +196,17 @@ class MBF(CurvatureOptimizer):
     """
 
     power: float = power_option(1.0)
+    output_power: float = option(
+        default=0.0,
+        at_least=0,
+        meaning="Exponent of the inverse of a block over outputs, beside `power` for that over inputs: "
+        "two-sided blocks; 0: blocks over inputs alone.",
+    )
     block_size: int | None = option(
         default=None,
         at_least=1,
-        meaning="Entries of a block, at most a row; None: the widest even cut up to 64 that memory allows.",
+        meaning="Entries of a block, at most a row (two-sided: or a column); None: the widest even cut up "
+        "to 64 that memory allows.",
     )
     share: Literal["row", "layer"] | None = option(
         default=None,
@@ -241,11 +231,12 @@ class MBF(CurvatureOptimizer):
     )
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """Blocks of the rows, kernels or entries of a weight."""
+        """Blocks of the rows, kernels or entries of a weight, or two-sided ones."""
+        if options["output_power"] and _reads_rows(layer.shape, options):
+            return _two_sided_plan(layer, options)
         reading, shared, structure, reason = _choose_blocks(layer.shape, options)
         packed = not shared and _packs(reading, options)
-        every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
-        statistics_every = options["statistics_every"] or (1 if packed else every)
+        statistics_every = options["statistics_every"] or (1 if packed else _default_interval(layer.shape))
         inverse_every = statistics_every if packed else options["inverse_every"] or statistics_every
         blocks = reading.blocks * (1 if shared else reading.rows)
         curvature = _curvature(layer, reading, shared, packed, options)
@@ -264,18 +255,57 @@ def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
 def _curvature(
     layer: Layer, reading: BlockReading, shared: bool, packed: bool, options: dict[str, Any]
 ) -> Curvature:
-    common: dict[str, Any] = {
-        "reading": reading,
+    common = _common_fields(layer, options)
+    if packed:
+        return PackedBlocks(reading, **common)
+    power, inverse = options["power"], options["inverse"]
+    avoid_sync = options["capturable"] and power == 1.0 and inverse != "newton-schulz"
+    return MiniBlocks(reading, **common, shared=shared, power=power, inverse=inverse, avoid_sync=avoid_sync)
+
+
+def _common_fields(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields that all curvatures of MBF have."""
+    return {
         "shape": layer.shape,
         "needs": gradient_or_samples(layer, options),
         "dtype": curvature_dtype(layer, options),
         "relative_damping": options["relative_damping"],
     }
-    if packed:
-        return PackedBlocks(**common)
-    power, inverse = options["power"], options["inverse"]
-    avoid_sync = options["capturable"] and power == 1.0 and inverse != "newton-schulz"
-    return MiniBlocks(**common, shared=shared, power=power, inverse=inverse, avoid_sync=avoid_sync)
+
+
+def _default_interval(shape: torch.Size) -> int:
+    return _STATISTICS_EVERY_OF_CONVOLUTIONS if len(shape) > 2 else _STATISTICS_EVERY
+
+
+def _two_sided_plan(layer: Layer, options: dict[str, Any]) -> Plan:
+    if options["share"] == "row":
+        raise ValueError(
+            f"output_power={options['output_power']} shares the blocks over inputs among all rows, "
+            "got share='row': leave share out, or set output_power=0"
+        )
+    inputs, outputs = _choose_tiles(layer, options)
+    powers = options["power"], options["output_power"]
+    inverse = options["inverse"]
+    avoid_sync = options["capturable"] and powers == (1.0, 1.0) and inverse != "newton-schulz"
+    curvature = TwoSidedBlocks(
+        inputs,
+        outputs,
+        **_common_fields(layer, options),
+        power=powers[0],
+        output_power=powers[1],
+        inverse=inverse,
+        avoid_sync=avoid_sync,
+    )
+    every = options["statistics_every"] or _default_interval(layer.shape)
+    return Plan(
+        curvature,
+        structure="two-sided blocks",
+        reason=f"tiles of {outputs.width} outputs x {inputs.width} inputs",
+        blocks=inputs.blocks + outputs.blocks,
+        block_size=max(inputs.width, outputs.width),
+        statistics_every=every,
+        inverse_every=options["inverse_every"] or every,
+    )
 
 
 # ---- the choice of blocks ----
@@ -301,6 +331,28 @@ def _choose_blocks(shape: torch.Size, options: dict[str, Any]) -> tuple[BlockRea
     structure = "blocks of shared rows" if shared else "blocks of rows"
     reason = "asked for" if options["block_size"] else f"the widest even cut up to {widest}"
     return BlockReading(rows, length, width), shared and width > 1, structure, reason
+
+
+def _reads_rows(shape: torch.Size, options: dict[str, Any]) -> bool:
+    """Whether a weight is read as the rows of a matrix."""
+    is_matrix = len(shape) > 1 and shape.numel() > 0
+    return is_matrix and not (len(shape) > 2 and options["conv_blocks"] == "kernel")
+
+
+def _choose_tiles(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, BlockReading]:
+    """How the rows and how the columns of a matrix are cut; no block of outputs spans two groups."""
+    rows, length, kernel = layer.shape[0], layer.shape[1:].numel(), layer.shape[2:].numel()
+    asked = options["block_size"]
+    widest = [min(_WIDTH, _WIDTH_PER_ROW // 2 * others) for others in (rows, length)]
+    width = min(asked or _even_width(length, widest[0], kernel), length)
+    if layer.groups > 1:
+        of_group = rows // layer.groups
+        output_width = max(
+            n for n in range(1, of_group + 1) if of_group % n == 0 and n <= (asked or widest[1])
+        )
+    else:
+        output_width = min(asked or _even_width(rows, widest[1], 1), rows)
+    return BlockReading(rows, length, width), BlockReading(length, rows, output_width)
 
 
 def _even_width(length: int, widest: int, kernel: int) -> int:
