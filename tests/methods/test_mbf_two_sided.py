@@ -14,6 +14,7 @@ from minifisher.statistics.layers import Layer
 from tests.helpers import NETS, Problem, dense_preconditioner, problem
 from tests.methods.samples import calls, patches, places
 
+
 @dataclass(frozen=True, eq=False)
 class Read:
     """One layer after a step with lr=0: curvature and state."""

@@ -115,15 +115,16 @@ def damping_levels(
     return levels.expand(blocks.shape[:-1])
 
 
-def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
+def multiply_rows(vectors: Tensor, blocks: Tensor, out: Tensor | None = None) -> Tensor:
     """x_rk B_rk for every row r and block k: vectors [..., rows, k, b], blocks [..., rows | 1, k, b, b].
 
     Where all rows share their blocks, it is one matrix product for each block instead of one for each row.
+    The result may be written to `out`, a contiguous tensor like `vectors`.
     """
     if blocks.shape[-1] == 1:
         return vectors * blocks.squeeze(-1)
     if blocks.shape[-4] == 1:
-        product = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        product = torch.empty_like(vectors, memory_format=torch.contiguous_format) if out is None else out
         torch.matmul(vectors.transpose(-3, -2), blocks.squeeze(-4), out=product.transpose(-3, -2))
         return product
     return (vectors.unsqueeze(-2) @ blocks).squeeze(-2)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from minifisher.curvature import Curvature
+from minifisher.kernels.scratch import scratch_like
 from minifisher.linalg.blocks import (
     BlockReading,
     average_outer_products,
@@ -145,9 +146,10 @@ class TwoSidedBlocks(Curvature):
         right, left = (
             state[name].to(working_dtype(self.dtype)) for name in ("input_inverse", "output_inverse")
         )
-        matrix = self._matrix(direction)
-        product = multiply_rows(self.inputs.cut(matrix), right).flatten(-2)[..., : self.inputs.length]
-        return multiply_columns(product, left).reshape(direction.shape).to(direction.dtype)
+        rows = self.inputs.cut(self._matrix(direction))
+        product = multiply_rows(rows, right, out=scratch_like(rows)).flatten(-2)
+        product = multiply_columns(product[..., : self.inputs.length], left)
+        return product.reshape(direction.shape).to(direction.dtype)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """[..., *shape] as [..., out, in], in the dtype to compute in."""
