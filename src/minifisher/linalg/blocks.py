@@ -60,6 +60,23 @@ class BlockReading:
         return mask.view(self.blocks, self.width)
 
 
+def block_width(length: int, widest: int, kernel: int) -> int:
+    """The widest even cut up to `widest`, in whole kernels if possible; an uneven one if it is narrow."""
+    divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
+    whole_kernels = [width for width in divisors if width % kernel == 0]
+    best = (whole_kernels or divisors)[-1]
+    return best if 2 * best > min(widest, length) else _uneven_width(length, widest)
+
+
+def _uneven_width(length: int, widest: int) -> int:
+    """The width of the fewest blocks that, padded, take no more memory than blocks of `widest` would."""
+    for blocks in range(math.ceil(length / widest), length):
+        width = math.ceil(length / blocks)
+        if blocks * width**2 <= widest * length:
+            return width
+    return 1
+
+
 def damped_inverse_power(
     blocks: Tensor,
     damping: Tensor,

@@ -6,7 +6,6 @@ arXiv 2202.04124. What goes beyond its abstract is our reading: see docs/methods
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from minifisher.kernels.packed import WIDEST
 from minifisher.linalg.blocks import (
     BlockReading,
     average_outer_products,
+    block_width,
     damped_inverse_power,
     damping_levels,
     multiply_rows,
@@ -28,7 +28,7 @@ from minifisher.linalg.blocks import (
 from minifisher.linalg.dense import working_dtype
 from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
 from minifisher.methods.mbf_packed import PackedBlocks
-from minifisher.methods.mbf_two_sided import TwoSidedBlocks
+from minifisher.methods.mbf_two_sided import plan_two_sided
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
@@ -233,10 +233,11 @@ class MBF(CurvatureOptimizer):
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Blocks of the rows, kernels or entries of a weight, or two-sided ones."""
         if options["output_power"] and _reads_rows(layer.shape, options):
-            return _two_sided_plan(layer, options)
+            return plan_two_sided(layer, options, _common_fields(layer, options))
         reading, shared, structure, reason = _choose_blocks(layer.shape, options)
         packed = not shared and _packs(reading, options)
-        statistics_every = options["statistics_every"] or (1 if packed else _default_interval(layer.shape))
+        every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
+        statistics_every = options["statistics_every"] or (1 if packed else every)
         inverse_every = statistics_every if packed else options["inverse_every"] or statistics_every
         blocks = reading.blocks * (1 if shared else reading.rows)
         curvature = _curvature(layer, reading, shared, packed, options)
@@ -273,41 +274,6 @@ def _common_fields(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _default_interval(shape: torch.Size) -> int:
-    return _STATISTICS_EVERY_OF_CONVOLUTIONS if len(shape) > 2 else _STATISTICS_EVERY
-
-
-def _two_sided_plan(layer: Layer, options: dict[str, Any]) -> Plan:
-    if options["share"] == "row":
-        raise ValueError(
-            f"output_power={options['output_power']} shares the blocks over inputs among all rows, "
-            "got share='row': leave share out, or set output_power=0"
-        )
-    inputs, outputs = _choose_tiles(layer, options)
-    powers = options["power"], options["output_power"]
-    inverse = options["inverse"]
-    avoid_sync = options["capturable"] and powers == (1.0, 1.0) and inverse != "newton-schulz"
-    curvature = TwoSidedBlocks(
-        inputs,
-        outputs,
-        **_common_fields(layer, options),
-        power=powers[0],
-        output_power=powers[1],
-        inverse=inverse,
-        avoid_sync=avoid_sync,
-    )
-    every = options["statistics_every"] or _default_interval(layer.shape)
-    return Plan(
-        curvature,
-        structure="two-sided blocks",
-        reason=f"tiles of {outputs.width} outputs x {inputs.width} inputs",
-        blocks=inputs.blocks + outputs.blocks,
-        block_size=max(inputs.width, outputs.width),
-        statistics_every=every,
-        inverse_every=options["inverse_every"] or every,
-    )
-
-
 # ---- the choice of blocks ----
 
 
@@ -327,7 +293,7 @@ def _choose_blocks(shape: torch.Size, options: dict[str, Any]) -> tuple[BlockRea
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
     widest = min(_WIDTH, _WIDTH_PER_ROW * rows) if shared else _WIDTH_PER_ROW
-    width = min(options["block_size"] or _even_width(length, widest, kernel), length)
+    width = min(options["block_size"] or block_width(length, widest, kernel), length)
     structure = "blocks of shared rows" if shared else "blocks of rows"
     reason = "asked for" if options["block_size"] else f"the widest even cut up to {widest}"
     return BlockReading(rows, length, width), shared and width > 1, structure, reason
@@ -337,36 +303,3 @@ def _reads_rows(shape: torch.Size, options: dict[str, Any]) -> bool:
     """Whether a weight is read as the rows of a matrix."""
     is_matrix = len(shape) > 1 and shape.numel() > 0
     return is_matrix and not (len(shape) > 2 and options["conv_blocks"] == "kernel")
-
-
-def _choose_tiles(layer: Layer, options: dict[str, Any]) -> tuple[BlockReading, BlockReading]:
-    """How the rows and how the columns of a matrix are cut; no block of outputs spans two groups."""
-    rows, length, kernel = layer.shape[0], layer.shape[1:].numel(), layer.shape[2:].numel()
-    asked = options["block_size"]
-    widest = [min(_WIDTH, _WIDTH_PER_ROW // 2 * others) for others in (rows, length)]
-    width = min(asked or _even_width(length, widest[0], kernel), length)
-    if layer.groups > 1:
-        of_group = rows // layer.groups
-        output_width = max(
-            n for n in range(1, of_group + 1) if of_group % n == 0 and n <= (asked or widest[1])
-        )
-    else:
-        output_width = min(asked or _even_width(rows, widest[1], 1), rows)
-    return BlockReading(rows, length, width), BlockReading(length, rows, output_width)
-
-
-def _even_width(length: int, widest: int, kernel: int) -> int:
-    """The widest even cut up to `widest`, in whole kernels if possible; an uneven one if it is narrow."""
-    divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
-    whole_kernels = [width for width in divisors if width % kernel == 0]
-    best = (whole_kernels or divisors)[-1]
-    return best if 2 * best > min(widest, length) else _uneven_width(length, widest)
-
-
-def _uneven_width(length: int, widest: int) -> int:
-    """The width of the fewest blocks that, padded, take no more memory than blocks of `widest` would."""
-    for blocks in range(math.ceil(length / widest), length):
-        width = math.ceil(length / blocks)
-        if blocks * width**2 <= widest * length:
-            return width
-    return 1
