@@ -76,7 +76,8 @@ class TwoSidedBlocks(Curvature):
     output_power: float = 0.5
     relative_damping: bool = True
     inverse: Literal["cholesky", "newton-schulz"] | None = None
-    """"newton-schulz" starts from the last inverse; the other two are Cholesky."""
+    """"newton-schulz" starts from the last inverse; the other two are Cholesky. A power other than 1 takes
+    eigenvalues."""
     avoid_sync: bool = False
     """Whether `refresh` never makes the CPU wait for the device; a block without an inverse then gets NaN."""
 
@@ -158,8 +159,9 @@ class TwoSidedBlocks(Curvature):
     def refresh(self, state: State, damping: float) -> None:
         """`input_inverse` <- (A_c + lambda_c I)^(-q), and `output_inverse` with (f + l) and p."""
         inputs, outputs, mean = self._scaled(state)
+        mean = mean.clamp_min(LEAST_SCALE)
         level = damping * mean if self.relative_damping else damping
-        unit = (mean + level).clamp_min(LEAST_SCALE)
+        unit = mean + level
         self._invert(state, "input", inputs, mean, damping)
         absolute = damping if self.relative_damping else damping / unit
         self._invert(state, "output", outputs / unit[..., None, None, None], mean / unit, absolute)
