@@ -15,9 +15,7 @@ from minifisher.options import option
 from minifisher.statistics.layers import layers_of
 
 
-class TwoSidedMBF(minifisher.MBF):
-    """MBF with two-sided blocks: another curvature, enrolled like a method."""
-
+class TwoSidedMBF(minifisher.MBF):  # another curvature, enrolled like a method
     output_power: float = option(default=0.5)
 
 

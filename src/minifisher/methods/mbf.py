@@ -187,12 +187,18 @@ class MBF(CurvatureOptimizer):
     entries; `describe()` shows the choice for each weight. Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124; the
     published algorithm as arguments: docs/methods.md.
 
+    With `output_power` p > 0, and q = `power`, the direction of a tile M_rc of a matrix is
+    ((G_r + lambda_r I) / (f + l))^(-p) M_rc (A_c + lambda_c I)^(-q): blocks G_r over outputs beside the
+    blocks A_c over inputs. `minifisher.methods.mbf_two_sided.TwoSidedBlocks` defines them; they are not in
+    the paper.
+
     `lr` is in step lengths of `graft`: the learning rate of AdamW carries over. With `graft=None` it
     multiplies (F + lambda I)^(-power) M itself.
 
     For W [out, in] in blocks F_b [w, w], a step and an observation cost O(out in w). If rows share their
     blocks, a refresh costs O(in w^2) and the state has O(in w) numbers; otherwise O(out in w^2) and
-    O(out in w). Raises ValueError or TypeError for an option or a parameter that it cannot use.
+    O(out in w). Two-sided blocks [v, v] and [w, w] take 2 out in (v + w) operations a step, and a refresh
+    O(out v^2 + in w^2); the state has 2 (out v + in w) numbers. Raises ValueError or TypeError for an option or a parameter that it cannot use.
     """
 
     power: float = power_option(1.0)
