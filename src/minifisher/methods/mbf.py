@@ -197,8 +197,9 @@ class MBF(CurvatureOptimizer):
 
     For W [out, in] in blocks F_b [w, w], a step and an observation cost O(out in w). If rows share their
     blocks, a refresh costs O(in w^2) and the state has O(in w) numbers; otherwise O(out in w^2) and
-    O(out in w). Two-sided blocks [v, v] and [w, w] take 2 out in (v + w) operations a step, and a refresh
-    O(out v^2 + in w^2); the state has 2 (out v + in w) numbers. Raises ValueError or TypeError for an option or a parameter that it cannot use.
+    O(out in w). Two-sided blocks [v, v] and [w, w]: 2 out in (v + w) operations a step, a refresh
+    O(out v^2 + in w^2), and 2 (out v + in w) numbers. Raises ValueError or TypeError for an option or a
+    parameter that it cannot use.
     """
 
     power: float = power_option(1.0)
