@@ -114,7 +114,7 @@ def damping_levels(
     """
     diagonal = blocks.diagonal(dim1=-2, dim2=-1)
     if layer_mean is None:
-        levels = torch.as_tensor(damping, dtype=blocks.dtype, device=blocks.device)
+        levels = damping * blocks.new_ones(())
         levels = levels[..., None, None] if levels.ndim else levels
     else:
         if reading.padding:
