@@ -25,6 +25,7 @@ from minifisher.methods.kbfgsl import LimitedMemoryKroneckerBFGS
 from minifisher.methods.kfac import KroneckerFactors
 from minifisher.methods.mbf import MiniBlocks
 from minifisher.methods.mbf_packed import PackedBlocks
+from minifisher.methods.mbf_two_sided import TwoSidedBlocks
 from minifisher.methods.mode_factors import ModeFactors
 from minifisher.methods.shampoo import KroneckerRoots
 from minifisher.methods.soap import EigenbasisAdam
@@ -58,6 +59,8 @@ def cost(layer: Layer, plan: Plan, samples: int, rows: int) -> Cost:
     curvature = plan.curvature
     if isinstance(curvature, MiniBlocks):
         return _mini_blocks(curvature, samples, rows)
+    if isinstance(curvature, TwoSidedBlocks):
+        return _two_sided_blocks(curvature, layer.groups, rows)
     if isinstance(curvature, PackedBlocks):
         return _packed_blocks(curvature, samples, rows)
     if isinstance(curvature, KroneckerBFGS):
@@ -107,6 +110,25 @@ def _mini_blocks(curvature: MiniBlocks, samples: int, rows: int) -> Cost:
         factorised=matrices * width**3,
         averaged=0.0 if from_gradient else matrices * width**2,
     )
+
+
+def _two_sided_blocks(curvature: TwoSidedBlocks, groups: int, rows: int) -> Cost:
+    """One matrix product for the blocks of each side; a root has one more, Q f(Lambda) Q^T."""
+    from_gradient = curvature.needs is BatchGradient
+    total = Cost()
+    for reading, power, seen in (
+        (curvature.inputs, curvature.power, rows * groups),
+        (curvature.outputs, curvature.output_power, rows),
+    ):
+        area, width = reading.blocks * reading.width**2, reading.width
+        total = Cost(
+            direction=total.direction + (2 * reading.rows * area if width > 1 else 0),
+            statistics=total.statistics + 2 * (reading.rows if from_gradient else seen) * area,
+            refresh=total.refresh + (2 * area * width if power != 1 and width > 1 else 0),
+            factorised=total.factorised + area * width,
+            averaged=total.averaged + (0 if from_gradient else area),
+        )
+    return total
 
 
 def _kronecker(curvature: KroneckerFactors, rows: int) -> Cost:

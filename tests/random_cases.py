@@ -138,6 +138,7 @@ NUMBERS = {
     "damping": (0.0, 1e-8, 1e-3, 1.0, 1e3),
     "weight_decay": (0.0, 0.1),
     "power": (0.25, 0.5, 1.0),
+    "output_power": (0.0, 0.5, 1.0),
     "exponent": (0.5, 0.25, 0.3, None),
     "kl_clip": (1e-3, None),
     "mu1": (0.0, 0.2, 0.9),

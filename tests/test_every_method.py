@@ -11,9 +11,19 @@ import torch
 from torch import nn
 
 import minifisher
+from minifisher.options import option
 from minifisher.statistics.layers import layers_of
 
-every_method = pytest.mark.parametrize("name", minifisher.METHODS)
+
+class TwoSidedMBF(minifisher.MBF):  # another curvature, enrolled like a method
+    output_power: float = option(default=0.5)
+
+
+every_method = pytest.mark.parametrize("name", [*minifisher.METHODS, "mbf two-sided"])
+
+
+def method_of(name):
+    return TwoSidedMBF if name == "mbf two-sided" else minifisher.METHODS[name]
 
 
 class Net(nn.Module):
@@ -81,14 +91,14 @@ def plans(opt, module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_defaults_train_a_network(name, dtype):
     module = network(dtype)
-    losses = train(module, minifisher.METHODS[name](module, lr=1e-2), 60)
+    losses = train(module, method_of(name)(module, lr=1e-2), 60)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 @every_method
 def test_a_direction_is_linear_and_of_the_weights_shape(name):
     module = network()
-    opt = minifisher.METHODS[name](module)
+    opt = method_of(name)(module)
     train(module, opt, 3)
     for layer, plan in plans(opt, module):
         damping = opt.param_groups[0]["damping"]
@@ -107,7 +117,7 @@ def test_a_direction_is_linear_and_of_the_weights_shape(name):
 @every_method
 def test_a_direction_never_climbs(name):
     module = network()
-    opt = minifisher.METHODS[name](module)
+    opt = method_of(name)(module)
     train(module, opt, 6)
     for layer, plan in plans(opt, module):
         state = {key: value for key, value in opt.state[layer.weight].items() if torch.is_tensor(value)}
@@ -119,7 +129,7 @@ def test_a_direction_never_climbs(name):
 @every_method
 def test_the_state_is_what_the_curvature_makes_and_the_description_counts_it(name):
     module = network(torch.float32)
-    opt = minifisher.METHODS[name](module)
+    opt = method_of(name)(module)
     train(module, opt, 2)
     described = {layer.name: layer for layer in opt.describe().layers}
     for layer, plan in plans(opt, module):
@@ -131,7 +141,7 @@ def test_the_state_is_what_the_curvature_makes_and_the_description_counts_it(nam
 
 @every_method
 def test_the_docstring_gives_formula_paper_shapes_cost_and_memory(name):
-    text = inspect.getdoc(minifisher.METHODS[name])
+    text = inspect.getdoc(method_of(name))
     for wanted in (
         r"W <- W - lr",
         r"arXiv \d{4}\.\d{5}",
@@ -145,16 +155,16 @@ def test_the_docstring_gives_formula_paper_shapes_cost_and_memory(name):
 @every_method
 def test_the_description_covers_every_parameter_once(name):
     module = network()
-    description = minifisher.METHODS[name](module).describe()
+    description = method_of(name)(module).describe()
     assert description.parameters == sum(parameter.numel() for parameter in module.parameters())
     assert sum(description.coverage.values()) == pytest.approx(1.0)
     assert all(layer.structure and layer.reason for layer in description.layers)
-    assert minifisher.METHODS[name].__name__ in str(description)
+    assert method_of(name).__name__ in str(description)
 
 
 @every_method
 def test_a_checkpoint_resumes_bit_for_bit(name):
-    make = minifisher.METHODS[name]
+    make = method_of(name)
     module = network(torch.float32)
     opt = make(module, lr=1e-2)
     train(module, opt, 5)
@@ -172,7 +182,7 @@ def test_a_checkpoint_resumes_bit_for_bit(name):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_touches_nothing(name, bad):
     module = network(torch.float32)
-    opt = minifisher.METHODS[name](module, lr=1e-2)
+    opt = method_of(name)(module, lr=1e-2)
     train(module, opt, 3)
     weights, state = flat(module), copy.deepcopy(opt.state_dict()["state"])
     images, targets = batch(9, module)
@@ -207,7 +217,7 @@ def test_equal_layers_step_as_each_would_alone(name, monkeypatch):
     for entries in (65_536, 0):  # weights above this size are never stacked
         monkeypatch.setattr("minifisher.step.layer_stack._LARGEST_STACKED", entries)
         module = network()
-        train(module, minifisher.METHODS[name](module, lr=1e-2), 8)
+        train(module, method_of(name)(module, lr=1e-2), 8)
         results.append(flat(module))
     torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-9)
 
@@ -215,7 +225,7 @@ def test_equal_layers_step_as_each_would_alone(name, monkeypatch):
 @every_method
 def test_gradients_that_are_zero_move_nothing(name):
     module = network()
-    opt = minifisher.METHODS[name](module)
+    opt = method_of(name)(module)
     before = flat(module)
     for _ in range(4):
 
@@ -233,7 +243,7 @@ def test_gradients_that_are_zero_move_nothing(name):
 @every_method
 def test_the_loss_comes_back_and_the_model_keeps_its_mode_and_buffers(name):
     module, twin = network(), network()
-    opt = minifisher.METHODS[name](module)
+    opt = method_of(name)(module)
     images, targets = batch(0, module)
     expected = nn.functional.cross_entropy(twin(images), targets).item()
     assert step(module, opt, 0) == pytest.approx(expected)
@@ -244,7 +254,7 @@ def test_the_loss_comes_back_and_the_model_keeps_its_mode_and_buffers(name):
 @every_method
 def test_a_scheduler_and_decay_apply(name):
     module = network()
-    opt = minifisher.METHODS[name](module, lr=1e-2, weight_decay=0.5)
+    opt = method_of(name)(module, lr=1e-2, weight_decay=0.5)
     schedule = torch.optim.lr_scheduler.StepLR(opt, 2, 0.0)
     train(module, opt, 2)
     schedule.step()
@@ -257,10 +267,10 @@ def test_a_scheduler_and_decay_apply(name):
 @every_method
 def test_a_layer_without_inputs_trains_its_bias(name):
     module = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2)).double()
-    method = minifisher.METHODS[name]
+    method = method_of(name)
     samples = "empirical" in method.estimators and method.options["fisher"].init
     fisher = {"fisher": "empirical"} if samples else {}
-    opt = minifisher.METHODS[name](module, lr=1e-2, **fisher)
+    opt = method_of(name)(module, lr=1e-2, **fisher)
     before = module[0].bias.detach().clone()
 
     def closure():

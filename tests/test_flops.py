@@ -25,6 +25,9 @@ CASES = {method: (method, {}) for method in minifisher.METHODS} | {
     "mbf own rows": ("mbf", {"share": "row", "block_size": 5, "inverse": "cholesky"}),
     "mbf kernels": ("mbf", {"conv_blocks": "kernel"}),
     "mbf empirical": ("mbf", {"fisher": "empirical"}),
+    "mbf two-sided": ("mbf", {"output_power": 1.0}),
+    "mbf two-sided, root": ("mbf", {"output_power": 0.5, "block_size": 4}),
+    "mbf two-sided, empirical": ("mbf", {"output_power": 0.5, "fisher": "empirical"}),
     "shampoo, cut": ("shampoo", {"max_dim": 4}),
     "kfac exact": ("kfac", {"fisher": "exact"}),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -139,12 +141,26 @@ def test_any_shape_keeps_the_limit(shape):
             {"share": "layer"},
             {"conv_blocks": "row"},
             {"conv_blocks": "row", "share": "row"},
+            {"output_power": 0.5},
         ]
     ),
 )
 def test_choosing_the_structure_but_not_the_width_keeps_the_limit(shape, options):
     ((multiple, _, layer),) = multiples([shape], **options)
     assert multiple <= LIMIT, layer
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_sided_blocks_take_two_matrices_a_block_of_each_side(model):
+    shapes = [shape for shape in MODELS[model][0] if len(shape) > 1]
+    options = {"block_size": 8, "output_power": 0.5}
+    for shape, (multiple, _, _) in zip(shapes, multiples(shapes, **options), strict=True):
+        outputs, inputs = shape[0], math.prod(shape[1:])
+        numbers = 2 * 8 * (outputs + inputs)
+        if outputs % 8 == 0 and inputs % 8 == 0:
+            assert multiple * outputs * inputs == pytest.approx(numbers)
+    for multiple, _, layer in multiples(MODELS[model][0], output_power=0.5):
+        assert multiple <= LIMIT, layer
 
 
 @given(size=st.integers(1, 10**6), rows=st.integers(1, 400))

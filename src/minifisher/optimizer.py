@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import is_distributed, world_size
-from minifisher.distributed.placement import place_layers
+from minifisher.distributed.placement import place_layers, with_piece_units
 from minifisher.options import CommonOptions, as_groups, check_parameter
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,
@@ -116,7 +116,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         if not isinstance(source, nn.Module):
             layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
         try:
-            self._enrol(dict.fromkeys(layers, group))
+            self._enrol(dict.fromkeys(map(with_piece_units, layers), group))
         except (TypeError, ValueError):
             self.param_groups.pop()  # a group that was refused leaves no trace
             raise

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import minifisher
+from minifisher.statistics.layers import Layer
 from tests.distributed import training
 from tests.distributed.processes import run
 
@@ -21,6 +26,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lengths by row": {"graft": "adam-rows", "fold_bias": True},
     "adaptive": {"adaptive_damping": True, "graft": None, "relative_damping": False, "lr": 0.1},
     "folded": {"fold_bias": True, "weight_decay": 0.1, "decoupled_weight_decay": False},
+    "two-sided": {"output_power": 0.5},
+    "two-sided, raw": {
+        "output_power": 1.0,
+        "graft": None,
+        "relative_damping": False,
+        "damping": 1.0,
+        "fold_bias": True,
+    },
 }
 MESHES = {2: [(2,)], 4: [(4,), (2, 2)]}
 
@@ -40,6 +53,12 @@ class Uneven(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.narrow(self.convolution(images).flatten(1))
         return self.last(torch.tanh(self.wide(self.single(hidden))) * self.scale)
+
+
+def cut_between_outputs(pieces: int, layer: Layer) -> Layer:
+    """The layer, whose curvature is cut as if so many processes held pieces of its weight."""
+    rows = len(layer.weight)
+    return replace(layer, piece_units={0: math.ceil(rows / pieces)}) if layer.weight.ndim else layer
 
 
 def make(kind: type[nn.Module], options: dict[str, Any], mesh: Any = None) -> tuple[nn.Module, Any]:
@@ -64,6 +83,7 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 CASES = [
     *((training.Network, name) for name in OPTIONS),
     *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row")),
+    *((Uneven, name) for name in ("two-sided", "two-sided, raw")),
 ]
 
 
@@ -79,14 +99,22 @@ def train_all(shapes: list[tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Tensor]]:
-    return {f"{kind.__name__} {name}": trained(kind, OPTIONS[name]) for kind, name in CASES}
+    """Of every case and number of pieces: blocks over outputs end where a piece ends."""
+    results = {}
+    for pieces in {shape[-1] for shapes in MESHES.values() for shape in shapes}:
+        with patch("minifisher.optimizer.with_piece_units", partial(cut_between_outputs, pieces)):
+            results.update(
+                {f"{kind.__name__} {name} {pieces}": trained(kind, OPTIONS[name]) for kind, name in CASES}
+            )
+    return results
 
 
 @pytest.mark.parametrize("world", MESHES)
 def test_fully_sharded_trains_the_same(world: int, alone: dict[str, dict[str, Tensor]]) -> None:
     for rank, results in enumerate(run(world, train_all, MESHES[world])):
         for name, result in results.items():
-            expected = alone[name[: name.index(" (")]]
+            case, shape = name.split(" (")
+            expected = alone[f"{case} {shape.rstrip(',)')[-1]}"]
             torch.testing.assert_close(
                 result, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name, r=rank: f"{n}, rank {r}: {m}"
             )

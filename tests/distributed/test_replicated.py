@@ -15,6 +15,8 @@ CASES |= {
     "mbf empirical": ("mbf", {"fisher": "empirical", "statistics_every": 3}),
     "mbf sampled, bias folded in": ("mbf", {"fisher": "sampled", "fold_bias": True}),
     "mbf kernels, own rows": ("mbf", {"fisher": "empirical", "conv_blocks": "kernel", "share": "row"}),
+    "mbf two-sided": ("mbf", {"output_power": 0.5}),
+    "mbf two-sided, sampled": ("mbf", {"output_power": 1.0, "fisher": "sampled", "statistics_every": 3}),
     "kfac exact, eigenvalues corrected": ("kfac", {"fisher": "exact", "eigenvalue_correction": True}),
     "kfac, divergence clipped": ("kfac", {"kl_clip": 1e-4}),
     "tnt by sample": ("tnt", {"per_sample": True}),

@@ -27,12 +27,14 @@ CUT: dict[str, dict[str, Any]] = {
     "own rows": OWN_ROWS,
     "own rows, raw": RAW,
     "shared, lengths by row": {**SHARED, "graft": "adam-rows"},
+    "two-sided": {**SHARED, "output_power": 0.5},
     "own rows, raw, lengths by row": {**RAW, "graft": "adam-rows"},
 }
 PARALLEL: dict[str, dict[str, Any]] = {
     "own rows": {"block_size": 3, "share": "row"},
     "shared": {"block_size": 3},
     "lengths by row": {"block_size": 3, "graft": "adam-rows"},
+    "two-sided": {"block_size": 3, "output_power": 0.5},
 }
 STEPS = (0, 2, 3)  # the first; one with statistics, one without
 
@@ -282,6 +284,7 @@ def test_a_cut_weight_needs_lengths_and_its_shared_matrices(found: dict[str, Any
     matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
     lengths_alone = ("all_reduce", 2 * WEIGHTS)
     assert found["cut, shared"] == [[matrices_and_means, lengths_alone], [LENGTHS]]
+    assert found["cut, two-sided"] == found["cut, shared"]  # blocks over outputs stay with their rows
 
 
 def test_rows_and_kernels_of_a_cut_weight_need_one_number_each(found: dict[str, Any]) -> None:

@@ -123,11 +123,13 @@ def test_the_inverse_of_a_matrix_that_has_none_is_not_finite(matrix):
     assert not torch.isfinite(result).all()
 
 
-def test_mbf_with_newton_schulz_takes_the_steps_of_cholesky():
+@pytest.mark.parametrize("output_power", [0.0, 1.0, 0.5])
+def test_mbf_with_newton_schulz_takes_the_steps_of_cholesky(output_power):
     weights = []
     for inverse in (None, "cholesky", "newton-schulz"):
         weight = torch.nn.Parameter(torch.zeros(20, 16, dtype=torch.float64))
-        opt = MBF([weight], lr=0.01, inverse=inverse, statistics_every=2, inverse_every=4)
+        schedule = {"statistics_every": 2, "inverse_every": 4}
+        opt = MBF([weight], lr=0.01, inverse=inverse, output_power=output_power, **schedule)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
             weight.grad = torch.randn(20, 16, generator=generator, dtype=torch.float64)

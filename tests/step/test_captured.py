@@ -25,6 +25,7 @@ OPTIONS = [
     {"momentum": 0.0},
     {"share": "row", "block_size": 3},
     {"conv_blocks": "kernel"},
+    {"output_power": 1.0},
     {"maximize": True},
     {"curvature_dtype": torch.float32},
 ]
@@ -241,6 +242,7 @@ def test_layers_that_part_company_count_on_their_own():
         ({"statistics_every": 2}, "has no schedule, got statistics_every=2"),
         ({"inverse_every": 3}, "inverse_every=3: set both to 1"),
         ({"power": 0.5}, "MBF with power=1"),
+        ({"output_power": 0.5}, "where output_power is 0 or 1"),
         ({"inverse": "newton-schulz"}, "MBF with power=1 and Cholesky"),
         ({"fisher": "empirical"}, "got fisher='empirical'"),
         ({"adaptive_damping": True}, "adaptive_damping=True"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,25 @@ def cuts(tensor: Tensor) -> tuple[tuple[int, Group], ...]:
 def cut_dimensions(tensor: Tensor) -> list[int]:
     """The dimensions along which a DTensor is cut, also where one process holds all pieces."""
     return [p.dim for p in tensor.placements if hasattr(p, "dim")]  # type: ignore[attr-defined]
+
+
+def piece_units(tensor: Tensor) -> dict[int, int]:
+    """For each dimension along which a DTensor is cut, a number of which every piece's start is a multiple.
+
+    torch cuts n entries over k ranks into pieces of ceil(n / k), the last ones shorter. Where two dimensions
+    of the mesh cut the same one, it depends on the kind of placement which of them comes first.
+    """
+    if not is_distributed(tensor):
+        return {}
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    sharding = [(p.dim, mesh.size(axis)) for axis, p in enumerate(placements) if hasattr(p, "dim")]
+    units = dict.fromkeys((dimension for dimension, _ in sharding), 0)
+    for order in (sharding, sharding[::-1]):
+        lengths = list(tensor.shape)
+        for dimension, ranks in order:
+            lengths[dimension] = math.ceil(lengths[dimension] / ranks)
+            units[dimension] = math.gcd(units[dimension], lengths[dimension])
+    return units
 
 
 def sum_over_ranks(tensors: Iterable[tuple[Tensor, tuple[Group, ...]]]) -> bool:

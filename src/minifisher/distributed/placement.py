@@ -20,6 +20,7 @@ from minifisher.distributed.collectives import (
     cuts,
     is_distributed,
     local,
+    piece_units,
     rank,
     world_size,
 )
@@ -108,6 +109,11 @@ def local_part(layer: Layer) -> Layer:
         return layer
     bias = layer.bias if layer.bias is None else local(layer.bias).detach()
     return replace(layer, weight=local(layer.weight).detach(), bias=bias)
+
+
+def with_piece_units(layer: Layer) -> Layer:
+    """The layer, which knows how processes share its weight."""
+    return replace(layer, piece_units=piece_units(layer.weight)) if is_distributed(layer.weight) else layer
 
 
 def place_layers(

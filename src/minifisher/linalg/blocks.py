@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import add_to_diagonal, inverse_power, inverse_without_sync
 from minifisher.linalg.newton import newton_schulz_inverse
 
@@ -59,6 +60,23 @@ class BlockReading:
         return mask.view(self.blocks, self.width)
 
 
+def block_width(length: int, widest: int, kernel: int) -> int:
+    """The widest even cut up to `widest`, in whole kernels if possible; an uneven one if it is narrow."""
+    divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
+    whole_kernels = [width for width in divisors if width % kernel == 0]
+    best = (whole_kernels or divisors)[-1]
+    return best if 2 * best > min(widest, length) else _uneven_width(length, widest)
+
+
+def _uneven_width(length: int, widest: int) -> int:
+    """The width of the fewest blocks that, padded, take no more memory than blocks of `widest` would."""
+    for blocks in range(math.ceil(length / widest), length):
+        width = math.ceil(length / blocks)
+        if blocks * width**2 <= widest * length:
+            return width
+    return 1
+
+
 def damped_inverse_power(
     blocks: Tensor,
     damping: Tensor,
@@ -81,18 +99,64 @@ def damped_inverse_power(
     return inverse_without_sync(damped) if avoid_sync else inverse_power(damped, power)
 
 
-def multiply_rows(vectors: Tensor, blocks: Tensor) -> Tensor:
+def damping_levels(
+    blocks: Tensor,
+    reading: BlockReading,
+    damping: float | Tensor,
+    layer_mean: Tensor | None,
+    kept: torch.dtype,
+) -> Tensor:
+    """lambda_b for every entry of a block: blocks [..., rows | 1, k, b, b], levels [..., rows | 1, k, b].
+
+    Relative to `layer_mean` [..., 1], the mean of the layer's diagonal: `damping` times `curvature_scale`.
+    Without it `damping` itself, a number or [..., 1]. `kept` is the dtype in which the blocks are kept. A
+    padded entry has damping 1.
+    """
+    diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+    if layer_mean is None:
+        levels = damping * blocks.new_ones(())
+        levels = levels[..., None, None] if levels.ndim else levels
+    else:
+        if reading.padding:
+            block_mean = diagonal.sum(-1, keepdim=True) / reading.entries(blocks).sum(-1, keepdim=True)
+        else:
+            block_mean = diagonal.mean(-1, keepdim=True)
+        levels = damping * curvature_scale(block_mean, layer_mean[..., None, None])
+    if kept != blocks.dtype:
+        # Rounding to half precision can leave a matrix indefinite. Damping by twice the largest rounding
+        # error of an entry was enough; a bound for all cases, the sum over a row, hides too much.
+        levels = torch.maximum(levels, torch.finfo(kept).eps * diagonal.amax(-1, keepdim=True))
+    if reading.padding:
+        entries = reading.entries(blocks)
+        levels = levels * entries + (1 - entries)
+    return levels.expand(blocks.shape[:-1])
+
+
+def multiply_rows(vectors: Tensor, blocks: Tensor, out: Tensor | None = None) -> Tensor:
     """x_rk B_rk for every row r and block k: vectors [..., rows, k, b], blocks [..., rows | 1, k, b, b].
 
     Where all rows share their blocks, it is one matrix product for each block instead of one for each row.
+    The result may be written to `out`, a contiguous tensor like `vectors`.
     """
     if blocks.shape[-1] == 1:
         return vectors * blocks.squeeze(-1)
     if blocks.shape[-4] == 1:
-        product = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        product = torch.empty_like(vectors, memory_format=torch.contiguous_format) if out is None else out
         torch.matmul(vectors.transpose(-3, -2), blocks.squeeze(-4), out=product.transpose(-3, -2))
         return product
     return (vectors.unsqueeze(-2) @ blocks).squeeze(-2)
+
+
+def multiply_columns(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """blockdiag(B_1, ..., B_k) X, with X [..., n, columns] and blocks [..., 1, k, b, b]; n is at most k b."""
+    count, width = blocks.shape[-3], blocks.shape[-1]
+    n = matrix.shape[-2]
+    if width == 1:
+        return matrix * blocks.flatten(-4)[..., None]
+    if n != count * width:
+        matrix = F.pad(matrix, (0, 0, 0, count * width - n))
+    slabs = torch.unflatten(matrix, -2, (count, width))
+    return (blocks.squeeze(-4) @ slabs).flatten(-3, -2)[..., :n, :]
 
 
 def outer_products(vectors: Tensor, shared: bool) -> Tensor:

@@ -6,7 +6,6 @@ arXiv 2202.04124. What goes beyond its abstract is our reading: see docs/methods
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,16 +17,18 @@ from minifisher.kernels.packed import WIDEST
 from minifisher.linalg.blocks import (
     BlockReading,
     average_outer_products,
+    block_width,
     damped_inverse_power,
+    damping_levels,
     multiply_rows,
     outer_products,
     sum_of_outer_products,
     sum_over_positions,
 )
-from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import working_dtype
 from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
 from minifisher.methods.mbf_packed import PackedBlocks
+from minifisher.methods.mbf_two_sided import plan_two_sided
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
@@ -165,29 +166,11 @@ class MiniBlocks(Curvature):
         return self.reading.write(product, self.shape).to(direction.dtype)
 
     def _damping_levels(self, fisher: Tensor, mean: Tensor | None, damping: float) -> Tensor:
-        """lambda_b for every entry of a block, [..., rows | 1, blocks, width].
-
-        Relative: `damping` times `curvature_scale`, where `mean` [..., 1] replaces the layer's mean. A padded
-        entry has damping 1.
-        """
-        reading, diagonal = self.reading, fisher.diagonal(dim1=-2, dim2=-1)
-        if not self.relative_damping:
-            levels = damping * fisher.new_ones(())
-        else:
+        """lambda_b, [..., rows | 1, blocks, width]; `mean` [..., 1] replaces that of the diagonal."""
+        layer_mean = None
+        if self.relative_damping:
             layer_mean = self._mean_of_layer(fisher) if mean is None else mean.to(fisher.dtype)
-            if reading.padding:
-                block_mean = diagonal.sum(-1, keepdim=True) / reading.entries(fisher).sum(-1, keepdim=True)
-            else:
-                block_mean = diagonal.mean(-1, keepdim=True)
-            levels = damping * curvature_scale(block_mean, layer_mean[..., None, None])
-        if self.dtype != fisher.dtype:
-            # Rounding to half precision can leave a matrix indefinite. Damping by twice the largest rounding
-            # error of an entry was enough; a bound for all cases, the sum over a row, hides too much.
-            levels = torch.maximum(levels, torch.finfo(self.dtype).eps * diagonal.amax(-1, keepdim=True))
-        if reading.padding:
-            entries = reading.entries(fisher)
-            levels = levels * entries + (1 - entries)
-        return levels.expand(fisher.shape[:-1])
+        return damping_levels(fisher, self.reading, damping, layer_mean, self.dtype)
 
     def _mean_of_layer(self, fisher: Tensor) -> Tensor:
         """The mean of the diagonal over all blocks, [..., 1], without padding."""
@@ -204,19 +187,33 @@ class MBF(CurvatureOptimizer):
     entries; `describe()` shows the choice for each weight. Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124; the
     published algorithm as arguments: docs/methods.md.
 
+    With `output_power` p > 0, and q = `power`, the direction of a tile M_rc of a matrix is
+    ((G_r + lambda_r I) / (f + l))^(-p) M_rc (A_c + lambda_c I)^(-q): blocks G_r over outputs beside the
+    blocks A_c over inputs. `minifisher.methods.mbf_two_sided.TwoSidedBlocks` defines them; they are not in
+    the paper.
+
     `lr` is in step lengths of `graft`: the learning rate of AdamW carries over. With `graft=None` it
     multiplies (F + lambda I)^(-power) M itself.
 
     For W [out, in] in blocks F_b [w, w], a step and an observation cost O(out in w). If rows share their
     blocks, a refresh costs O(in w^2) and the state has O(in w) numbers; otherwise O(out in w^2) and
-    O(out in w). Raises ValueError or TypeError for an option or a parameter that it cannot use.
+    O(out in w). Two-sided blocks [v, v] and [w, w]: 2 out in (v + w) operations a step, a refresh
+    O(out v^2 + in w^2), and 2 (out v + in w) numbers. Raises ValueError or TypeError for an option or a
+    parameter that it cannot use.
     """
 
     power: float = power_option(1.0)
+    output_power: float = option(
+        default=0.0,
+        at_least=0,
+        meaning="Exponent of the inverse of a block over outputs, beside `power` for that over inputs: "
+        "two-sided blocks; 0: blocks over inputs alone.",
+    )
     block_size: int | None = option(
         default=None,
         at_least=1,
-        meaning="Entries of a block, at most a row; None: the widest even cut up to 64 that memory allows.",
+        meaning="Entries of a block, at most a row (two-sided: or a column); None: the widest even cut up "
+        "to 64 that memory allows.",
     )
     share: Literal["row", "layer"] | None = option(
         default=None,
@@ -241,7 +238,9 @@ class MBF(CurvatureOptimizer):
     )
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """Blocks of the rows, kernels or entries of a weight."""
+        """Blocks of the rows, kernels or entries of a weight, or two-sided ones."""
+        if options["output_power"] and _reads_rows(layer.shape, options):
+            return plan_two_sided(layer, options, _common_fields(layer, options))
         reading, shared, structure, reason = _choose_blocks(layer.shape, options)
         packed = not shared and _packs(reading, options)
         every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
@@ -264,18 +263,22 @@ def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
 def _curvature(
     layer: Layer, reading: BlockReading, shared: bool, packed: bool, options: dict[str, Any]
 ) -> Curvature:
-    common: dict[str, Any] = {
-        "reading": reading,
+    common = _common_fields(layer, options)
+    if packed:
+        return PackedBlocks(reading, **common)
+    power, inverse = options["power"], options["inverse"]
+    avoid_sync = options["capturable"] and power == 1.0 and inverse != "newton-schulz"
+    return MiniBlocks(reading, **common, shared=shared, power=power, inverse=inverse, avoid_sync=avoid_sync)
+
+
+def _common_fields(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields that all curvatures of MBF have."""
+    return {
         "shape": layer.shape,
         "needs": gradient_or_samples(layer, options),
         "dtype": curvature_dtype(layer, options),
         "relative_damping": options["relative_damping"],
     }
-    if packed:
-        return PackedBlocks(**common)
-    power, inverse = options["power"], options["inverse"]
-    avoid_sync = options["capturable"] and power == 1.0 and inverse != "newton-schulz"
-    return MiniBlocks(**common, shared=shared, power=power, inverse=inverse, avoid_sync=avoid_sync)
 
 
 # ---- the choice of blocks ----
@@ -297,24 +300,13 @@ def _choose_blocks(shape: torch.Size, options: dict[str, Any]) -> tuple[BlockRea
     rows, length = shape[0], shape[1:].numel()
     shared = options["share"] != "row"
     widest = min(_WIDTH, _WIDTH_PER_ROW * rows) if shared else _WIDTH_PER_ROW
-    width = min(options["block_size"] or _even_width(length, widest, kernel), length)
+    width = min(options["block_size"] or block_width(length, widest, kernel), length)
     structure = "blocks of shared rows" if shared else "blocks of rows"
     reason = "asked for" if options["block_size"] else f"the widest even cut up to {widest}"
     return BlockReading(rows, length, width), shared and width > 1, structure, reason
 
 
-def _even_width(length: int, widest: int, kernel: int) -> int:
-    """The widest even cut up to `widest`, in whole kernels if possible; an uneven one if it is narrow."""
-    divisors = [width for width in range(1, min(widest, length) + 1) if length % width == 0]
-    whole_kernels = [width for width in divisors if width % kernel == 0]
-    best = (whole_kernels or divisors)[-1]
-    return best if 2 * best > min(widest, length) else _uneven_width(length, widest)
-
-
-def _uneven_width(length: int, widest: int) -> int:
-    """The width of the fewest blocks that, padded, take no more memory than blocks of `widest` would."""
-    for blocks in range(math.ceil(length / widest), length):
-        width = math.ceil(length / blocks)
-        if blocks * width**2 <= widest * length:
-            return width
-    return 1
+def _reads_rows(shape: torch.Size, options: dict[str, Any]) -> bool:
+    """Whether a weight is read as the rows of a matrix."""
+    is_matrix = len(shape) > 1 and shape.numel() > 0
+    return is_matrix and not (len(shape) > 2 and options["conv_blocks"] == "kernel")

@@ -51,6 +51,8 @@ class Layer:
     """The number of groups of a convolution."""
     note: str = ""
     """Why only the gradient can be read; empty if samples can be recorded."""
+    piece_units: Mapping[int, int] = field(default_factory=dict)
+    """Dimensions along which processes hold pieces of the weight, which start at multiples of a number."""
 
     parameters: tuple[Tensor, ...] = field(init=False)
     """The weight, and the bias if it is folded in."""

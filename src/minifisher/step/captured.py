@@ -53,7 +53,7 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
     if not (plan.curvature.capturable or isinstance(plan.curvature, NoCurvature)):
         return (
             f"the curvature chosen for it ({plan.structure}) decides on the host: "
-            "that of MBF with power=1 and Cholesky does not"
+            "that of MBF with power=1 and Cholesky does not, where output_power is 0 or 1"
         )
     return ""
 
