@@ -89,10 +89,10 @@ def assert_blocks(fisher, expected):
         assert not fisher[:, index, :, width:].any()
 
 
-def fisher_of(opt, layer, rows=None):
+def fisher_of(opt, layer, rows=None, curvature=None):
     """`fisher` of the state as [rows | 1, blocks, width, width], unpacked if it is packed."""
     fisher = opt.state[layer.weight]["fisher"]
-    curvature = opt.plan(layer, opt.param_groups[0]).curvature
+    curvature = curvature or opt.plan(layer, opt.param_groups[0]).curvature
     if not isinstance(curvature, PackedBlocks):
         return fisher
     blocks = Tiling(curvature.reading).unpack(fisher)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from minifisher.curvature import Curvature, Plan
+from minifisher.curvature import Curvature, Plan, first_order_plan
 from minifisher.kernels.packed import WIDEST
 from minifisher.linalg.blocks import (
     BlockReading,
@@ -27,6 +27,7 @@ from minifisher.linalg.blocks import (
 from minifisher.linalg.damping import curvature_scale
 from minifisher.linalg.dense import working_dtype
 from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
+from minifisher.methods.mbf_columns import ColumnBlocks, transpose_of
 from minifisher.methods.mbf_packed import PackedBlocks
 from minifisher.optimizer import CurvatureOptimizer
 from minifisher.options import option
@@ -220,7 +221,19 @@ class MBF(CurvatureOptimizer):
     )
     share: Literal["row", "layer"] | None = option(
         default=None,
-        meaning='"row": each row has its own blocks; "layer": all rows share their mean; None: "layer".',
+        meaning='"row": each row has its own blocks; "layer": all rows share their mean; None: "layer". '
+        'With linear_blocks="column" the same for columns.',
+    )
+    linear_blocks: Literal["row", "column"] = option(
+        default="row",
+        meaning="Whether a matrix has blocks over its rows, all inputs to one output, or over its columns, "
+        "one input to all outputs.",
+    )
+    vectors: Literal["diagonal", "column", "adam"] | None = option(
+        default=None,
+        meaning='What is no matrix, biases and norms: "diagonal"; "column": blocks as of one column; "adam": '
+        'Adam\'s step at the same lr instead of a curvature; None: "column" where linear_blocks is, else '
+        '"diagonal".',
     )
     conv_blocks: Literal["kernel", "row"] | None = option(
         default=None,
@@ -242,13 +255,21 @@ class MBF(CurvatureOptimizer):
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
         """Blocks of the rows, kernels or entries of a weight."""
-        reading, shared, structure, reason = _choose_blocks(layer.shape, options)
+        if len(layer.shape) < 2 and options["vectors"] == "adam":
+            return first_order_plan("adam", "asked for; not a matrix")
+        over_columns = _has_column_blocks(layer.shape, options)
+        shape = transpose_of(layer.shape) if over_columns else layer.shape
+        reading, shared, structure, reason = _choose_blocks(shape, options)
         packed = not shared and _packs(reading, options)
         every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
         statistics_every = options["statistics_every"] or (1 if packed else every)
         inverse_every = statistics_every if packed else options["inverse_every"] or statistics_every
         blocks = reading.blocks * (1 if shared else reading.rows)
-        curvature = _curvature(layer, reading, shared, packed, options)
+        curvature = _curvature(layer, shape, reading, shared, packed, options)
+        if over_columns:
+            of_vector = len(layer.shape) == 1
+            curvature = ColumnBlocks(curvature, of_vector)
+            structure = "blocks of one column" if of_vector else structure.replace("rows", "columns")
         return Plan(curvature, structure, reason, blocks, reading.width, statistics_every, inverse_every)
 
 
@@ -262,11 +283,16 @@ def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
 
 
 def _curvature(
-    layer: Layer, reading: BlockReading, shared: bool, packed: bool, options: dict[str, Any]
+    layer: Layer,
+    shape: torch.Size,
+    reading: BlockReading,
+    shared: bool,
+    packed: bool,
+    options: dict[str, Any],
 ) -> Curvature:
     common: dict[str, Any] = {
         "reading": reading,
-        "shape": layer.shape,
+        "shape": shape,
         "needs": gradient_or_samples(layer, options),
         "dtype": curvature_dtype(layer, options),
         "relative_damping": options["relative_damping"],
@@ -279,6 +305,13 @@ def _curvature(
 
 
 # ---- the choice of blocks ----
+
+
+def _has_column_blocks(shape: torch.Size, options: dict[str, Any]) -> bool:
+    """Whether a weight with entries has blocks over columns; a vector counts as one column."""
+    of_vectors = options["vectors"] or ("column" if options["linear_blocks"] == "column" else "diagonal")
+    choice = {1: of_vectors, 2: options["linear_blocks"]}.get(len(shape))
+    return choice == "column" and shape.numel() > 0
 
 
 def _choose_blocks(shape: torch.Size, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:
