@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -153,8 +153,15 @@ class Plan:
     """Set by the engine, so that layers take turns: see `minifisher.step.schedule`."""
     inverse_phase: int = 0
     """Likewise."""
+    first_order: str | None = None
+    """The first-order method whose step, or step length, the layer takes; None: the `graft` of its group."""
 
 
 def no_curvature(reason: str) -> Plan:
     """The plan of a layer that takes the first-order step, and why."""
     return Plan(NoCurvature(), "first-order step", reason, 0, 0, 1, 1)
+
+
+def first_order_plan(method: str, reason: str) -> Plan:
+    """The plan of a layer that takes this method's step, whatever the `graft` of its group, and why."""
+    return replace(no_curvature(reason), structure=f"step of {method}", first_order=method)

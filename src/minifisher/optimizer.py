@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from minifisher.state.report import Counters, Description, counts, describe_laye
 from minifisher.statistics.capture import Captures
 from minifisher.statistics.estimators import check_estimators
 from minifisher.statistics.layers import Layer, layer_of, layers_of
+from minifisher.statistics.likelihood import drawn_labels
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
@@ -366,15 +367,20 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         loader: Iterable[tuple[Any, Any]],
         loss: Callable[[Tensor, Any], Tensor],
         likelihood: str = "categorical",
+        labels: Literal["data", "model"] = "data",
     ) -> None:
         """Average the statistics over a pass through `loader` at the present weights, all batches alike.
 
-        `loss(model(inputs), targets)` is the mean loss of a batch. Afterwards every `.grad` is None. This is
-        the published start of TNT and K-BFGS (docs/methods.md). A batch with a gradient that is not finite is
-        left out and counts among `skipped_steps`. Raises ValueError where no batch is left.
+        `loss(model(inputs), targets)` is the mean loss of a batch. With `labels="model"` labels drawn from
+        the model's prediction under `likelihood` replace the targets: class indices for "categorical", as the
+        outputs for "bernoulli" and "gaussian". Afterwards every `.grad` is None. This is the published start
+        of TNT and K-BFGS, and with `labels="model"` of MBF (docs/methods.md). A batch with a gradient that is
+        not finite is left out and counts among `skipped_steps`. Raises ValueError where no batch is left.
         """
+        if labels not in ("data", "model"):
+            raise ValueError(f"labels must be one of 'data', 'model', got {labels!r}")
         self._set_observations(0)
-        taken = [self._warm_up(model, batch, loss, likelihood) for batch in loader]
+        taken = [self._warm_up(model, batch, loss, likelihood, labels == "model") for batch in loader]
         self.zero_grad()
         if not any(taken):
             raise ValueError(
@@ -392,15 +398,15 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 entry["observations"] = 0 * entry["observations"] + number
         self._stacked = None
 
-    def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str) -> bool:
-        """Average in one batch; returns whether it was finite."""
+    def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str, draws: bool) -> bool:
+        """Average in one batch, perhaps with drawn labels; returns whether it was finite."""
         inputs, targets = batch
         self._arm(always=True)
         self.zero_grad()
         with torch.enable_grad():
             outputs = model(inputs)
             self.observe(outputs, likelihood)
-            loss(outputs, targets).backward()
+            loss(outputs, drawn_labels(outputs, likelihood) if draws else targets).backward()
         with full_precision(self.param_groups):
             samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
             active, zero = self._layers_with_gradients(), set[Layer]()

@@ -25,6 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"graft": "sgd", "weight_decay": 0.1, "statistics_every": 3, "inverse_every": 2},
     "lengths by row": {"graft": "adam-rows", "fold_bias": True},
     "adaptive": {"adaptive_damping": True, "graft": None, "relative_damping": False, "lr": 0.1},
+    "columns": {"linear_blocks": "column", "block_size": 2},
+    "columns of their own": {"linear_blocks": "column", "share": "row", "block_size": 2},
+    "vectors by Adam": {"vectors": "adam", "graft": None, "relative_damping": False, "damping": 1.0},
     "folded": {"fold_bias": True, "weight_decay": 0.1, "decoupled_weight_decay": False},
     "two-sided": {"output_power": 0.5},
     "two-sided, raw": {
@@ -61,6 +64,18 @@ def cut_between_outputs(pieces: int, layer: Layer) -> Layer:
     return replace(layer, piece_units={0: math.ceil(rows / pieces)}) if layer.weight.ndim else layer
 
 
+class Even(nn.Module):
+    """Two rows or more for each of four processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 8, 3)
+        self.first, self.last = nn.Linear(32, 16), nn.Linear(16, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(self.convolution(images).flatten(1))))
+
+
 def make(kind: type[nn.Module], options: dict[str, Any], mesh: Any = None) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     network = kind().double()
@@ -81,7 +96,8 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 
 
 CASES = [
-    *((training.Network, name) for name in OPTIONS),
+    *((training.Network, name) for name in OPTIONS if "columns" not in name),
+    *((Even, name) for name in OPTIONS if "columns" in name),
     *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row")),
     *((Uneven, name) for name in ("two-sided", "two-sided, raw")),
 ]

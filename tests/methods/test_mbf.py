@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minifisher import MBF
+from minifisher import optimizer as optimizer_module
 from minifisher.kernels.packed import Tiling
 from minifisher.methods.mbf_packed import PackedBlocks
 from minifisher.statistics.layers import layers_of
@@ -88,10 +89,10 @@ def assert_blocks(fisher, expected):
         assert not fisher[:, index, :, width:].any()
 
 
-def fisher_of(opt, layer, rows=None):
+def fisher_of(opt, layer, rows=None, curvature=None):
     """`fisher` of the state as [rows | 1, blocks, width, width], unpacked if it is packed."""
     fisher = opt.state[layer.weight]["fisher"]
-    curvature = opt.plan(layer, opt.param_groups[0]).curvature
+    curvature = curvature or opt.plan(layer, opt.param_groups[0]).curvature
     if not isinstance(curvature, PackedBlocks):
         return fisher
     blocks = Tiling(curvature.reading).unpack(fisher)
@@ -294,6 +295,52 @@ def test_a_warm_start_averages_over_all_batches_and_later_steps_decay_that_avera
     opt.step()
     expected = expected_blocks(0.9 * mean + 0.1 * fresh, layer.shape, "row", "layer", 9)
     assert_blocks(fisher_of(opt, layer), expected)
+
+
+LOSSES_OF = {
+    "categorical": nn.functional.cross_entropy,
+    "bernoulli": nn.functional.binary_cross_entropy_with_logits,
+    "gaussian": lambda means, labels: 0.5 * (means - labels).square().mean(),
+}
+
+
+@pytest.mark.parametrize("likelihood", LOSSES_OF)
+def test_a_warm_start_with_labels_of_the_model_approaches_the_exact_fisher_over_n(likelihood):
+    """With labels y_n ~ p(. | z_n) the gradients D_n are independent of mean 0: E[D D^T] = F / N."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    per_output = 1 if likelihood == "categorical" else 3  # the others average over the three outputs, too
+    opt = MBF(module, fisher="gradient", **asked(("row", "row", 9)))
+
+    def loss(outputs, labels):
+        return per_output * LOSSES_OF[likelihood](outputs, labels)
+
+    nowhere = torch.full((5, 3), float("nan"))  # targets that would leave nothing finite
+    opt.warm_start(module, [(inputs, nowhere)] * 3000, loss, likelihood, labels="model")
+    assert not opt.skipped_steps
+    for layer in (layer for layer in layers(module) if layer.reads_samples):
+        dense = dense_exact_fisher(layer, module, likelihood, inputs) / len(inputs)
+        expected = expected_blocks(dense, layer.shape, "row", "row", 9)[0]
+        difference = fisher_of(opt, layer)[:, 0] - expected
+        assert difference.norm() < 0.05 * expected.norm()
+
+
+def test_a_warm_start_with_labels_of_the_model_reads_samples_of_those_labels(monkeypatch):
+    case = problem("linear")
+    drawn = torch.tensor([2, 0, 1, 1, 0])
+    monkeypatch.setattr(optimizer_module, "drawn_labels", lambda outputs, likelihood: drawn)
+    opt = MBF(case.module, fisher="empirical", **asked(("row", "row", 9)))
+    opt.warm_start(case.module, [(case.inputs, case.targets)], case.loss, labels="model")
+    layer = layers(case.module)[0]
+    dense = dense_empirical_fisher(layer, case.module, case.loss, case.inputs, drawn)
+    assert_blocks(fisher_of(opt, layer), expected_blocks(dense, layer.shape, "row", "row", 9))
+
+
+def test_labels_of_a_warm_start_are_of_the_data_or_of_the_model():
+    case = problem("linear")
+    with pytest.raises(ValueError, match="labels must be one of 'data', 'model', got 'sampled'"):
+        MBF(case.module).warm_start(case.module, [], case.loss, labels="sampled")
 
 
 def test_the_statistics_memory_changes_nothing():

@@ -347,11 +347,12 @@ def test_the_description_says_the_tiles_and_what_stays_as_it_was():
     assert [row.structure for row in kernels if len(row.shape) > 1] == ["kernel blocks", "two-sided blocks"]
 
 
-def test_rows_with_blocks_of_their_own_are_refused():
+@pytest.mark.parametrize("other", [{"share": "row"}, {"linear_blocks": "column"}])
+def test_blocks_of_one_side_alone_are_refused(other):
     with pytest.raises(
-        ValueError, match=r"output_power=0.5 makes blocks that all rows .* set output_power=0"
+        ValueError, match=r"output_power=0.5 makes blocks for both sides .* set output_power=0"
     ):
-        MBF([nn.Parameter(torch.zeros(3, 4))], output_power=0.5, share="row")
+        MBF([nn.Parameter(torch.zeros(3, 4))], output_power=0.5, **other)
 
 
 @pytest.mark.parametrize("output_power", [-0.5, float("nan"), None])

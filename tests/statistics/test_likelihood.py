@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import EVERY_KIND, layers_of
-from minifisher.statistics.likelihood import sampled_loss
+from minifisher.statistics.likelihood import drawn_labels, sampled_loss
 from tests.helpers import dense_empirical_fisher, dense_exact_fisher, problem
 
 DRAWS = 40_000
@@ -54,6 +54,20 @@ def test_the_loss_is_a_sum_over_samples_and_repeats_with_the_same_generator(like
     assert not torch.equal(score(likelihood, outputs), score(likelihood, outputs, seed=1))
     # A sum over twice as many samples has a longer gradient; a mean would not.
     assert twice.norm() > 1.2 * score(likelihood, outputs).norm()
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_drawn_labels_are_those_of_the_loss(likelihood):
+    outputs = torch.randn(4, 5, 3, dtype=torch.float64)
+    labels = drawn_labels(outputs, likelihood, torch.Generator().manual_seed(0))
+    if likelihood == "categorical":
+        assert labels.shape == (4, 5)
+        expected = outputs.softmax(-1) - functional.one_hot(labels, 3)
+    elif likelihood == "bernoulli":
+        expected = outputs.sigmoid() - labels
+    else:
+        expected = outputs - labels
+    torch.testing.assert_close(score(likelihood, outputs), expected)
 
 
 def test_the_loss_of_a_half_precision_prediction_is_float32():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from minifisher.curvature import Curvature, Plan
+from minifisher.curvature import Curvature, Plan, first_order_plan
 from minifisher.kernels.packed import WIDEST
 from minifisher.linalg.blocks import (
     BlockReading,
@@ -27,6 +27,7 @@ from minifisher.linalg.blocks import (
 )
 from minifisher.linalg.dense import working_dtype
 from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
+from minifisher.methods.mbf_columns import ColumnBlocks, transpose_of
 from minifisher.methods.mbf_packed import PackedBlocks
 from minifisher.methods.mbf_two_sided import plan_two_sided
 from minifisher.optimizer import CurvatureOptimizer
@@ -217,7 +218,19 @@ class MBF(CurvatureOptimizer):
     )
     share: Literal["row", "layer"] | None = option(
         default=None,
-        meaning='"row": each row has its own blocks; "layer": all rows share their mean; None: "layer".',
+        meaning='"row": each row has its own blocks; "layer": all rows share their mean; None: "layer". '
+        'With linear_blocks="column" the same for columns.',
+    )
+    linear_blocks: Literal["row", "column"] = option(
+        default="row",
+        meaning="Whether a matrix has blocks over its rows, all inputs to one output, or over its columns, "
+        "one input to all outputs.",
+    )
+    vectors: Literal["diagonal", "column", "adam"] | None = option(
+        default=None,
+        meaning='What is no matrix, biases and norms: "diagonal"; "column": blocks as of one column; "adam": '
+        'Adam\'s step at the same lr instead of a curvature; None: "column" where linear_blocks is, else '
+        '"diagonal".',
     )
     conv_blocks: Literal["kernel", "row"] | None = option(
         default=None,
@@ -238,16 +251,24 @@ class MBF(CurvatureOptimizer):
     )
 
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
-        """Blocks of the rows, kernels or entries of a weight, or two-sided ones."""
+        """Blocks of the rows, columns, kernels or entries of a weight, or two-sided ones."""
+        if len(layer.shape) < 2 and options["vectors"] == "adam":
+            return first_order_plan("adam", "asked for; not a matrix")
         if options["output_power"] and _reads_rows(layer.shape, options):
-            return plan_two_sided(layer, options, _common_fields(layer, options))
-        reading, shared, structure, reason = _choose_blocks(layer.shape, options)
+            return plan_two_sided(layer, options, _common_fields(layer, layer.shape, options))
+        over_columns = _has_column_blocks(layer.shape, options)
+        shape = transpose_of(layer.shape) if over_columns else layer.shape
+        reading, shared, structure, reason = _choose_blocks(shape, options)
         packed = not shared and _packs(reading, options)
         every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
         statistics_every = options["statistics_every"] or (1 if packed else every)
         inverse_every = statistics_every if packed else options["inverse_every"] or statistics_every
         blocks = reading.blocks * (1 if shared else reading.rows)
-        curvature = _curvature(layer, reading, shared, packed, options)
+        curvature = _curvature(layer, shape, reading, shared, packed, options)
+        if over_columns:
+            of_vector = len(layer.shape) == 1
+            curvature = ColumnBlocks(curvature, of_vector)
+            structure = "blocks of one column" if of_vector else structure.replace("rows", "columns")
         return Plan(curvature, structure, reason, blocks, reading.width, statistics_every, inverse_every)
 
 
@@ -261,9 +282,14 @@ def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:
 
 
 def _curvature(
-    layer: Layer, reading: BlockReading, shared: bool, packed: bool, options: dict[str, Any]
+    layer: Layer,
+    shape: torch.Size,
+    reading: BlockReading,
+    shared: bool,
+    packed: bool,
+    options: dict[str, Any],
 ) -> Curvature:
-    common = _common_fields(layer, options)
+    common = _common_fields(layer, shape, options)
     if packed:
         return PackedBlocks(reading, **common)
     power, inverse = options["power"], options["inverse"]
@@ -271,10 +297,10 @@ def _curvature(
     return MiniBlocks(reading, **common, shared=shared, power=power, inverse=inverse, avoid_sync=avoid_sync)
 
 
-def _common_fields(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
+def _common_fields(layer: Layer, shape: torch.Size, options: dict[str, Any]) -> dict[str, Any]:
     """The fields that all curvatures of MBF have."""
     return {
-        "shape": layer.shape,
+        "shape": shape,
         "needs": gradient_or_samples(layer, options),
         "dtype": curvature_dtype(layer, options),
         "relative_damping": options["relative_damping"],
@@ -282,6 +308,13 @@ def _common_fields(layer: Layer, options: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- the choice of blocks ----
+
+
+def _has_column_blocks(shape: torch.Size, options: dict[str, Any]) -> bool:
+    """Whether a weight with entries has blocks over columns; a vector counts as one column."""
+    of_vectors = options["vectors"] or ("column" if options["linear_blocks"] == "column" else "diagonal")
+    choice = {1: of_vectors, 2: options["linear_blocks"]}.get(len(shape))
+    return choice == "column" and shape.numel() > 0
 
 
 def _choose_blocks(shape: torch.Size, options: dict[str, Any]) -> tuple[BlockReading, bool, str, str]:

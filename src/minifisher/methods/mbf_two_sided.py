@@ -225,11 +225,12 @@ def _mean(blocks: Tensor, reading: BlockReading) -> Tensor:
 
 def plan_two_sided(layer: Layer, options: dict[str, Any], fields: dict[str, Any]) -> Plan:
     """Two-sided blocks of a weight that is read as a matrix; `fields` are those of every curvature of MBF."""
-    if options["share"] == "row":
-        raise ValueError(
-            f"output_power={options['output_power']} makes blocks that all rows of a layer share, got "
-            "share='row': leave share out, or set output_power=0"
-        )
+    for name, value in (("share", "row"), ("linear_blocks", "column")):
+        if options[name] == value:
+            raise ValueError(
+                f"output_power={options['output_power']} makes blocks for both sides of a layer, got "
+                f"{name}={value!r}: leave {name} out, or set output_power=0"
+            )
     inputs, outputs = _tiles(layer, options["block_size"])
     power, output_power, inverse = (options[name] for name in ("power", "output_power", "inverse"))
     avoid_sync = options["capturable"] and power == output_power == 1.0 and inverse != "newton-schulz"

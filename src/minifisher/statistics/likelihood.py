@@ -24,7 +24,13 @@ def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None =
     (Martens and Grosse, 2015, Section 5.) Outputs with positions draw one label for each position.
     """
     outputs = _checked(outputs, likelihood)
-    return _LOSSES[likelihood](outputs, generator)
+    return _LOSSES[likelihood](outputs, _LABELS[likelihood](outputs.detach(), generator))
+
+
+def drawn_labels(outputs: Tensor, likelihood: str, generator: Generator | None = None) -> Tensor:
+    """Labels y drawn from p(. | z): class indices, [...], of logits [..., classes]; else as the outputs."""
+    outputs = _checked(outputs, likelihood)
+    return _LABELS[likelihood](outputs.detach(), generator)
 
 
 def fisher_losses(outputs: Tensor, likelihood: str) -> tuple[Tensor, ...]:
@@ -52,26 +58,42 @@ def _checked(outputs: Tensor, likelihood: str) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def _categorical(logits: Tensor, generator: Generator | None) -> Tensor:
-    rows = logits.flatten(0, -2) if logits.dim() > 1 else logits.unsqueeze(0)
+def _draw_class(logits: Tensor, generator: Generator | None) -> Tensor:
     # The class with the largest sum of logit and Gumbel noise. torch.multinomial and torch.bernoulli would
     # raise an error if the prediction is NaN; here the loss is NaN, and the optimizer skips the step.
-    noise = -torch.empty_like(rows).exponential_(generator=generator).log()
-    return functional.cross_entropy(rows, (rows.detach() + noise).argmax(-1), reduction="sum")
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    return (logits + noise).argmax(-1)
 
 
-def _bernoulli(logits: Tensor, generator: Generator | None) -> Tensor:
+def _draw_bit(logits: Tensor, generator: Generator | None) -> Tensor:
     uniform = torch.empty_like(logits).uniform_(generator=generator)
-    labels = (uniform < logits.detach().sigmoid()).to(logits.dtype)
+    return (uniform < logits.sigmoid()).to(logits.dtype)
+
+
+def _draw_normal(means: Tensor, generator: Generator | None) -> Tensor:
+    return means + torch.empty_like(means).normal_(generator=generator)
+
+
+_LABELS: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
+    "categorical": _draw_class,
+    "bernoulli": _draw_bit,
+    "gaussian": _draw_normal,
+}
+
+
+def _categorical(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
+
+
+def _bernoulli(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
 
 
-def _gaussian(means: Tensor, generator: Generator | None) -> Tensor:
-    noise = torch.empty_like(means).normal_(generator=generator)
-    return 0.5 * functional.mse_loss(means, means.detach() + noise, reduction="sum")
+def _gaussian(means: Tensor, labels: Tensor) -> Tensor:
+    return 0.5 * functional.mse_loss(means, labels, reduction="sum")
 
 
-_LOSSES: dict[str, Callable[[Tensor, Generator | None], Tensor]] = {
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "categorical": _categorical,
     "bernoulli": _bernoulli,
     "gaussian": _gaussian,

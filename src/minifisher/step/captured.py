@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minifisher.curvature import NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import GRAFTS, graft_length
+from minifisher.step.first_order import graft_length
+from minifisher.step.layer_stack import graft_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
         return f'a recorded step reads gradients alone, got fisher={options["fisher"]!r}: use "gradient"'
     if options["adaptive_damping"]:
         return "adaptive_damping=True compares losses on the host: set one of the two to False"
-    if GRAFTS[options["graft"]].by_rows:
+    if graft_of(plan, options).by_rows:
         return f'a recorded step has one length a layer, got graft={options["graft"]!r}: use "adam" or "sgd"'
     if plan.statistics_every != 1 or plan.inverse_every != 1:
         return (

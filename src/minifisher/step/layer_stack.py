@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from minifisher.distributed.placement import Placement
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
+    from minifisher.step.first_order import Graft
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, dict[str, Any]]
@@ -82,7 +83,7 @@ class LayerStack:
         self.plan: Plan = self.placement.plan
         self.curvature: Curvature = self.plan.curvature
         self.observes_gradient = self.curvature.needs is BatchGradient
-        self.graft = GRAFTS[self.options["graft"]]
+        self.graft = graft_of(self.plan, self.options)
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
         self.pieces = [local_part(layer) for layer in self.layers]
         shape = self.pieces[0].shape
@@ -290,12 +291,17 @@ def with_schedules(
     }
 
 
+def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
+    """The first-order method that a layer takes its step, or the length of it, from."""
+    return GRAFTS[plan.first_order or options["graft"]]
+
+
 # ---- the state of a layer, and stacks made of it ----
 
 
 def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
     """The entries of a layer's parameters in the optimizer's state before the first step."""
-    names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
+    names = [*(["momentum"] if options["momentum"] else []), *graft_of(plan, options).state_names]
     entries: dict[Tensor, dict[str, Any]] = {
         parameter: {
             "step": _zero_count(parameter, options),

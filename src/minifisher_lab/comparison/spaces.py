@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import minifisher
+from minifisher_lab.training.published import PUBLISHED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +34,8 @@ DAMPINGS: dict[str, Range] = {
     "shampoo": (1e-5, 1e-1),
     "soap": (1e-6, 1e-2),
 }
+# Around the published values: the methods with the settings of their authors.
+FACTOR_AROUND_PUBLISHED = 100.0
 DEFAULTS = {"mbf-default": "mbf"}
 """Names of optimizers that run with their default arguments, and what they are. They have no trials."""
 
@@ -47,12 +50,26 @@ class Entrant:
     space: Mapping[str, Range] = field(default_factory=dict)
 
 
+def published() -> dict[str, Entrant]:
+    """The methods as published for the autoencoder; of them only MBF is in the suite unless asked for."""
+
+    def around(value: float) -> Range:
+        return value / FACTOR_AROUND_PUBLISHED, value * FACTOR_AROUND_PUBLISHED
+
+    rows = {name: row for name, row in PUBLISHED.items() if row.problem == "autoencoder"}
+    damped = {
+        name: {} if row.damping is None else {"damping": around(row.damping)} for name, row in rows.items()
+    }
+    return {name: Entrant(name, name, {"lr": around(row.rate), **damped[name]}) for name, row in rows.items()}
+
+
 def entrants() -> dict[str, Entrant]:
-    """Every optimizer of the suite by its name."""
+    """Every optimizer of the suite by its name; `published` has more that can be asked for."""
     first_order = [Entrant(name, name, {"lr": rates}) for name, rates in FIRST_ORDER_RATES.items()]
     methods = [
         Entrant(name, name, {"lr": METHOD_RATES, "damping": DAMPINGS.get(name, COMMON_DAMPING)})
         for name in minifisher.METHODS
     ]
     untuned = [Entrant(name, spec) for name, spec in DEFAULTS.items()]
-    return {entrant.name: entrant for entrant in (*untuned, *methods, *first_order)}
+    as_published = published()["mbf-published"]
+    return {entrant.name: entrant for entrant in (*untuned, *methods, as_published, *first_order)}

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.fit import fitted
-from minifisher_lab.comparison.spaces import Entrant, entrants
+from minifisher_lab.comparison.spaces import Entrant, entrants, published
 from minifisher_lab.comparison.study import StudyError, StudyFile, Unit
 from minifisher_lab.names import look_up
 from minifisher_lab.problems import PROBLEMS
@@ -116,9 +116,10 @@ def make_plan(
     **changes: float | None,
 ) -> SuitePlan:
     """The plan of a scale, with the given problems, optimizers, epochs, and changes that are not None."""
-    sizes, known = SCALES[scale], entrants()
+    sizes, usual = SCALES[scale], entrants()
+    known = published() | usual
     names = [look_up("problem", name, PROBLEMS).name for name in problems or sizes.problems]
-    chosen = tuple(look_up("optimizer of the suite", name, known) for name in optimizers or known)
+    chosen = tuple(look_up("optimizer of the suite", name, known) for name in optimizers or usual)
     lengths = {name: epochs or sizes.epochs.get(name, PROBLEMS[name].epochs) for name in names}
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     return replace(SuitePlan(lengths, chosen, sizes.trials, sizes.seeds), **given)

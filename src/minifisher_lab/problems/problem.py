@@ -71,6 +71,10 @@ class Problem:
         """Whether the targets are classes, so that there is an accuracy."""
         return self.likelihood == "categorical"
 
+    def wanted(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """What the outputs are compared with: the targets, or the inputs [N, pixels] of an autoencoder."""
+        return targets if self.classifies or targets.is_floating_point() else inputs.flatten(1)
+
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """The negative log-likelihood, summed over pixels for an autoencoder, mean over the batch.
 
@@ -78,9 +82,9 @@ class Problem:
         the wanted outputs; gaussian: half the squared error to them. These are the targets, or the inputs if
         the targets are integers: an autoencoder's `outputs` are [N, pixels].
         """
+        wanted = self.wanted(inputs, targets)
         if self.likelihood == "categorical":
-            return functional.cross_entropy(outputs, targets)
-        wanted = targets if targets.is_floating_point() else inputs.flatten(1)
+            return functional.cross_entropy(outputs, wanted)
         if self.likelihood == "bernoulli":
             total = functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="sum")
         else:

@@ -7,12 +7,13 @@ import inspect
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 import minifisher
 from minifisher_lab.names import UnknownNameError, look_up
+from minifisher_lab.training.published import PUBLISHED, AdamOfTheMean, Published
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -78,6 +79,8 @@ class Choice:
     """What `minifisher tune` searches in addition to the learning rate, on a logarithmic scale."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """The default of each of them, which is tried first."""
+    warm_labels: Literal["data", "model"] | None = None
+    """The labels of the pass through the data with which a run begins; None: it begins without one."""
 
 
 def _first_order(
@@ -119,6 +122,7 @@ _OPTIM = torch.optim
 FIRST_ORDER = (
     _first_order("adamw", "Adam with decoupled decay 0.01", _OPTIM.AdamW, 1e-3, ADAM_GRID),
     _first_order("adam", "Adam", _OPTIM.Adam, 1e-3, ADAM_GRID),
+    _first_order("adam-of-the-mean", "Adam whose V averages the square of the mean", AdamOfTheMean, 1e-4),
     _first_order("adagrad", "AdaGrad", _OPTIM.Adagrad, 1e-2),
     _first_order("rmsprop", "RMSprop", _OPTIM.RMSprop, 1e-3),
     _first_order("sgd", "SGD with momentum 0.9", _OPTIM.SGD, 1e-3, momentum=0.9),
@@ -140,12 +144,30 @@ def _method(name: str, method: type[minifisher.CurvatureOptimizer]) -> Choice:
     return Choice(name, description, method, rate, ADAM_GRID, method, searched, default)
 
 
+def _published(name: str, row: Published, choice: Choice) -> Choice:
+    """A method with the settings of its authors."""
+    damping = {} if row.damping is None else {"damping": row.damping}
+    return replace(
+        choice,
+        name=name,
+        description=f"{choice.description}, as published for {row.problem}",
+        build=partial(choice.build, **row.options, **damping),
+        rate=row.rate,
+        grid=grid_around(row.rate),
+        ranges={key: (value / 100, value * 100) for key, value in damping.items()},
+        defaults=damping,
+        warm_labels=row.warm_labels,
+    )
+
+
 def optimizers() -> dict[str, Choice]:
-    """Every optimizer by name: first-order optimizers, then minifisher's methods, then the aliases."""
+    """Every optimizer by name: first-order optimizers, minifisher's methods, aliases, published settings."""
     table = {choice.name: choice for choice in FIRST_ORDER}
     table |= {name: _method(name, method) for name, method in minifisher.METHODS.items()}
     aliases = {name: spec for name, spec in ALIASES.items() if spec.partition(":")[0] in table}
-    return table | {name: replace(_with_options(spec, table), name=name) for name, spec in aliases.items()}
+    named = {name: replace(_with_options(spec, table), name=name) for name, spec in aliases.items()}
+    published = {name: _published(name, row, table[row.method]) for name, row in PUBLISHED.items()}
+    return table | named | published
 
 
 def choose(spec: str) -> Choice:

