@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minifisher_lab.data import shakespeare, store
-from minifisher_lab.data.records import Array, Arrays, Dataset, Graph, Text
+from minifisher_lab.data.records import Array, Arrays, Dataset, Graph, Table, Text
 from minifisher_lab.data.table import ENTRIES, Entry, find
 
 
@@ -29,6 +29,12 @@ def load(name: str, *, seed: int = 0) -> Dataset:
     )
 
 
+def load_table(name: str) -> Table:
+    """A table of numbers: breast-cancer or diabetes."""
+    entry = _of_kind(name, "table")
+    return Table(name, entry.classes, **entry.finish(_stored(entry), 0))  # type: ignore[arg-type]
+
+
 def load_graph(name: str) -> Graph:
     """A citation network: cora, citeseer or pubmed."""
     entry = _of_kind(name, "graph")
@@ -38,6 +44,11 @@ def load_graph(name: str) -> Graph:
 def load_text(name: str) -> Text:
     """Documents: shakespeare."""
     return Text(name, shakespeare.documents(_stored(_of_kind(name, "text"))))
+
+
+def kind_of(name: str) -> str:
+    """images, table, graph or text: which of the functions above loads it."""
+    return find(name).kind
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def catalogue() -> tuple[Row, ...]:
     )
 
 
-LOADERS = {"images": "load", "graph": "load_graph", "text": "load_text"}
+LOADERS = {"images": "load", "table": "load_table", "graph": "load_graph", "text": "load_text"}
 
 
 def _of_kind(name: str, kind: str) -> Entry:

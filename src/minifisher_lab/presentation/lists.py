@@ -26,13 +26,13 @@ ARGUMENTS_HINT = (
 def problems(as_json: bool) -> None:
     """The problems, grouped by kind, with their data and whether it is on this machine."""
     from minifisher_lab import data
-    from minifisher_lab.problems import PROBLEMS
+    from minifisher_lab.problems import FAMILIES
 
     here = {row.name: row.present for row in data.catalogue()}
     rows = [
         {
-            "kind": _kind(name),
-            "problem": name,
+            "kind": kind,
+            "problem": problem.name,
             "what it is": problem.description,
             "data": problem.data,
             "here": here[str(problem.data)],
@@ -40,18 +40,14 @@ def problems(as_json: bool) -> None:
             "epochs": problem.epochs,
             "parameters": problem.parameters(),
         }
-        for name, problem in PROBLEMS.items()
+        for kind, family in FAMILIES.items()
+        for problem in family
     ]
     if as_json:
         print_json(rows)
         return
     _print_problems(rows)
     console.print("\nA problem of your own: minifisher compare MODULE:FUNCTION", highlight=False)
-
-
-def _kind(name: str) -> str:
-    kinds = {"autoencoder": "Autoencoders", "cnn": "Small convolutional networks"}
-    return kinds.get(name.partition("-")[0], "Large convolutional networks")
 
 
 def _print_problems(rows: Sequence[dict[str, Any]]) -> None:
@@ -64,7 +60,7 @@ def _print_problems(rows: Sequence[dict[str, Any]]) -> None:
         if row["kind"] != kind:
             kind = row["kind"]
             table.add_row(f"[bold italic]{kind}[/]")
-        numbers = str(row["batch"]), str(row["epochs"]), f"{row['parameters']:,}"
+        numbers = str(row["batch"]), f"{row['epochs']:g}", f"{row['parameters']:,}"
         about = f"{row['problem']}\n[dim]{row['what it is']}[/]"
         table.add_row(about, row["data"], _mark(row["here"]), *numbers)
     console.print(table)

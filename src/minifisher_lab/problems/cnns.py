@@ -142,11 +142,13 @@ _VGG16 = "batch norm, head 512-4096-4096"
 _WIDE = (4096, 4096)
 
 # Networks, batch 128, crop 4 and flip: Ren, Goldfarb 2021 (arXiv 2106.02925), published code.
-CNNS = (
+SMALL = (
     _small("digits", partial(five_layer, 1, 8, 10), batch_size=64, epochs=10),
     _small("mnist", partial(five_layer, 1, 32, 10), batch_size=128, epochs=3),
     _small("fashion-mnist", partial(five_layer, 1, 32, 10), batch_size=128, epochs=3),
     _small("cifar10", partial(five_layer, 3, 32, 10), batch_size=128, epochs=10),
+)
+LARGE = (
     _large("resnet32", _RESNET32, "fashion-mnist", partial(resnet, 32, 1, 10), "crop and flip"),
     _large("resnet32", _RESNET32, "cifar10", partial(resnet, 32, 3, 10), "crop and flip"),
     _large("resnet32", _RESNET32, "cifar100", partial(resnet, 32, 3, 100), "crop and flip"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
-Schedule = Literal["constant", "linear", "steps"]
+Schedule = Literal["constant", "linear", "cosine", "steps"]
 Augmentation = Literal["none", "crop", "crop and flip"]
 
 
@@ -51,10 +51,18 @@ class Problem:
     """Makes a network with new initial weights."""
     likelihood: Likelihood = "categorical"
     batch_size: int = 100
-    epochs: int = 10
+    epochs: float = 10
     description: str = "a problem of your own"
     schedule: Schedule = "constant"
+    warm_up: float = 0.0
+    """The share of a run in which the learning rate rises linearly to its full value."""
     augmentation: Augmentation = "none"
+    window: int = 0
+    """The characters of a sample, where the data is a text."""
+    weight_penalty: Mapping[str, float] = field(default_factory=dict)
+    """For each named parameter w a factor c: the training loss has c / 2 |w|^2 added."""
+    evaluation_samples: int = 2000
+    """The size of the fixed slices of the training and the test set that are evaluated during a run."""
 
     def build(self, seed: int) -> nn.Module:
         """The network, initialised from the seed; the same seed gives every optimizer the same start."""
@@ -66,6 +74,13 @@ class Problem:
         with torch.device("meta"):
             return sum(weight.numel() for weight in self.architecture().parameters())
 
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """The sum of c / 2 |w|^2 over `weight_penalty`."""
+        return sum(
+            0.5 * factor * model.get_parameter(name).square().sum()
+            for name, factor in self.weight_penalty.items()
+        )
+
     @property
     def classifies(self) -> bool:
         """Whether the targets are classes, so that there is an accuracy."""
@@ -74,12 +89,13 @@ class Problem:
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """The negative log-likelihood, summed over pixels for an autoencoder, mean over the batch.
 
-        categorical: cross entropy with `targets` [N]; bernoulli: binary cross entropy of logits with
+        categorical: cross entropy with `targets` [N], or [N, positions] for a text, whose loss is the mean
+        over positions; bernoulli: binary cross entropy of logits with
         the wanted outputs; gaussian: half the squared error to them. These are the targets, or the inputs if
         the targets are integers: an autoencoder's `outputs` are [N, pixels].
         """
         if self.likelihood == "categorical":
-            return functional.cross_entropy(outputs, targets)
+            return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
         wanted = targets if targets.is_floating_point() else inputs.flatten(1)
         if self.likelihood == "bernoulli":
             total = functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="sum")

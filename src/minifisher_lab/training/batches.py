@@ -1,8 +1,7 @@
-"""Data in memory as tensors: batches in a seeded order, augmentation, and fixed slices for evaluation."""
+"""Data in memory as tensors: batches in a seeded order, and augmentation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,9 @@ from torch.nn import functional
 
 from minifisher_lab import data
 from minifisher_lab.problems import own
+from minifisher_lab.training.samples import LOADERS
+from minifisher_lab.training.samples import Samples as Samples
+from minifisher_lab.training.samples import Splits as Splits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,44 +21,12 @@ if TYPE_CHECKING:
     from minifisher_lab.problems.problem import Augmentation
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Inputs [N, ...], images [N, C, H, W], and targets [N, ...]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def slice(self, size: int) -> Samples:
-        """A fixed random subset; it does not depend on the seed of a run."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:size]
-        return Samples(self.inputs[chosen], self.targets[chosen])
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The training and the test set, ready for the network."""
-
-    train: Samples
-    test: Samples
-
-
 def load(problem: Problem, device: torch.device) -> Splits:
-    """The problem's data on the device; images for a classifier are standardised per channel."""
+    """The problem's data on the device; `samples.py` says how each kind of data is prepared."""
     if not isinstance(problem.data, str):
-        parts = [part.to(device) for part in own.tensors(problem)]
-        return Splits(Samples(*parts[:2]), Samples(*parts[2:]))
-    dataset = data.load(problem.data)
-    train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
-    if problem.classifies:
-        deviation, mean = torch.std_mean(train, dim=(0, 2, 3), keepdim=True)
-        train, test = (train - mean) / deviation, (test - mean) / deviation
-    return Splits(
-        Samples(train.to(device), torch.from_numpy(dataset.train_targets).to(device)),
-        Samples(test.to(device), torch.from_numpy(dataset.test_targets).to(device)),
-    )
+        parts = own.tensors(problem)
+        return Splits(Samples(*parts[:2]), Samples(*parts[2:])).to(device)
+    return LOADERS[data.kind_of(problem.data)](problem).to(device)
 
 
 class Batches:
