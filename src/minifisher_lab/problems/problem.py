@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
-Schedule = Literal["constant", "linear", "cosine", "steps"]
-Augmentation = Literal["none", "crop", "crop and flip"]
+Schedule = Literal["constant", "linear", "cosine", "steps", "thirds"]
+Augmentation = Literal["none", "crop", "crop and flip", "crop and colour"]
+Initialisation = Literal["torch", "fan-out"]
 
 
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"
@@ -57,6 +58,8 @@ class Problem:
     warm_up: float = 0.0
     """The share of a run in which the learning rate rises linearly to its full value."""
     augmentation: Augmentation = "none"
+    initialisation: Initialisation = "torch"
+    """torch: as the network is made; fan-out: its convolutions start from N(0, 2 / (k^2 out)) and bias 0."""
     window: int = 0
     """The characters of a sample, where the data is a text."""
     weight_penalty: Mapping[str, float] = field(default_factory=dict)
@@ -67,7 +70,10 @@ class Problem:
     def build(self, seed: int) -> nn.Module:
         """The network, initialised from the seed; the same seed gives every optimizer the same start."""
         torch.manual_seed(seed)
-        return self.architecture()
+        model = self.architecture()
+        if self.initialisation == "fan-out":
+            _initialise_convolutions(model)
+        return model
 
     def parameters(self) -> int:
         """How many parameters the network has; nothing is allocated."""
@@ -102,3 +108,12 @@ class Problem:
         else:
             total = 0.5 * functional.mse_loss(outputs, wanted, reduction="sum")
         return total / len(inputs)
+
+
+def _initialise_convolutions(model: nn.Module) -> None:
+    """Weights N(0, 2 / (k^2 out)), biases 0 (He et al. 2015, the backward case; MBF's authors' code)."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,14 +1,14 @@
-"""Data in memory as tensors: batches in a seeded order, and augmentation."""
+"""Data in memory as tensors, and its batches in a seeded order."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 from minifisher_lab import data
 from minifisher_lab.problems import own
+from minifisher_lab.training.augmentation import augmented
 from minifisher_lab.training.samples import LOADERS
 from minifisher_lab.training.samples import Samples as Samples
 from minifisher_lab.training.samples import Splits as Splits
@@ -51,9 +51,7 @@ class Batches:
             self._begin_epoch()
         chosen = self.order[self.position * self.size :][: self.size]
         self.position += 1
-        inputs = self.samples.inputs[chosen]
-        if self.augmentation != "none":
-            inputs = crop(inputs, self.generator, flip=self.augmentation == "crop and flip")
+        inputs = augmented(self.samples.inputs[chosen], self.augmentation, self.samples, self.generator)
         return inputs, self.samples.targets[chosen]
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,16 +73,3 @@ class Batches:
 def batches(samples: Samples, size: int, seed: int, augmentation: Augmentation) -> Batches:
     """The stream of a run with this seed."""
     return Batches(samples, size, seed, augmentation)
-
-
-def crop(images: Tensor, generator: torch.Generator, *, flip: bool, border: int = 4) -> Tensor:
-    """Pad each image [N, C, H, W] with zeros and crop it at random; `flip` mirrors half of the images."""
-    count, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * border + 1, (2, count, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = functional.pad(images, (border,) * 4).permute(0, 2, 3, 1)
-    which = torch.arange(count)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

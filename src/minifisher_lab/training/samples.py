@@ -28,13 +28,15 @@ class Samples:
 
     inputs: Tensor
     targets: Tensor
+    mean: Tensor | float = 0.0  # [1, C, 1, 1]: an image in [0, 1] is deviation x input + mean
+    deviation: Tensor | float = 1.0
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def to(self, device: torch.device) -> Samples:
         """The same samples on that device."""
-        return Samples(self.inputs.to(device), self.targets.to(device))
+        return Samples(*(torch.as_tensor(part).to(device) for part in vars(self).values()))
 
     def slice(self, size: int) -> Samples:
         """A fixed random subset; it does not depend on the seed of a run."""
@@ -83,31 +85,25 @@ class Splits:
 def images(problem: Problem) -> Splits:
     """Images in [0, 1]; for a classifier they are standardised per channel."""
     dataset = data.load(str(problem.data))
-    train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
-    if problem.classifies:
-        train, test = _standardised(train, test, dim=(0, 2, 3))
-    return Splits(
-        Samples(train, torch.from_numpy(dataset.train_targets)),
-        Samples(test, torch.from_numpy(dataset.test_targets)),
-    )
+    return _splits(dataset, dim=(0, 2, 3) if problem.classifies else None)
 
 
 def table(problem: Problem) -> Splits:
     """Rows whose columns are standardised."""
-    rows = data.load_table(str(problem.data))
-    train, test = _standardised(
-        torch.from_numpy(rows.train_inputs), torch.from_numpy(rows.test_inputs), dim=(0,)
-    )
+    return _splits(data.load_table(str(problem.data)), dim=(0,))
+
+
+def _splits(dataset: data.Dataset | data.Table, dim: tuple[int, ...] | None) -> Splits:
+    """Mean 0 and variance 1 over these dimensions of the training set; None: the inputs as they are."""
+    train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
+    mean, deviation = torch.zeros(()), torch.ones(())
+    if dim is not None:
+        deviation, mean = torch.std_mean(train, dim=dim, keepdim=True)
+        train, test = (train - mean) / deviation, (test - mean) / deviation
     return Splits(
-        Samples(train, torch.from_numpy(rows.train_targets)),
-        Samples(test, torch.from_numpy(rows.test_targets)),
+        Samples(train, torch.from_numpy(dataset.train_targets), mean, deviation),
+        Samples(test, torch.from_numpy(dataset.test_targets), mean, deviation),
     )
-
-
-def _standardised(train: Tensor, test: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1 over the training set."""
-    deviation, mean = torch.std_mean(train, dim=dim, keepdim=True)
-    return (train - mean) / deviation, (test - mean) / deviation
 
 
 def citations(problem: Problem) -> Splits:

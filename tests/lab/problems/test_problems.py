@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,3 +190,22 @@ def test_code_and_output_of_an_autoencoder_are_linear() -> None:
     kinds = [type(layer).__name__ for layer in PROBLEMS["autoencoder-fashion"].build(seed=0)]
     half = ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
     assert kinds == ["Flatten", *half, *half]
+
+
+def test_the_plain_vgg11_has_no_norms_and_starts_as_its_authors_say() -> None:
+    model = PROBLEMS["vgg11-plain-svhn"].build(seed=0)
+    layers = [layer for layer in model if list(layer.parameters())]
+    assert [type(layer).__name__ for layer in layers] == ["Conv2d"] * 8 + ["Linear"] * 3
+    assert [layer.out_features for layer in layers[8:]] == [4096, 4096, 10]
+    for layer in layers[1:8]:
+        expected = (2 / (9 * layer.out_channels)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert layer.weight.mean().item() == pytest.approx(0, abs=0.02 * expected)
+        assert not layer.bias.any()
+    assert layers[8].bias.any()
+
+
+def test_the_authors_start_is_an_option_of_every_problem() -> None:
+    problem = replace(PROBLEMS["cnn-digits"], initialisation="fan-out")
+    assert not problem.build(0)[0].bias.any()
+    assert PROBLEMS["cnn-digits"].build(0)[0].bias.any()

@@ -95,6 +95,8 @@ def test_schedules() -> None:
     steps = [rate_factor("steps", spent) for spent in (0.0, 0.29, 0.31, 0.61, 0.91)]
     assert steps == pytest.approx([1, 1, 0.1, 0.01, 0.001])
     assert [rate_factor("cosine", spent) for spent in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    thirds = [rate_factor("thirds", spent) for spent in (0.0, 0.33, 0.34, 0.66, 0.67)]
+    assert thirds == pytest.approx([1, 1, 0.1, 0.1, 0.01])
 
 
 def test_a_warm_up_rises_linearly_and_the_schedule_fills_the_rest() -> None:
