@@ -40,6 +40,6 @@ RECURRENT = (
         epochs=0.0818,  # 400 steps
         schedule="cosine",
         warm_up=0.05,
-        evaluation_samples=100,
+        evaluation_samples=50,
     ),
 )

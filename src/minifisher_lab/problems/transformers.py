@@ -109,6 +109,7 @@ def _initialise(model: nn.Module, layers: int, width: int) -> None:
 
 
 def _gpt(size: str, layers: int, width: int, heads: int, window: int, batch: int, epochs: float) -> Problem:
+    """The loss is evaluated on about 3,000 characters during a run, and on every work's end after it."""
     return Problem(
         name=f"gpt-shakespeare{size}",
         description=f"{layers} layers x {width}, {window} characters; the loss is in nats a character",
@@ -119,7 +120,7 @@ def _gpt(size: str, layers: int, width: int, heads: int, window: int, batch: int
         epochs=epochs,
         schedule="cosine",
         warm_up=0.05,
-        evaluation_samples=100,
+        evaluation_samples=max(12, 3200 // window),
     )
 
 
