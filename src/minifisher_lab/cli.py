@@ -244,11 +244,13 @@ def tune_command(
 @app.command("suite")
 def suite_command(
     scale: Annotated[
-        Literal["small", "full"], typer.Argument(help="small fits into 1.5 hours on two cores.")
+        Literal["small", "full"],
+        typer.Argument(help="small fits into 3 hours on two cores; the sizes: comparison/sizes.py."),
     ],
     study: Annotated[Path | None, typer.Option(help="The file; default: runs/suite-SCALE.sqlite.")] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Hours for the whole study: epochs are reduced to fit.")
+        float | None,
+        typer.Option(help="Hours for the whole study: trials and epochs are reduced to fit, for all alike."),
     ] = None,
     problems: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
     optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,

@@ -22,8 +22,8 @@ from minifisher_lab.comparison import candidates, machine
 from minifisher_lab.comparison.compare import Candidate, Plan
 from minifisher_lab.comparison.tune import Search
 from minifisher_lab.presentation import demo, report
-from minifisher_lab.problems import PROBLEMS, Problem
-from minifisher_lab.training import batches
+from minifisher_lab.problems import FAMILIES, PROBLEMS, Problem
+from minifisher_lab.training import batches, epoch_times
 from minifisher_lab.training import train as train_module
 from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.runs import Point, Run, RunFolder
@@ -466,3 +466,15 @@ def test_the_options_change_the_problem_that_is_trained(
     assert _invoke("train", "cnn-digits", *small, "--schedule", "thirds", "--warm-up", 0.5)[0] == 0
     assert _invoke("train", "cnn-digits", *small)[0] == 0
     assert [(problem.schedule, problem.warm_up) for problem in seen] == [("thirds", 0.5), ("linear", 0.0)]
+
+
+def test_problems_say_what_runs_offline_and_how_long_an_epoch_took() -> None:
+    epoch_times.keep(Run("vit-digits", "adamw", 1e-3, 0, steps=440, seconds=8.8), 22)
+    code, output = _invoke("problems")
+    assert code == 0
+    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert lines["vit-digits"].split()[1:4] == ["digits", "offline", "small"]
+    assert lines["vit-digits"].endswith("0.44 s adamw")
+    assert lines["vgg16-svhn"].split()[3] == "full"
+    kinds = [line for line in output.splitlines() if line in FAMILIES or line.strip() in FAMILIES]
+    assert [line.strip() for line in kinds] == list(FAMILIES)

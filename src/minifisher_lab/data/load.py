@@ -60,6 +60,7 @@ class Row:
     source: str
     licence: str
     present: bool  # can be loaded now, without fetching
+    offline: bool  # needs no download at all
 
 
 def catalogue() -> tuple[Row, ...]:
@@ -71,6 +72,7 @@ def catalogue() -> tuple[Row, ...]:
             entry.source,
             entry.licence,
             not entry.routes or store.path(entry.name).exists(),
+            not entry.routes,
         )
         for entry in ENTRIES
     )

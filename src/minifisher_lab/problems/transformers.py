@@ -131,6 +131,7 @@ TRANSFORMERS = (
         name="vit-digits",
         description="3 layers x 48, patches of 2 x 2 pixels",
         data="digits",
+        evaluation_samples=360,
         architecture=partial(VisionTransformer, 3, 48, 4, channels=1, image=8, patch=2),
         batch_size=64,
         epochs=20,

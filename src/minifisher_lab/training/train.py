@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minifisher
-from minifisher_lab.training import processes
+from minifisher_lab.training import epoch_times, processes
 from minifisher_lab.training.batches import batches
 from minifisher_lab.training.runs import Point, Unresumable, reason
 
@@ -313,5 +313,7 @@ def _conclude(run: Run, trainer: Trainer, splits: Splits) -> None:
     run.skipped_steps = trainer.skipped_steps
     if splits.validation is None:
         run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
+    if processes.rank() == 0:
+        epoch_times.keep(run, trainer.steps_per_epoch)
     # The status is set last, because Ctrl-C may interrupt the evaluation.
     run.status = "finished" if run.points[-1].finite else "diverged"
