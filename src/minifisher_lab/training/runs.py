@@ -76,9 +76,9 @@ class Run:
     skipped_steps: int = 0
     test_loss: float | None = None
     test_accuracy: float | None = None
+    points: list[Point] = field(default_factory=list)
     validation_accuracy: float | None = None
     """The best one, where there is a validation set; the test figures are those of the same point."""
-    points: list[Point] = field(default_factory=list)
 
     @property
     def name(self) -> str:
