@@ -112,6 +112,23 @@ CheckpointEvery = Annotated[
     int | None,
     typer.Option(min=1, metavar="STEPS", help="Store a checkpoint every so many steps, and keep the last."),
 ]
+Schedule = Annotated[
+    Literal["constant", "linear", "cosine", "steps", "thirds"] | None,
+    typer.Option(
+        help="How the learning rate falls: steps is x 0.1 at 30, 60 and 90 % of a run, thirds at each third; "
+        "default: the problem's own."
+    ),
+]
+WarmUp = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=0.9, metavar="SHARE", help="The share of a run in which the learning rate rises linearly."
+    ),
+]
+Initialisation = Annotated[
+    Literal["torch", "fan-out"] | None,
+    typer.Option(help="fan-out: convolutions start from N(0, 2 / (k² out)) and bias 0."),
+]
 Folder = Annotated[Path, typer.Option(help="Parent folder of the new run folder.")]
 Device = Annotated[str | None, typer.Option(help="A torch device; default: a GPU if there is one.")]
 # torch accepts 64-bit seeds. Half of that range leaves room for the offset of each torchrun process.
@@ -157,6 +174,9 @@ def train_command(
     lr: Annotated[float | None, typer.Option(help="Learning rate, if not the default.")] = None,
     seconds: Seconds = None,
     epochs: Epochs = None,
+    schedule: Schedule = None,
+    warm_up: WarmUp = None,
+    initialisation: Initialisation = None,
     seed: Seed = 0,
     points: Points = 50,
     checkpoint_every: CheckpointEvery = None,
@@ -179,6 +199,9 @@ def compare_command(
     optimizer_names: OptimizerNames = "adamw,sgd,mbf",
     seconds: Seconds = None,
     epochs: Epochs = None,
+    schedule: Schedule = None,
+    warm_up: WarmUp = None,
+    initialisation: Initialisation = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
     tune: Tune = False,
     lr: Rates = None,
@@ -203,6 +226,9 @@ def tune_command(
     trials: Annotated[int, typer.Option(min=1, help="Number of settings to try.")] = 20,
     seconds: Seconds = None,
     epochs: Epochs = None,
+    schedule: Schedule = None,
+    warm_up: WarmUp = None,
+    initialisation: Initialisation = None,
     resume: Resume = None,
     folder: Folder = Path("runs"),
     device: Device = None,
@@ -218,11 +244,13 @@ def tune_command(
 @app.command("suite")
 def suite_command(
     scale: Annotated[
-        Literal["small", "full"], typer.Argument(help="small fits into 1.5 hours on two cores.")
+        Literal["small", "full"],
+        typer.Argument(help="small fits into 3 hours on two cores; the sizes: comparison/sizes.py."),
     ],
     study: Annotated[Path | None, typer.Option(help="The file; default: runs/suite-SCALE.sqlite.")] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Hours for the whole study: epochs are reduced to fit.")
+        float | None,
+        typer.Option(help="Hours for the whole study: trials and epochs are reduced to fit, for all alike."),
     ] = None,
     problems: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
     optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +49,16 @@ def _problem(name: str | None) -> Problem:
     if name is None:
         raise typer.BadParameter("missing argument PROBLEM: name one of `minifisher problems`")
     return _valid(lambda: find(name))
+
+
+CHANGES = ("schedule", "warm_up", "initialisation")
+"""Options that replace a field of the problem."""
+
+
+def _asked_problem(name: str | None, asked: SimpleNamespace) -> Problem:
+    """The problem with the changes that the command line asks for; older run folders have no such options."""
+    given = {field: value for field in CHANGES if (value := getattr(asked, field, None)) is not None}
+    return replace(_problem(name), **given)
 
 
 def _splits(problem: Problem, device: str | None) -> Splits:
@@ -144,7 +155,7 @@ def train(context: typer.Context) -> None:
     """Train one problem with one optimizer."""
     asked, show = request.asked(context), beside_json(context.params["as_json"])
     _prepare(asked, show)
-    task, choice = _problem(asked.problem), _valid(lambda: choose(asked.optimizer))
+    task, choice = _asked_problem(asked.problem, asked), _valid(lambda: choose(asked.optimizer))
     candidate = Candidate(choice, choice.rate if asked.lr is None else asked.lr)
     budget = _budget(task, asked.seconds, asked.epochs)
     plan = Plan(task, (candidate,), (asked.seed,), budget, asked.points, asked.checkpoint_every)
@@ -167,7 +178,7 @@ def compare(context: typer.Context) -> None:
     """Compare optimizers on one problem after the other."""
     asked, show = request.asked(context), beside_json(context.params["as_json"])
     _prepare(asked, show)
-    tasks = {name: _problem(name) for name in asked.problems}
+    tasks = {name: _asked_problem(name, asked) for name in asked.problems}
     entrants = _valid(lambda: candidates(asked.optimizer_names, asked.tune, asked.lr or ()))
     budgets = [_budget(task, asked.seconds, asked.epochs) for task in tasks.values()]
     for task in tasks.values():
@@ -201,7 +212,7 @@ def tune(context: typer.Context) -> None:
 
     asked, show = request.asked(context), beside_json(context.params["as_json"])
     _prepare(asked, show)
-    task, choice = _problem(asked.problem), _valid(lambda: choose(asked.optimizer))
+    task, choice = _asked_problem(asked.problem, asked), _valid(lambda: choose(asked.optimizer))
     search = Search(task, choice, _budget(task, asked.seconds, asked.epochs), asked.trials)
     entrants = (Candidate(choice, choice.rate),)
     _check(task, entrants)

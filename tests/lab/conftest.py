@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minifisher_lab.problems import PROBLEMS
-from minifisher_lab.training import batches
+from minifisher_lab.training import batches, epoch_times
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +20,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _times_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What an epoch takes in a test is no news for the user."""
+    monkeypatch.setattr(epoch_times, "path", lambda: tmp_path_factory.getbasetemp() / "epoch-times.json")
 
 
 @pytest.fixture(scope="session")

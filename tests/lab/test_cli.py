@@ -22,8 +22,9 @@ from minifisher_lab.comparison import candidates, machine
 from minifisher_lab.comparison.compare import Candidate, Plan
 from minifisher_lab.comparison.tune import Search
 from minifisher_lab.presentation import demo, report
-from minifisher_lab.problems import PROBLEMS, Problem
-from minifisher_lab.training import batches
+from minifisher_lab.problems import FAMILIES, PROBLEMS, Problem
+from minifisher_lab.training import batches, epoch_times
+from minifisher_lab.training import train as train_module
 from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.runs import Point, Run, RunFolder
 from minifisher_lab.training.train import Budget
@@ -432,3 +433,48 @@ def test_without_the_laboratorys_packages_one_sentence_says_what_to_install(
     with pytest.raises(SystemExit) as stopped:
         __main__.main()
     assert stopped.value.code == "The command line needs typer: pip install 'minifisher[lab]'"
+
+
+def test_schedule_warm_up_and_start_of_a_problem_can_be_changed(tmp_path: Path) -> None:
+    changes = ("--schedule", "cosine", "--warm-up", 0.25, "--initialisation", "fan-out")
+    small = ("--optimizers", "sgd", "--epochs", 0.1, "--folder", tmp_path)
+    code, output = _invoke("compare", "cnn-digits", *small, *changes)
+    assert code == 0, output
+    results = json.loads((_only_folder(tmp_path) / "results.json").read_text())
+    assert [results[name] for name in ("schedule", "warm_up", "initialisation")] == [
+        "cosine",
+        0.25,
+        "fan-out",
+    ]
+    code, output = _invoke("compare", "cnn-digits", *small, "--warm-up", 1)
+    assert code == 2
+    assert "warm-up" in output
+
+
+def test_the_options_change_the_problem_that_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Problem] = []
+
+    class Watched(train_module.Trainer):
+        def __init__(self, problem: Problem, *rest: object) -> None:
+            seen.append(problem)
+            super().__init__(problem, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("minifisher_lab.comparison.compare.Trainer", Watched)
+    small = ("--optimizer", "sgd", "--epochs", 0.1, "--folder", tmp_path)
+    assert _invoke("train", "cnn-digits", *small, "--schedule", "thirds", "--warm-up", 0.5)[0] == 0
+    assert _invoke("train", "cnn-digits", *small)[0] == 0
+    assert [(problem.schedule, problem.warm_up) for problem in seen] == [("thirds", 0.5), ("linear", 0.0)]
+
+
+def test_problems_say_what_runs_offline_and_how_long_an_epoch_took() -> None:
+    epoch_times.keep(Run("vit-digits", "adamw", 1e-3, 0, steps=440, seconds=8.8), 22)
+    code, output = _invoke("problems")
+    assert code == 0
+    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert lines["vit-digits"].split()[1:4] == ["digits", "offline", "small"]
+    assert lines["vit-digits"].endswith("0.44 s adamw")
+    assert lines["vgg16-svhn"].split()[3] == "full"
+    kinds = [line for line in output.splitlines() if line in FAMILIES or line.strip() in FAMILIES]
+    assert [line.strip() for line in kinds] == list(FAMILIES)

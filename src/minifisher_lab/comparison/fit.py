@@ -1,9 +1,10 @@
-"""Fit a study into a number of hours: time the steps of every optimizer, then reduce the epochs."""
+"""Fit a study into a number of hours: time the steps of every optimizer, then reduce trials and epochs."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.study import StudyError
@@ -11,9 +12,11 @@ from minifisher_lab.problems import PROBLEMS
 from minifisher_lab.training import batches
 from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.runs import Run
-from minifisher_lab.training.train import Budget, Trainer, train
+from minifisher_lab.training.train import Budget, Trainer, train, warm_up
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from minifisher_lab.comparison.spaces import Entrant
@@ -21,42 +24,77 @@ if TYPE_CHECKING:
     from minifisher_lab.training.batches import Splits
 
 TIMED_STEPS = 20  # the first steps include statistics and an inverse
-LEAST = 0.01
+LEAST = 0.05
 """The smallest share of its epochs that a run may keep."""
+LEAST_TRIALS, LEAST_POINTS = 3, 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What all runs of one optimizer on one problem have in common, in seconds."""
+
+    training: float  # of a run with all its epochs
+    point: float  # the evaluation of one point
 
 
 def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
-    """The plan with its epochs reduced so that all runs take at most `hours`; steps are timed for that."""
+    """The plan reduced so that all runs take at most `hours`; steps are timed for that.
+
+    If the hours are a share r of what the whole plan takes, trials and points of a curve are multiplied by
+    sqrt(r), and the epochs by what is then left. All optimizers and problems are reduced alike.
+    """
     if plan.hours is None:
         return plan
-    training, overhead = 0.0, 0.0
-    for problem in plan.epochs:
-        splits = batches.load(PROBLEMS[problem], device)
-        for entrant in plan.entrants:
-            try:
-                one_training, one_overhead = seconds_of_run(plan, problem, entrant, splits)
-            except (
-                Exception
-            ):  # it cannot run here: its runs will fail at once, and the report names the error
-                continue
-            training += plan.runs_of(entrant) * one_training
-            overhead += plan.runs_of(entrant) * one_overhead
-    share = min(1.0, (3600 * plan.hours - overhead) / training)
-    if share < LEAST:
+    costs = {
+        (problem, entrant): cost
+        for problem in plan.epochs
+        for entrant, cost in _costs(plan, problem, device).items()
+    }
+    training, evaluation = _seconds(plan, costs)
+    share = 3600 * plan.hours / (training + evaluation)
+    if share >= 1:
+        return plan
+    trials, points = (round(number * share**0.5) for number in (plan.trials, plan.points))
+    shorter = replace(
+        plan,
+        trials=max(trials, min(plan.trials, LEAST_TRIALS)),
+        points=max(points, min(plan.points, LEAST_POINTS)),
+    )
+    training, evaluation = _seconds(shorter, costs)
+    kept = (3600 * plan.hours - evaluation) / training
+    if kept < LEAST:
         raise StudyError(
-            f"{plan.total} runs in {plan.hours:g} h would have less than {LEAST:.0%} of their epochs: give "
-            "more hours, or fewer --problems, --optimizers, --trials or --seeds"
+            f"{shorter.total} runs in {plan.hours:g} h would have less than {LEAST:.0%} of their epochs: "
+            "give more hours, or fewer --problems, --optimizers, --trials or --seeds"
         )
-    return replace(plan, epochs={name: float(f"{share * e:.3g}") for name, e in plan.epochs.items()})
+    return replace(shorter, epochs={name: float(f"{kept * e:.3g}") for name, e in plan.epochs.items()})
 
 
-def seconds_of_run(plan: SuitePlan, problem: str, entrant: Entrant, splits: Splits) -> tuple[float, float]:
-    """What a run takes: its training, and the evaluation of its points."""
+def _seconds(plan: SuitePlan, costs: Mapping[tuple[str, str], Cost]) -> tuple[float, float]:
+    """The training and the evaluation of all runs."""
+    pairs = [(plan.runs_of(plan.by_name[entrant]), cost) for (_, entrant), cost in costs.items()]
+    training = sum(runs * cost.training for runs, cost in pairs)
+    return training, sum(runs * plan.points * cost.point for runs, cost in pairs)
+
+
+def _costs(plan: SuitePlan, problem: str, device: torch.device) -> dict[str, Cost]:
+    splits = batches.load(PROBLEMS[problem], device)
+    costs = {}
+    for entrant in plan.entrants:
+        # One that cannot run here fails at once in its runs, and the report names the error.
+        with suppress(Exception):
+            costs[entrant.name] = cost_of_run(plan, problem, entrant, splits)
+    return costs
+
+
+def cost_of_run(plan: SuitePlan, problem: str, entrant: Entrant, splits: Splits) -> Cost:
+    """Time a few steps, after some that compile and allocate."""
     run = Run(problem, entrant.name, 0.0, seed=0)
     choice = choose(entrant.spec)
+    warm_up(PROBLEMS[problem], splits, choice)
     began = time.monotonic()
     trainer = Trainer(PROBLEMS[problem], splits, choice, choice.rate, seed=0)
     train(run, trainer, splits, Budget(epochs=TIMED_STEPS / trainer.steps_per_epoch), points=1)
-    evaluation = (time.monotonic() - began - run.seconds) / 3  # two points, and the whole test set
+    point = (time.monotonic() - began - run.seconds) / 3  # two points, and the whole test set
     epoch = run.seconds / run.steps * trainer.steps_per_epoch
-    return epoch * plan.epochs[problem], evaluation * plan.points
+    return Cost(epoch * plan.epochs[problem], point)

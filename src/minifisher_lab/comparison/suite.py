@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.fit import fitted
+from minifisher_lab.comparison.sizes import SCALES
 from minifisher_lab.comparison.spaces import Entrant, entrants, published
 from minifisher_lab.comparison.study import StudyError, StudyFile, Unit
 from minifisher_lab.names import look_up
@@ -22,31 +23,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much the suite measures."""
-
-    trials: int
-    """Of every optimizer that is tuned, on every problem."""
-    seeds: int
-    """Runs of the best setting."""
-    epochs: Mapping[str, float]
-    """The epochs of a run by problem; a problem without a row runs for its own number."""
-    problems: tuple[str, ...]
-
-
-# The problems of the small suite, one row each: data that need no download. The minutes are for all methods
-# with eight trials and three seeds, estimated from steps that were timed with one thread on a busy machine.
-SMALL_EPOCHS: dict[str, float] = {
-    "autoencoder-digits": 10,  # 18 minutes, a third of them SOAP's
-    "cnn-digits": 20,  # 12 minutes
-}
-SCALES = {
-    "small": Scale(8, 3, SMALL_EPOCHS, tuple(SMALL_EPOCHS)),
-    "full": Scale(12, 5, {}, tuple(PROBLEMS)),
-}
-
-
-@dataclass(frozen=True)
 class SuitePlan:
     """What a study measures. The seeds of the best setting begin at 1; trials have seed 0."""
 
@@ -56,7 +32,7 @@ class SuitePlan:
     trials: int
     seeds: int
     hours: float | None = None
-    """How long the whole study may take; the epochs are reduced to fit."""
+    """How long the whole study may take; trials and epochs are reduced to fit."""
     points: int = 25
 
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minifisher_lab.data import shakespeare, store
-from minifisher_lab.data.records import Array, Arrays, Dataset, Graph, Text
+from minifisher_lab.data.records import Array, Arrays, Dataset, Graph, Table, Text
 from minifisher_lab.data.table import ENTRIES, Entry, find
 
 
@@ -29,6 +29,12 @@ def load(name: str, *, seed: int = 0) -> Dataset:
     )
 
 
+def load_table(name: str) -> Table:
+    """A table of numbers: breast-cancer or diabetes."""
+    entry = _of_kind(name, "table")
+    return Table(name, entry.classes, **entry.finish(_stored(entry), 0))  # type: ignore[arg-type]
+
+
 def load_graph(name: str) -> Graph:
     """A citation network: cora, citeseer or pubmed."""
     entry = _of_kind(name, "graph")
@@ -40,6 +46,11 @@ def load_text(name: str) -> Text:
     return Text(name, shakespeare.documents(_stored(_of_kind(name, "text"))))
 
 
+def kind_of(name: str) -> str:
+    """images, table, graph or text: which of the functions above loads it."""
+    return find(name).kind
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the catalogue."""
@@ -49,6 +60,7 @@ class Row:
     source: str
     licence: str
     present: bool  # can be loaded now, without fetching
+    offline: bool  # needs no download at all
 
 
 def catalogue() -> tuple[Row, ...]:
@@ -60,12 +72,13 @@ def catalogue() -> tuple[Row, ...]:
             entry.source,
             entry.licence,
             not entry.routes or store.path(entry.name).exists(),
+            not entry.routes,
         )
         for entry in ENTRIES
     )
 
 
-LOADERS = {"images": "load", "graph": "load_graph", "text": "load_text"}
+LOADERS = {"images": "load", "table": "load_table", "graph": "load_graph", "text": "load_text"}
 
 
 def _of_kind(name: str, kind: str) -> Entry:

@@ -75,6 +75,18 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Rows of numbers, as they were measured. `classes` is 0 for a regression."""
+
+    name: str
+    classes: int
+    train_inputs: npt.NDArray[np.float32]  # [N, columns]
+    train_targets: npt.NDArray[np.generic]  # int64 [N], or float32 [N, 1] for a regression
+    test_inputs: npt.NDArray[np.float32]
+    test_targets: npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
 class Graph:
     """A citation network with the public split. A node without a label has target -1."""
 

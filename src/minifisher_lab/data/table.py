@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from minifisher_lab.data import curves, digits, faces, store
+from minifisher_lab.data import curves, digits, faces, store, tables
 from minifisher_lab.data.cifar import CIFAR10, CIFAR10_PNG, CIFAR100
 from minifisher_lab.data.faces import ORL
 from minifisher_lab.data.idx import IDX
@@ -78,7 +78,7 @@ class Entry:
     holds: str
     licence: str
     classes: int = 0
-    kind: Literal["images", "graph", "text"] = "images"
+    kind: Literal["images", "table", "graph", "text"] = "images"
     routes: tuple[Route, ...] = ()  # files in the by-hand folder have the first one's format
     check: Check = store.unchecked
     finish: Callable[[Arrays, int], Arrays] = _as_stored  # from the stored arrays and a seed
@@ -277,6 +277,23 @@ ENTRIES = (
         origin="generated here, seeded",
     ),
     FACES,
+    Entry(
+        "breast-cancer",
+        "30 measures of 569 tumours, benign or malignant, 455 + 114",
+        "CC BY 4.0",
+        classes=2,
+        kind="table",
+        finish=tables.breast_cancer,
+        origin="inside scikit-learn",
+    ),
+    Entry(
+        "diabetes",
+        "10 measures of 442 patients and the course of the disease, 353 + 89",
+        "none stated; cite Efron et al. (2004)",
+        kind="table",
+        finish=tables.diabetes,
+        origin="inside scikit-learn",
+    ),
     _citations(
         "cora",
         "citation network, 2,708 nodes, 5,278 edges",

@@ -21,53 +21,79 @@ if TYPE_CHECKING:
 ARGUMENTS_HINT = (
     "Arguments follow the name: mbf:power=0.5:graft=None. `minifisher optimizers NAME` lists them."
 )
+PROBLEMS_HINT = (
+    "offline: needs no download; yes: fetched to this machine; -: minifisher data get DATA. suite: the "
+    "smallest one that measures it. an epoch: what the last run of that optimizer took here."
+)
 
 
 def problems(as_json: bool) -> None:
-    """The problems, grouped by kind, with their data and whether it is on this machine."""
+    """The problems by kind: their data, whether it is here, their suite, and what an epoch took here."""
     from minifisher_lab import data
-    from minifisher_lab.problems import PROBLEMS
+    from minifisher_lab.comparison.sizes import SCALES
+    from minifisher_lab.problems import FAMILIES
+    from minifisher_lab.training import epoch_times
 
-    here = {row.name: row.present for row in data.catalogue()}
+    datasets, times = {row.name: row for row in data.catalogue()}, epoch_times.known()
     rows = [
         {
-            "kind": _kind(name),
-            "problem": name,
+            "kind": kind,
+            "problem": problem.name,
             "what it is": problem.description,
             "data": problem.data,
-            "here": here[str(problem.data)],
+            "here": datasets[str(problem.data)].present,
+            "offline": datasets[str(problem.data)].offline,
+            "suite": "small" if problem.name in SCALES["small"].problems else "full",
+            "epoch seconds": times.get(problem.name, {}),
             "batch": problem.batch_size,
             "epochs": problem.epochs,
             "parameters": problem.parameters(),
         }
-        for name, problem in PROBLEMS.items()
+        for kind, family in FAMILIES.items()
+        for problem in family
     ]
     if as_json:
         print_json(rows)
         return
     _print_problems(rows)
-    console.print("\nA problem of your own: minifisher compare MODULE:FUNCTION", highlight=False)
-
-
-def _kind(name: str) -> str:
-    kinds = {"autoencoder": "Autoencoders", "cnn": "Small convolutional networks"}
-    return kinds.get(name.partition("-")[0], "Large convolutional networks")
+    console.print(f"\n{PROBLEMS_HINT}", highlight=False)
+    console.print("A problem of your own: minifisher compare MODULE:FUNCTION", highlight=False)
 
 
 def _print_problems(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("problem", overflow="fold")
-    for name in ("data", "here", "batch", "epochs", "parameters"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("data", "here") else "right")
+    for name in ("data", "here", "suite", "batch", "epochs", "parameters", "an epoch"):
+        words = name in ("data", "here", "suite")
+        table.add_column(name, no_wrap=True, justify="left" if words else "right")
     kind = ""
     for row in rows:
         if row["kind"] != kind:
             kind = row["kind"]
             table.add_row(f"[bold italic]{kind}[/]")
-        numbers = str(row["batch"]), str(row["epochs"]), f"{row['parameters']:,}"
+        here = "offline" if row["offline"] else _mark(row["here"])
+        numbers = str(row["batch"]), f"{row['epochs']:g}", f"{row['parameters']:,}"
         about = f"{row['problem']}\n[dim]{row['what it is']}[/]"
-        table.add_row(about, row["data"], _mark(row["here"]), *numbers)
+        table.add_row(about, row["data"], here, row["suite"], *numbers, _epoch(row["epoch seconds"]))
     console.print(table)
+
+
+def _epoch(times: dict[str, float]) -> str:
+    """The seconds or minutes of an epoch, and the optimizer; a dash where nothing was measured."""
+    from minifisher_lab.training import epoch_times
+
+    known = epoch_times.shown(times)
+    if known is None:
+        return "-"
+    name, seconds = known
+    time = (
+        f"{seconds / 60:.0f} min"
+        if seconds >= 120
+        else f"{seconds:.2g} s"
+        if seconds < 10
+        else f"{seconds:.0f} s"
+    )
+    return f"{time} {name}"
 
 
 def all_optimizers(as_json: bool) -> None:

@@ -204,6 +204,7 @@ def as_json(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
         "problem": plan.problem.name,
         "seeds": list(plan.seeds),
         "budget": asdict(plan.budget),
+        **{name: getattr(plan.problem, name) for name in ("schedule", "warm_up", "initialisation")},
         "machine": machine(),
         "best": [_row_json(row, reference_row(ranking)) for row in ranking],
         "all": [_row_json(row, reference_row(ranking)) for row in all_rows(runs)],

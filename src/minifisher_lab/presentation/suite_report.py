@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 LEGEND = (
     "Numbers are means over seeds with the 95 % interval of the mean (Student's t). Best loss: the lowest "
     "loss on a fixed slice of up to 2,000 training samples; settings were chosen by it. Test loss and "
-    "accuracy: whole test set, end of the run. To target: until a run reaches the best training loss of "
+    "accuracy: whole test set, end of the run; with a validation set, at the best accuracy on that. To "
+    "target: until a run reaches the best training loss of "
     "{reference} on the same seed; a dash if one seed never does. Seconds count training alone. Bands in "
     "plots are the range over seeds; a plot against seconds is cut where only much slower optimizers still "
     "run. Hit edge: the best value is the outermost one that was tried, so a better one may lie outside. A "
@@ -153,7 +154,7 @@ def _problem(findings: Findings, name: str) -> dict[str, Any]:
     text = (
         f"{problem.description}; data: {problem.data}; {problem.parameters():,} parameters, batches "
         f"of {problem.batch_size}, {findings.plan.epochs[name]:g} epochs a run, learning rate: "
-        f"{problem.schedule}."
+        f"{problem.schedule}{f', warm-up {problem.warm_up:.0%}' if problem.warm_up else ''}."
     )
     return {
         "name": name,

@@ -45,4 +45,5 @@ AUTOENCODERS = (
     _problem("autoencoder-fashion", "fashion-mnist", SMALL, batch_size=500, epochs=10),
     _problem("autoencoder-faces", "faces", (625, 2000, 1000, 500, 30), batch_size=1000, epochs=50),
     _problem("autoencoder-curves", "curves", (784, 400, 200, 100, 50, 25, 6), batch_size=1000, epochs=100),
+    _problem("autoencoder-curves-small", "curves", (784, 200, 100, 50, 25, 6), batch_size=200, epochs=10),
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from minifisher_lab.problems.problem import Augmentation
+    from minifisher_lab.problems.problem import Augmentation, Initialisation
 
 VGG_WIDTHS: dict[int, tuple[int | Literal["pool"], ...]] = {
     11: (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"),
@@ -43,14 +43,17 @@ VGG_WIDTHS: dict[int, tuple[int | Literal["pool"], ...]] = {
 }
 
 
-def convolutions(channels: int, widths: Sequence[int | Literal["pool"]]) -> list[nn.Module]:
-    """3x3 convolutions with bias, batch norm and ReLU, one per width; "pool" halves the image."""
+def convolutions(
+    channels: int, widths: Sequence[int | Literal["pool"]], *, norm: bool = True
+) -> list[nn.Module]:
+    """3x3 convolutions with bias, batch norm (if `norm`) and ReLU, one per width; "pool" halves the image."""
     layers: list[nn.Module] = []
     for width in widths:
         if width == "pool":
             layers.append(nn.MaxPool2d(2))
         else:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            norms = [nn.BatchNorm2d(width)] if norm else []
+            layers += [nn.Conv2d(channels, width, 3, padding=1), *norms, nn.ReLU()]
             channels = width
     return layers
 
@@ -62,9 +65,15 @@ def five_layer(channels: int, width: int, classes: int) -> nn.Sequential:
 
 
 def vgg(
-    depth: int, channels: int, classes: int, *, image: int = 32, hidden: Sequence[int] = ()
+    depth: int,
+    channels: int,
+    classes: int,
+    *,
+    image: int = 32,
+    hidden: Sequence[int] = (),
+    norm: bool = True,
 ) -> nn.Sequential:
-    """VGG (Simonyan, Zisserman 2015) with batch norm; no dropout, because K-BFGS evaluates a batch twice.
+    """VGG (Simonyan, Zisserman 2015); no dropout, because K-BFGS evaluates a batch twice.
 
     28x28 images are padded to 32x32, so that five halvings leave one position.
     """
@@ -72,7 +81,7 @@ def vgg(
     head: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise((512, *hidden, classes)):
         head += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*padding, *convolutions(channels, VGG_WIDTHS[depth]), *head[:-1])
+    return nn.Sequential(*padding, *convolutions(channels, VGG_WIDTHS[depth], norm=norm), *head[:-1])
 
 
 class ResidualBlock(nn.Module):
@@ -122,6 +131,7 @@ def _large(
     data: str,
     architecture: Callable[[], nn.Module],
     augmentation: Augmentation,
+    initialisation: Initialisation = "torch",
 ) -> Problem:
     return Problem(
         name=f"{network}-{data}",
@@ -133,20 +143,25 @@ def _large(
         epochs=100,
         schedule="steps",
         augmentation=augmentation,
+        initialisation=initialisation,
     )
 
 
 _RESNET32 = "16/32/64 channels x 5 blocks"
 _VGG11 = "batch norm, one linear layer"
 _VGG16 = "batch norm, head 512-4096-4096"
+_PLAIN = "no batch norm, head 512-4096-4096-10"
 _WIDE = (4096, 4096)
+_VGG11_PLAIN = partial(vgg, 11, 3, 10, hidden=_WIDE, norm=False)
 
 # Networks, batch 128, crop 4 and flip: Ren, Goldfarb 2021 (arXiv 2106.02925), published code.
-CNNS = (
+SMALL = (
     _small("digits", partial(five_layer, 1, 8, 10), batch_size=64, epochs=10),
     _small("mnist", partial(five_layer, 1, 32, 10), batch_size=128, epochs=3),
     _small("fashion-mnist", partial(five_layer, 1, 32, 10), batch_size=128, epochs=3),
     _small("cifar10", partial(five_layer, 3, 32, 10), batch_size=128, epochs=10),
+)
+LARGE = (
     _large("resnet32", _RESNET32, "fashion-mnist", partial(resnet, 32, 1, 10), "crop and flip"),
     _large("resnet32", _RESNET32, "cifar10", partial(resnet, 32, 3, 10), "crop and flip"),
     _large("resnet32", _RESNET32, "cifar100", partial(resnet, 32, 3, 100), "crop and flip"),
@@ -156,4 +171,8 @@ CNNS = (
     _large("vgg16", _VGG16, "cifar100", partial(vgg, 16, 3, 100, hidden=_WIDE), "crop and flip"),
     # SVHN is cropped but not flipped, because a mirrored house number is a different number.
     _large("vgg16", _VGG16, "svhn", partial(vgg, 16, 3, 10, hidden=_WIDE), "crop"),
+    # Network, start and colours: Bahamou, Goldfarb, Ren 2023 (arXiv 2202.04124), published code. Where SVHN's
+    # files cannot be had, CIFAR-10 takes their place, under its own name.
+    _large("vgg11-plain", _PLAIN, "svhn", _VGG11_PLAIN, "crop and colour", "fan-out"),
+    _large("vgg11-plain", _PLAIN, "cifar10", _VGG11_PLAIN, "crop and flip", "fan-out"),
 )

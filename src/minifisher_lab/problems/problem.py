@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
-Schedule = Literal["constant", "linear", "steps"]
-Augmentation = Literal["none", "crop", "crop and flip"]
+Schedule = Literal["constant", "linear", "cosine", "steps", "thirds"]
+Augmentation = Literal["none", "crop", "crop and flip", "crop and colour"]
+Initialisation = Literal["torch", "fan-out"]
 
 
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"
@@ -51,20 +52,40 @@ class Problem:
     """Makes a network with new initial weights."""
     likelihood: Likelihood = "categorical"
     batch_size: int = 100
-    epochs: int = 10
+    epochs: float = 10
     description: str = "a problem of your own"
     schedule: Schedule = "constant"
+    warm_up: float = 0.0
+    """The share of a run in which the learning rate rises linearly to its full value."""
     augmentation: Augmentation = "none"
+    initialisation: Initialisation = "torch"
+    """torch: as the network is made; fan-out: its convolutions start from N(0, 2 / (k^2 out)) and bias 0."""
+    window: int = 0
+    """The characters of a sample, where the data is a text."""
+    weight_penalty: Mapping[str, float] = field(default_factory=dict)
+    """For each named parameter w a factor c: the training loss has c / 2 |w|^2 added."""
+    evaluation_samples: int = 2000
+    """The size of the fixed slices of the training and the test set that are evaluated during a run."""
 
     def build(self, seed: int) -> nn.Module:
         """The network, initialised from the seed; the same seed gives every optimizer the same start."""
         torch.manual_seed(seed)
-        return self.architecture()
+        model = self.architecture()
+        if self.initialisation == "fan-out":
+            _initialise_convolutions(model)
+        return model
 
     def parameters(self) -> int:
         """How many parameters the network has; nothing is allocated."""
         with torch.device("meta"):
             return sum(weight.numel() for weight in self.architecture().parameters())
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """The sum of c / 2 |w|^2 over `weight_penalty`."""
+        return sum(
+            0.5 * factor * model.get_parameter(name).square().sum()
+            for name, factor in self.weight_penalty.items()
+        )
 
     @property
     def classifies(self) -> bool:
@@ -78,15 +99,24 @@ class Problem:
     def loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """The negative log-likelihood, summed over pixels for an autoencoder, mean over the batch.
 
-        categorical: cross entropy with `targets` [N]; bernoulli: binary cross entropy of logits with
-        the wanted outputs; gaussian: half the squared error to them. These are the targets, or the inputs if
-        the targets are integers: an autoencoder's `outputs` are [N, pixels].
+        categorical: cross entropy with `targets` [N], or [N, positions] for a text, whose loss is the mean
+        over positions; bernoulli: binary cross entropy of logits with `wanted`; gaussian: half the squared
+        error to `wanted`. An autoencoder's `outputs` are [N, pixels].
         """
         wanted = self.wanted(inputs, targets)
         if self.likelihood == "categorical":
-            return functional.cross_entropy(outputs, wanted)
+            return functional.cross_entropy(outputs.flatten(0, -2), wanted.flatten())
         if self.likelihood == "bernoulli":
             total = functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="sum")
         else:
             total = 0.5 * functional.mse_loss(outputs, wanted, reduction="sum")
         return total / len(inputs)
+
+
+def _initialise_convolutions(model: nn.Module) -> None:
+    """Weights N(0, 2 / (k^2 out)), biases 0 (He et al. 2015, the backward case; MBF's authors' code)."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

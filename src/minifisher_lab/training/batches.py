@@ -1,15 +1,17 @@
-"""Data in memory as tensors: batches in a seeded order, augmentation, and fixed slices for evaluation."""
+"""Data in memory as tensors, and its batches in a seeded order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
 from minifisher_lab import data
 from minifisher_lab.problems import own
+from minifisher_lab.training.augmentation import augmented
+from minifisher_lab.training.samples import LOADERS
+from minifisher_lab.training.samples import Samples as Samples
+from minifisher_lab.training.samples import Splits as Splits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,44 +21,12 @@ if TYPE_CHECKING:
     from minifisher_lab.problems.problem import Augmentation
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Inputs [N, ...], images [N, C, H, W], and targets [N, ...]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def slice(self, size: int) -> Samples:
-        """A fixed random subset; it does not depend on the seed of a run."""
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:size]
-        return Samples(self.inputs[chosen], self.targets[chosen])
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The training and the test set, ready for the network."""
-
-    train: Samples
-    test: Samples
-
-
 def load(problem: Problem, device: torch.device) -> Splits:
-    """The problem's data on the device; images for a classifier are standardised per channel."""
+    """The problem's data on the device; `samples.py` says how each kind of data is prepared."""
     if not isinstance(problem.data, str):
-        parts = [part.to(device) for part in own.tensors(problem)]
-        return Splits(Samples(*parts[:2]), Samples(*parts[2:]))
-    dataset = data.load(problem.data)
-    train, test = torch.from_numpy(dataset.train_inputs), torch.from_numpy(dataset.test_inputs)
-    if problem.classifies:
-        deviation, mean = torch.std_mean(train, dim=(0, 2, 3), keepdim=True)
-        train, test = (train - mean) / deviation, (test - mean) / deviation
-    return Splits(
-        Samples(train.to(device), torch.from_numpy(dataset.train_targets).to(device)),
-        Samples(test.to(device), torch.from_numpy(dataset.test_targets).to(device)),
-    )
+        parts = own.tensors(problem)
+        return Splits(Samples(*parts[:2]), Samples(*parts[2:])).to(device)
+    return LOADERS[data.kind_of(problem.data)](problem).to(device)
 
 
 class Batches:
@@ -81,9 +51,7 @@ class Batches:
             self._begin_epoch()
         chosen = self.order[self.position * self.size :][: self.size]
         self.position += 1
-        inputs = self.samples.inputs[chosen]
-        if self.augmentation != "none":
-            inputs = crop(inputs, self.generator, flip=self.augmentation == "crop and flip")
+        inputs = augmented(self.samples.inputs[chosen], self.augmentation, self.samples, self.generator)
         return inputs, self.samples.targets[chosen]
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,16 +73,3 @@ class Batches:
 def batches(samples: Samples, size: int, seed: int, augmentation: Augmentation) -> Batches:
     """The stream of a run with this seed."""
     return Batches(samples, size, seed, augmentation)
-
-
-def crop(images: Tensor, generator: torch.Generator, *, flip: bool, border: int = 4) -> Tensor:
-    """Pad each image [N, C, H, W] with zeros and crop it at random; `flip` mirrors half of the images."""
-    count, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * border + 1, (2, count, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = functional.pad(images, (border,) * 4).permute(0, 2, 3, 1)
-    which = torch.arange(count)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

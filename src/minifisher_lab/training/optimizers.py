@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from torch import nn
 
 import minifisher
 from minifisher_lab.names import UnknownNameError, look_up
@@ -18,19 +19,35 @@ from minifisher_lab.training.published import PUBLISHED, AdamOfTheMean, Publishe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import nn
+
+def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon's authors give to Muon: matrices and kernels of hidden layers.
+
+    Not among them are embeddings, the first and the last weight of the network, in the order in which it
+    declares them, and vectors (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+    """
+    wide = [weight for weight in model.parameters() if weight.ndim > 1]
+    embeddings = [layer.weight for layer in model.modules() if isinstance(layer, nn.Embedding)]
+    others = {id(weight) for weight in (wide[:1] + wide[-1:] + embeddings)}
+    return [weight for weight in wide if id(weight) not in others]
 
 
 class MuonWithAdamW:
-    """torch.optim.Muon for the 2-d weights, torch.optim.AdamW for the rest, one learning rate for both."""
+    """torch.optim.Muon for the hidden weights, torch.optim.AdamW for the rest, one learning rate for both.
+
+    A kernel [out, in, k1, k2] is a matrix [out, in k1 k2] to Muon, as its authors read it.
+    """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
-        weights = list(model.parameters())
+        hidden = hidden_weights(model)
+        # torch.optim.Muon takes matrices alone: these share the memory of the weights.
+        self._matrices = [(w, nn.Parameter(w.detach().view(len(w), -1))) for w in hidden]
         # adjust_lr_fn gives Muon's steps the root mean square of AdamW's, so that one rate serves both.
         muon = partial(torch.optim.Muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        known = set(map(id, hidden))
         pairs = (
-            (muon, [w for w in weights if w.ndim == 2]),
-            (torch.optim.AdamW, [w for w in weights if w.ndim != 2]),
+            (muon, [matrix for _, matrix in self._matrices]),
+            (torch.optim.AdamW, [w for w in model.parameters() if id(w) not in known]),
         )
         self.optimizers: list[torch.optim.Optimizer] = [kind(part, lr=lr) for kind, part in pairs if part]
 
@@ -47,6 +64,8 @@ class MuonWithAdamW:
     def step(self, closure: Callable[[], Any]) -> Any:
         """Evaluate the closure once, then take one step with each optimizer."""
         loss = closure()
+        for weight, matrix in self._matrices:
+            matrix.grad = None if weight.grad is None else weight.grad.view(len(weight), -1)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
@@ -126,7 +145,9 @@ FIRST_ORDER = (
     _first_order("adagrad", "AdaGrad", _OPTIM.Adagrad, 1e-2),
     _first_order("rmsprop", "RMSprop", _OPTIM.RMSprop, 1e-3),
     _first_order("sgd", "SGD with momentum 0.9", _OPTIM.SGD, 1e-3, momentum=0.9),
-    Choice("muon", "Muon for matrices, AdamW for the rest", MuonWithAdamW, 1e-3, ADAM_GRID, MuonWithAdamW),
+    Choice(
+        "muon", "Muon for hidden weights, AdamW for the rest", MuonWithAdamW, 1e-3, ADAM_GRID, MuonWithAdamW
+    ),
 )
 
 # A name for a method with some arguments fixed, written as on the command line: NAME:ARGUMENT=VALUE:...

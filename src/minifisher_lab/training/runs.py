@@ -77,6 +77,8 @@ class Run:
     test_loss: float | None = None
     test_accuracy: float | None = None
     points: list[Point] = field(default_factory=list)
+    validation_accuracy: float | None = None
+    """The best one, where there is a validation set; the test figures are those of the same point."""
 
     @property
     def name(self) -> str:
@@ -93,8 +95,8 @@ class Run:
         for name in ("problem", "optimizer", "rate", "seed"):
             if record[name] != getattr(self, name):
                 raise ValueError(f"it holds a run with {name} {record[name]}, not {getattr(self, name)}")
-        for known in fields(self):
-            setattr(self, known.name, record[known.name])
+        for name in {known.name for known in fields(self)} & record.keys():  # older files know fewer
+            setattr(self, name, record[name])
         self.points = [Point.restored(point) for point in record["points"]]
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minifisher
-from minifisher_lab.training import processes
+from minifisher_lab.training import epoch_times, processes
 from minifisher_lab.training.batches import batches
 from minifisher_lab.training.runs import Point, Unresumable, reason
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from minifisher_lab.problems import Problem
     from minifisher_lab.problems.problem import Schedule
-    from minifisher_lab.training.batches import Samples, Splits
     from minifisher_lab.training.checkpoint import Checkpoint
     from minifisher_lab.training.optimizers import Choice, Optimizer
     from minifisher_lab.training.runs import Run
+    from minifisher_lab.training.samples import Samples, Splits
 
-EVALUATION_SIZE = 2000
-"""The size of the fixed training slice that runs are compared on, and of the test slice used during a run."""
+FIRST_RATE = 0.01
+"""The learning rate of a warm-up's first step, as a share of the full one: a step of 0 would be wasted."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,25 @@ class Clock:
         return time.perf_counter()
 
 
-def rate_factor(schedule: Schedule, spent: float) -> float:
-    """The learning rate as a fraction of the initial one, when a fraction `spent` of the budget is spent.
+def rate_factor(schedule: Schedule, spent: float, warm_up: float = 0.0) -> float:
+    """The learning rate as a fraction of the full one, when a fraction `spent` of the budget is spent.
 
-    linear: 1 - spent; steps: x 0.1 after 30, 60 and 90 % (every 60 of 200 epochs: Ren, Goldfarb 2021).
+    During the first `warm_up` of the budget it rises linearly. Let r be the spent fraction of the rest.
+    linear: 1 - r; cosine: (1 + cos(pi r)) / 2; steps: x 0.1 whenever 30 % of the whole budget are spent
+    (every 60 of 200 epochs); thirds: x 0.1 after each third (every 50 of 150 epochs: MBF's authors for SVHN
+    and CIFAR, who take steps for first-order methods).
     """
-    if schedule == "constant":
-        return 1.0
-    return 1.0 - spent if schedule == "linear" else 0.1 ** math.floor(spent / 0.3)
+    if spent < warm_up:
+        return FIRST_RATE + (1 - FIRST_RATE) * spent / warm_up
+    rest = (spent - warm_up) / (1 - warm_up) if spent < 1 else 1.0
+    factors = {
+        "constant": 1.0,
+        "linear": 1.0 - rest,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * rest)),
+        "steps": 0.1 ** math.floor(spent / 0.3),
+        "thirds": 0.1 ** math.floor(spent * 3),
+    }
+    return factors[schedule]
 
 
 def state_bytes(state: Any) -> int:
@@ -106,15 +117,15 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
 def evaluate(problem: Problem, model: nn.Module, samples: Samples) -> tuple[float, float | None]:
     """The mean loss and, for a classifier, the accuracy in per cent, in evaluation mode."""
     model.eval()
-    loss, hits = 0.0, 0
+    loss, hits, size = 0.0, 0, problem.evaluation_samples
     for inputs, targets in zip(
-        *(torch.split(part, EVALUATION_SIZE) for part in (samples.inputs, samples.targets)), strict=True
+        *(torch.split(part, size) for part in (samples.inputs, samples.targets)), strict=True
     ):
         outputs = model(inputs)
         loss += problem.loss(outputs, inputs, targets).item() * len(inputs)
-        hits += int((outputs.argmax(1) == targets).sum()) if problem.classifies else 0
+        hits += int((outputs.argmax(-1) == targets).sum()) if problem.classifies else 0
     model.train()
-    return loss / len(samples), 100 * hits / len(samples) if problem.classifies else None
+    return loss / len(samples), 100 * hits / samples.targets.numel() if problem.classifies else None
 
 
 class Trainer:
@@ -124,6 +135,7 @@ class Trainer:
         self.problem = problem
         self.device = splits.train.inputs.device
         self.model = problem.build(seed).to(self.device)
+        splits.connect(self.model)
         self.optimizer: Optimizer = choice.build(self.model, lr=rate)
         self.rate = rate
         self.replica = processes.replicate(self.model, seed)
@@ -154,14 +166,14 @@ class Trainer:
         """Take one step on the next batch, shared by all processes, and return the loss before the step."""
         inputs, targets = map(processes.share, next(self.stream))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * rate_factor(self.problem.schedule, spent)
+            group["lr"] = self.rate * rate_factor(self.problem.schedule, spent, self.problem.warm_up)
 
         def closure() -> Any:
             self.model.zero_grad()
             outputs = self.replica(inputs)
             if isinstance(self.optimizer, minifisher.CurvatureOptimizer):
                 self.optimizer.observe(outputs, likelihood=self.problem.likelihood)
-            loss = self.problem.loss(outputs, inputs, targets)
+            loss = self.problem.loss(outputs, inputs, targets) + self.problem.penalty(self.model)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
@@ -209,7 +221,9 @@ class Measurement:
 
     def __init__(self, run: Run, trainer: Trainer, splits: Splits, budget: Budget) -> None:
         self.run, self.trainer, self.budget = run, trainer, budget
-        self.slices = splits.train.slice(EVALUATION_SIZE), splits.test.slice(EVALUATION_SIZE)
+        size = trainer.problem.evaluation_samples
+        self.slices = splits.train.slice(size), splits.test.slice(size)
+        self.validation = splits.validation
         self.clock = Clock(trainer.device)
         self.losses: list[float] = []
         run.parameters = sum(weight.numel() for weight in trainer.model.parameters())
@@ -238,7 +252,18 @@ class Measurement:
         point = Point(run.steps, self.epoch, run.seconds, batch_loss, train_loss, test_loss, test_accuracy)
         self.losses.clear()
         run.points.append(point)
+        self._select(point)
         return point
+
+    def _select(self, point: Point) -> None:
+        """Keep the test figures of the point with the best validation accuracy; the first of equal ones."""
+        if self.validation is None:
+            return
+        _, accuracy = evaluate(self.trainer.problem, self.trainer.model, self.validation)
+        best = self.run.validation_accuracy
+        if accuracy is not None and (best is None or accuracy > best):
+            self.run.validation_accuracy = accuracy
+            self.run.test_loss, self.run.test_accuracy = point.test_loss, point.test_accuracy
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
@@ -305,6 +330,9 @@ def _resumed(measurement: Measurement, checkpoint: Checkpoint | None) -> bool:
 def _conclude(run: Run, trainer: Trainer, splits: Splits) -> None:
     run.state_bytes = state_bytes(dict(trainer.optimizer.state))
     run.skipped_steps = trainer.skipped_steps
-    run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
+    if splits.validation is None:
+        run.test_loss, run.test_accuracy = evaluate(trainer.problem, trainer.model, splits.test)
+    if processes.rank() == 0:
+        epoch_times.keep(run, trainer.steps_per_epoch)
     # The status is set last, because Ctrl-C may interrupt the evaluation.
     run.status = "finished" if run.points[-1].finite else "diverged"

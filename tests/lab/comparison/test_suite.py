@@ -14,11 +14,12 @@ from killed_suite import CPU, Silent, finish, killed, records, start, table, tin
 
 import minifisher
 from minifisher_lab.comparison import fit, machine, worker
+from minifisher_lab.comparison.sizes import SCALES
 from minifisher_lab.comparison.spaces import entrants
 from minifisher_lab.comparison.study import StudyError, StudyFile
 from minifisher_lab.comparison.suite import SuitePlan, make_plan, open_study
 from minifisher_lab.comparison.worker import Worker
-from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.problems import FAMILIES, PROBLEMS
 from minifisher_lab.training import batches
 from minifisher_lab.training.optimizers import optimizers
 
@@ -148,32 +149,59 @@ def _measure(study: StudyFile, plan: SuitePlan, unit: Unit) -> None:
     study.finish(one._measured(unit, Silent()), {})
 
 
-def test_a_budget_reduces_the_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan("small", ["cnn-digits"], ["adamw"], trials=1, seeds=1, epochs=1000, hours=150 / 3600)
-    monkeypatch.setattr(fit, "seconds_of_run", lambda *_: (100.0, 25.0))  # training, evaluation
-    assert fit.fitted(plan, CPU).epochs["cnn-digits"] == 500  # 2 x (50 + 25) seconds
-    assert fit.fitted(replace(plan, hours=1), CPU).epochs == plan.epochs
-    with pytest.raises(StudyError, match="give more hours"):
-        fit.fitted(replace(plan, hours=50 / 3600), CPU)
+def _costs(monkeypatch: pytest.MonkeyPatch, **costs: fit.Cost) -> None:
+    def cost(plan: object, problem: str, entrant: Entrant, splits: object) -> fit.Cost:
+        if entrant.name not in costs:
+            raise TypeError("no such layer")
+        return costs[entrant.name]
+
+    monkeypatch.setattr(fit, "cost_of_run", cost)
+
+
+def test_a_budget_reduces_trials_and_epochs_of_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, numbers = ["adamw", "mbf"], {"trials": 8, "seeds": 3, "epochs": 100.0}
+    plan = make_plan("small", ["cnn-digits", "mlp-tabular"], names, **numbers)  # type: ignore[arg-type]
+    _costs(monkeypatch, adamw=fit.Cost(100, 1), mbf=fit.Cost(300, 2))
+    # 11 runs of either on both problems: 22 (100 + 300) s of training and 22 x 25 (1 + 2) s of evaluation
+    whole = 22 * 400 + 22 * 25 * 3
+    reduced = fit.fitted(replace(plan, hours=whole / 4 / 3600), CPU)
+    assert (reduced.trials, reduced.seeds, reduced.points) == (4, 3, 12)
+    assert {reduced.trials_of(entrant) for entrant in reduced.entrants} == {4}
+    kept = (whole / 4 - 14 * 12 * 3) / (14 * 400)
+    assert reduced.epochs == pytest.approx({"cnn-digits": 100 * kept, "mlp-tabular": 100 * kept}, rel=0.01)
+    assert fit.fitted(replace(plan, hours=whole / 3600 + 1e-6), CPU).epochs == plan.epochs
+    with pytest.raises(StudyError, match=r"less than 5% of their epochs: give more hours"):
+        fit.fitted(replace(plan, hours=whole / 40 / 3600), CPU)
+
+
+def test_a_budget_leaves_a_few_trials_and_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("small", ["cnn-digits"], ["adamw"], trials=8, seeds=1, epochs=1000)
+    _costs(monkeypatch, adamw=fit.Cost(1000, 0))
+    reduced = fit.fitted(replace(plan, hours=500 / 3600), CPU)
+    assert (reduced.trials, reduced.points, reduced.epochs["cnn-digits"]) == (3, 10, 125)
+    few = fit.fitted(replace(plan, trials=2, points=4, hours=500 / 3600), CPU)
+    assert (few.trials, few.points) == (2, 4)
 
 
 def test_the_time_of_a_run_is_measured() -> None:
     plan = make_plan("small", ["cnn-digits"], ["adamw"], epochs=10)
     (entrant,) = plan.entrants
     splits = batches.load(PROBLEMS["cnn-digits"], CPU)
-    training, evaluation = fit.seconds_of_run(plan, "cnn-digits", entrant, splits)
-    assert training > 0 < evaluation
+    cost = fit.cost_of_run(plan, "cnn-digits", entrant, splits)
+    assert cost.training > 0 < cost.point
 
 
 def test_an_optimizer_that_cannot_run_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(plan: object, problem: str, entrant: Entrant, splits: object) -> tuple[float, float]:
-        if entrant.name == "kfac":
-            raise TypeError("no such layer")
-        return 100.0, 0.0
-
     plan = make_plan("small", ["cnn-digits"], ["adamw", "kfac"], trials=1, seeds=1, epochs=10, hours=1)
-    monkeypatch.setattr(fit, "seconds_of_run", seconds)
+    _costs(monkeypatch, adamw=fit.Cost(1000, 0))
     assert fit.fitted(plan, CPU).epochs == plan.epochs
+
+
+def test_every_kind_of_network_is_in_the_small_suite() -> None:
+    small = set(SCALES["small"].problems)
+    kinds = {kind for kind, family in FAMILIES.items() if small & {problem.name for problem in family}}
+    assert kinds == set(FAMILIES) - {"Large convolutional networks"}
+    assert set(SCALES["full"].problems) == set(PROBLEMS)
 
 
 def test_a_run_carries_the_machine_and_the_commit(whole: Path) -> None:

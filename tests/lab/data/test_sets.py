@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sklearn.datasets
 
 from minifisher_lab import data
 from minifisher_lab.data import curves, faces, store, table
@@ -132,12 +133,15 @@ def test_graph_and_text_from_the_cache(empty_cache, monkeypatch):
     assert data.load_text("shakespeare").documents == ("ab", "cde")
 
 
+EMBEDDED = {"digits", "curves", "breast-cancer", "diabetes"}
+
+
 def test_the_catalogue_shows_which_datasets_are_present(empty_cache):
     before = {row.name: row.present for row in data.catalogue()}
     assert tuple(before) == data.NAMES
-    assert {name for name, present in before.items() if present} == {"digits", "curves"}
+    assert {name for name, present in before.items() if present} == EMBEDDED
     store.write("mnist", {"x": np.zeros(1)})
-    assert {row.name for row in data.catalogue() if row.present} == {"digits", "curves", "mnist"}
+    assert {row.name for row in data.catalogue() if row.present} == EMBEDDED | {"mnist"}
     assert all(row.holds and row.source and row.licence for row in data.catalogue())
 
 
@@ -185,3 +189,28 @@ def test_real_data(name, mean, deviation, counts):
     assert real.train_inputs.mean(dtype=np.float64) == pytest.approx(mean, abs=5e-5)
     assert real.train_inputs.std(dtype=np.float64) == pytest.approx(deviation, abs=5e-5)
     assert np.bincount(real.train_targets).tolist() == counts
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "columns", "rows"),
+    [("breast-cancer", 2, 30, (455, 114)), ("diabetes", 0, 10, (353, 89))],
+)
+def test_tables_split_the_rows_of_scikit_learn(name, classes, columns, rows):
+    table = data.load_table(name)
+    assert table.classes == classes
+    assert table.train_inputs.shape == (rows[0], columns)
+    assert table.test_inputs.shape == (rows[1], columns)
+    assert (len(table.train_targets), len(table.test_targets)) == rows
+    joined = np.concatenate((table.train_inputs, table.test_inputs))
+    bunch = getattr(sklearn.datasets, f"load_{name.replace('-', '_')}")()
+    assert sorted(map(tuple, joined.tolist())) == sorted(map(tuple, bunch.data.astype(np.float32).tolist()))
+    labels = dict(zip(map(tuple, bunch.data.astype(np.float32).tolist()), bunch.target, strict=True))
+    wanted = np.array([labels[tuple(row)] for row in table.test_inputs.tolist()])
+    found = table.test_targets.reshape(-1)
+    assert np.corrcoef(found, wanted)[0, 1] == pytest.approx(1)
+
+
+def test_a_dataset_of_another_kind_names_its_loader():
+    with pytest.raises(ValueError, match=r"the kind of diabetes is table: use data.load_table\('diabetes'\)"):
+        data.load("diabetes")
+    assert data.kind_of("cora") == "graph"

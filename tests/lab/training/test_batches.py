@@ -4,7 +4,7 @@ from itertools import islice
 
 import torch
 
-from minifisher_lab.training.batches import Samples, batches, crop
+from minifisher_lab.training.batches import Samples, batches
 
 
 def _numbered(count: int) -> Samples:
@@ -32,23 +32,3 @@ def test_the_evaluation_slice_is_always_the_same() -> None:
     first, again = _numbered(50).slice(20), _numbered(50).slice(20)
     assert torch.equal(first.targets, again.targets)
     assert len(set(first.targets.tolist())) == 20
-
-
-def test_crop_cuts_windows_of_the_padded_image_and_mirrors_some() -> None:
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(2, 6, 6)
-    cut = crop(image.expand(200, 2, 6, 6), generator, flip=True)
-    padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
-    windows = [padded[:, y : y + 6, x : x + 6] for y in range(9) for x in range(9)]
-    mirrored = [window.flip(2) for window in windows]
-    found = {index for one in cut for index, w in enumerate(windows + mirrored) if torch.equal(one, w)}
-    assert all(any(torch.equal(one, w) for w in windows + mirrored) for one in cut)
-    assert len(found) > 60
-    assert min(found) < 81 <= max(found)
-
-
-def test_crop_without_flip_mirrors_nothing() -> None:
-    ramp = torch.arange(1.0, 7.0).expand(100, 1, 6, 6)
-    cut = crop(ramp, torch.Generator().manual_seed(0), flip=False)
-    inside = (cut[..., 1:] > 0) & (cut[..., :-1] > 0)
-    assert torch.all((cut.diff(dim=-1) > 0)[inside])

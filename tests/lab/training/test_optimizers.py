@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import minifisher
 from minifisher_lab.names import UnknownNameError
+from minifisher_lab.problems import PROBLEMS
 from minifisher_lab.training import optimizers as module
-from minifisher_lab.training.optimizers import choose, grid_around, next_rate, optimizers
+from minifisher_lab.training.optimizers import choose, grid_around, hidden_weights, next_rate, optimizers
 
 FIRST_ORDER = ("adamw", "adam", "adagrad", "rmsprop", "sgd", "muon")
 
@@ -34,10 +36,53 @@ def test_first_order_optimizers_come_from_torch_and_step(name: str) -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
-    muon, adamw = choose("muon").build(_model(), lr=1e-3).optimizers
-    assert [w.ndim for group in muon.param_groups for w in group["params"]] == [2, 2]
-    assert [w.ndim for group in adamw.param_groups for w in group["params"]] == [1, 1]
+HIDDEN = {
+    "autoencoder-digits": [f"{number}.weight" for number in (3, 5, 7, 8, 10, 12)],
+    "cnn-digits": ["3.weight", "7.weight", "10.weight", "14.weight"],
+    "gcn-cora": [],
+    "gpt-shakespeare-small": [
+        f"blocks.{block}.{layer}.weight"
+        for block in range(3)
+        for layer in ("attention.queries_keys_values", "attention.projection", "mlp.0", "mlp.2")
+    ],
+    "lstm-shakespeare": ["lstm.weight_ih_l0", "lstm.weight_hh_l0"],
+}
+
+
+@pytest.mark.parametrize(("problem", "names"), HIDDEN.items())
+def test_muon_takes_the_hidden_weights_and_adamw_the_rest(problem: str, names: list[str]) -> None:
+    model = PROBLEMS[problem].build(seed=0)
+    known = dict(model.named_parameters())
+    assert [
+        name for name, w in known.items() if any(w is hidden for hidden in hidden_weights(model))
+    ] == names
+    built = choose("muon").build(model, lr=1e-3).optimizers
+    matrices = [w for part in built[:-1] for group in part.param_groups for w in group["params"]]
+    others = [w for group in built[-1].param_groups for w in group["params"]]
+    assert [w.data_ptr() for w in matrices] == [known[name].data_ptr() for name in names]
+    assert [tuple(w.shape) for w in matrices] == [(len(known[n]), known[n][0].numel()) for n in names]
+    assert {id(w) for w in others} == {id(w) for name, w in known.items() if name not in names}
+
+
+def test_muon_moves_a_kernel_as_it_would_move_the_matrix() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 3)]
+    model = nn.Sequential(*layers)
+    matrix = nn.Parameter(layers[1].weight.detach().clone().flatten(1))
+    alone = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    optimizer = choose("muon").build(model, lr=0.1)
+    for _ in range(3):
+        model.zero_grad()
+
+        def closure() -> torch.Tensor:
+            loss = model(torch.ones(1, 1, 8, 8)).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        optimizer.step(closure)
+        matrix.grad = layers[1].weight.grad.flatten(1)
+        alone.step()
+        torch.testing.assert_close(layers[1].weight.flatten(1), matrix)
 
 
 def test_every_method_of_minifisher_has_a_name() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.training import batches
 from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.runs import Run
 from minifisher_lab.training.train import Budget, Trainer, evaluate, rate_factor, state_bytes, train
@@ -15,6 +16,7 @@ from minifisher_lab.training.train import Budget, Trainer, evaluate, rate_factor
 if TYPE_CHECKING:
     from minifisher_lab.problems import Problem
     from minifisher_lab.training.batches import Splits
+    from minifisher_lab.training.runs import Point
 
 PROBLEM = PROBLEMS["autoencoder-digits"]
 
@@ -92,6 +94,17 @@ def test_schedules() -> None:
     assert rate_factor("linear", 0.25) == 0.75
     steps = [rate_factor("steps", spent) for spent in (0.0, 0.29, 0.31, 0.61, 0.91)]
     assert steps == pytest.approx([1, 1, 0.1, 0.01, 0.001])
+    assert [rate_factor("cosine", spent) for spent in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    thirds = [rate_factor("thirds", spent) for spent in (0.0, 0.33, 0.34, 0.66, 0.67)]
+    assert thirds == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_a_warm_up_rises_linearly_and_the_schedule_fills_the_rest() -> None:
+    rising = [rate_factor("constant", spent, 0.2) for spent in (0.0, 0.1, 0.2, 0.9)]
+    assert rising == pytest.approx([0.01, 0.505, 1, 1])
+    assert [rate_factor("linear", spent, 0.2) for spent in (0.2, 0.6, 1.0)] == pytest.approx([1, 0.5, 0])
+    assert rate_factor("cosine", 0.6, 0.2) == pytest.approx(0.5)
+    assert rate_factor("steps", 0.31, 0.2) == pytest.approx(0.1)
 
 
 def test_the_schedule_reaches_the_optimizer(digits: Splits) -> None:
@@ -113,3 +126,32 @@ def test_the_schedule_reaches_the_optimizer(digits: Splits) -> None:
 def test_a_budget_is_one_positive_number(wrong: dict[str, float], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         Budget(**wrong)
+
+
+def test_the_test_figures_are_those_at_the_best_validation_accuracy(digits: Splits) -> None:
+    problem = replace(PROBLEMS["cnn-digits"], evaluation_samples=400)
+    splits = batches.load(problem, torch.device("cpu"))
+    splits = replace(splits, validation=splits.train.slice(300))
+    run = Run(problem.name, "adamw", 3e-2, 0)
+    trainer = Trainer(problem, splits, choose("adamw"), 3e-2, 0)
+    seen: list[float] = []
+
+    def log(run: Run, point: Point) -> None:
+        seen.append(evaluate(problem, trainer.model, splits.validation)[1])
+
+    train(run, trainer, splits, Budget(epochs=2), points=8, log=log)
+    best = run.points[seen.index(max(seen))]
+    assert run.validation_accuracy == max(seen)
+    assert (run.test_loss, run.test_accuracy) == (best.test_loss, best.test_accuracy)
+
+
+def test_the_penalty_pulls_the_named_weight_to_zero(digits: Splits) -> None:
+    free = Trainer(PROBLEM, digits, choose("sgd"), 1e-3, 0)
+    pulled = Trainer(replace(PROBLEM, weight_penalty={"1.weight": 10.0}), digits, choose("sgd"), 1e-3, 0)
+    start = PROBLEM.build(0).get_parameter("1.weight")
+    for trainer in (free, pulled):
+        trainer.step(spent=0.0)
+    moved = pulled.model.get_parameter("1.weight") - free.model.get_parameter("1.weight")
+    torch.testing.assert_close(moved, -1e-3 * 10.0 * start)
+    for name in ("1.bias", "3.weight"):
+        assert torch.equal(pulled.model.get_parameter(name), free.model.get_parameter(name))
