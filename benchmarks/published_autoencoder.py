@@ -17,31 +17,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from alternate import report
-from torch import Tensor, nn
+from torch import Tensor
 
 import minifisher
 from minifisher_lab.problems import PROBLEMS
 from minifisher_lab.training import batches
+from minifisher_lab.training.optimizers import choose
+from minifisher_lab.training.published import PUBLISHED
 from minifisher_lab.training.train import evaluate
 
 PROBLEM = PROBLEMS["autoencoder-mnist"]
 OFTEN = 5  # epochs that are measured one by one, then every so many: on all 60,000 images it costs seconds
-
-PUBLISHED: dict[str, Any] = {
-    "relative_damping": False,
-    "graft": None,
-    "momentum": 0.9,
-    "curvature_decay": 0.9,
-    "statistics_every": 1,
-    "inverse_every": 20,
-    "jitter": False,
-}
-UNCUT = {"max_dim": 10**6, "merge_dims": 9}
-ONCE = {"inverse_every": 10**9}  # H_a is inverted at the start alone
 
 
 @dataclass(frozen=True)
@@ -52,20 +42,21 @@ class Rival:
     rate: float
     damping: float
     damping_name: str = "damping"
+    warm_labels: Literal["data", "model"] = "data"
 
 
-def _adam(network: nn.Module, **options: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(network.parameters(), **options)
+def published(name: str, **changes: Any) -> Rival:
+    """A row of the published settings, perhaps with other options."""
+    row = PUBLISHED[name]
+    build = partial(choose(name).build, lr=row.rate, **changes)
+    if row.damping is None:
+        return Rival(build, row.rate, row.options["eps"], "eps")
+    return Rival(build, row.rate, row.damping, warm_labels=row.warm_labels or "data")
 
 
-KBFGS = {**PUBLISHED, **ONCE, "mu1": 0.2, "bias_input": "mean"}
-RIVALS = {
-    "adam": Rival(_adam, 1e-4, 1e-4, "eps"),
-    "kfac": Rival(partial(minifisher.KFAC, pi_correction=False, **PUBLISHED), 0.1, 3.0),
-    "kbfgs": Rival(partial(minifisher.KBFGS, **KBFGS), 0.03, 0.3),
-    "shampoo": Rival(partial(minifisher.Shampoo, **PUBLISHED, **UNCUT), 3e-4, 3e-4),
-    "tnt": Rival(partial(minifisher.TNT, **PUBLISHED, **UNCUT), 1e-4, 0.1),
-    "mbf": Rival(minifisher.MBF, 1e-3, 0.1),  # with its defaults: nothing is published for it
+RIVALS = {name: published(name) for name, row in PUBLISHED.items() if row.problem == "autoencoder"} | {
+    "adam": Rival(partial(choose("adam").build, lr=1e-4), 1e-4, 1e-4, "eps"),  # torch's
+    "mbf": Rival(minifisher.MBF, 1e-3, 0.1),  # with its defaults
 }
 
 
@@ -78,6 +69,8 @@ class Run:
         if seed is not None:
             torch.manual_seed(seed)
         self.optimizer = rival.build(self.network)
+        self.optimizer.param_groups[0].update({"lr": rival.rate, rival.damping_name: rival.damping})
+        self.stream = self._batches(seed=0)
         self.steps_an_epoch = len(splits.train) // PROBLEM.batch_size
         self.epoch = 0
         self.seconds = 0.0
@@ -97,18 +90,21 @@ class Run:
         """The pass through the data at the initial weights; it reads neither learning rate nor damping."""
         if isinstance(self.optimizer, minifisher.CurvatureOptimizer):
             with self._clock():
-                one_pass = islice(self._batches(seed=1), self.steps_an_epoch)
-                self.optimizer.warm_start(self.network, one_pass, _loss, PROBLEM.likelihood)
+                images = (images for images, _ in islice(self._batches(seed=1), self.steps_an_epoch))
+                pairs = ((batch, batch) for batch in images)  # the target is the image itself
+                self.optimizer.warm_start(
+                    self.network, pairs, _loss, PROBLEM.likelihood, labels=self.rival.warm_labels
+                )
 
     def set_options(self, rate: float, damping: float) -> Run:
         """The same run with these options."""
         self.optimizer.param_groups[0].update({"lr": rate, self.rival.damping_name: damping})
-        self.stream = self._batches(seed=0)
-        self._measure()
         return self
 
     def advance(self, epochs: int) -> None:
         """Train up to so many epochs, as long as the loss is a number."""
+        if not self.curve:
+            self._measure()
         while self.epoch < epochs and self.alive:
             for _ in range(self.steps_an_epoch):
                 images, _ = next(self.stream)
@@ -123,6 +119,24 @@ class Run:
         group = self.optimizer.param_groups[0]
         options = {name: group[name] for name in ("lr", self.rival.damping_name)}
         return {**options, "loss": self.loss if self.alive else "diverged"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state_dict(),
+            "random": torch.get_rng_state(),
+            "counts": {name: getattr(self, name) for name in ("epoch", "seconds", "curve")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run with this state stood."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["random"])
+        vars(self).update(state["counts"])
 
     def _closure(self, images: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -139,10 +153,9 @@ class Run:
         self.curve.append({"epoch": self.epoch, "loss": known, "cpu_seconds": round(self.seconds, 1)})
         print(self.curve[-1], file=sys.stderr, flush=True)
 
-    def _batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end; the target is the image itself."""
-        stream = batches.batches(self.splits.train, PROBLEM.batch_size, seed, PROBLEM.augmentation)
-        return ((images, images) for images, _ in stream)
+    def _batches(self, seed: int) -> batches.Batches:
+        """Batches without end."""
+        return batches.batches(self.splits.train, PROBLEM.batch_size, seed, PROBLEM.augmentation)
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -152,7 +165,7 @@ class Run:
 
 
 def _loss(outputs: Tensor, images: Tensor) -> Tensor:
-    return PROBLEM.loss(outputs, images, images)
+    return PROBLEM.loss(outputs, images, images.flatten(1))
 
 
 def search(rival: Rival, splits: batches.Splits, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -232,8 +232,8 @@ def test_sampled_blocks_over_many_steps_approach_the_exact_fisher(likelihood):
     for _ in range(300):
         opt.observe(module(inputs), likelihood)
         opt.step()
-        for parameter in module.parameters():  # a step needs gradients, whatever they are
-            parameter.grad = torch.zeros_like(parameter)
+        for parameter in module.parameters():  # a gradient of zero is no observation
+            parameter.grad = torch.ones_like(parameter)
     for layer in (layer for layer in layers(module) if layer.reads_samples):
         dense = dense_exact_fisher(layer, module, likelihood, inputs)
         expected = expected_blocks(dense, layer.shape, "row", "row", 9)[0]

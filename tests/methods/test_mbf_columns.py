@@ -268,7 +268,7 @@ def test_vectors_that_take_adams_step_resume_and_say_so():
         parameter.grad = torch.ones_like(parameter)
     opt.step()
     bias = network[0].bias
-    assert opt.state[bias].keys() == {"step", "momentum", "second_moment", "observations"}
+    assert opt.state[bias].keys() == {"step", "momentum", "second_moment", "observations", "missed"}
     other = MBF(network, vectors="adam", graft=None)
     other.load_state_dict(opt.state_dict())
     assert torch.equal(other.state[bias]["second_moment"], opt.state[bias]["second_moment"])

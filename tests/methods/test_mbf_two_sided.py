@@ -252,7 +252,7 @@ def test_sampled_labels_approach_the_exact_second_moments():
         )
         for _ in range(300 if fisher == "sampled" else 1):
             for parameter in module.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.ones_like(parameter)
             opt.observe(module(inputs))
             opt.step()
         states[fisher] = [opt.state[module[index].weight] for index in (0, 2)]

@@ -77,7 +77,13 @@ _KBFGS = "github.com/renyiryry/kbfgs_neurips2020_public, Demo.ipynb"
 _TNT = "github.com/renyiryry/tnt_neurips_2021, demo.ipynb"
 _MBF = "github.com/achrafba96/mbf, demo.ipynb"
 
-_COMMON = {"relative_damping": False, "graft": None, "momentum": 0.9, "curvature_decay": 0.9}
+_COMMON = {
+    "relative_damping": False,
+    "graft": None,
+    "momentum": 0.9,
+    "curvature_decay": 0.9,
+    "jitter": False,
+}
 _OFTEN = {**_COMMON, "statistics_every": 1, "inverse_every": 20}
 _SELDOM = {**_COMMON, "statistics_every": 10, "inverse_every": 100}
 _ONCE = {**_COMMON, "statistics_every": 1, "inverse_every": 10**9}  # H_a is inverted at the start alone
@@ -85,6 +91,7 @@ _UNCUT = {"max_dim": 10**6, "merge_dims": 9}
 _BFGS = {**_ONCE, "mu1": 0.2, "bias_input": "mean"}
 _BLOCKS = {
     "fisher": "gradient",
+    "output_power": 0.0,
     "conv_blocks": "kernel",
     "linear_blocks": "column",
     "share": "layer",
