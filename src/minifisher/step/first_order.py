@@ -7,7 +7,7 @@ Adaptive Gradient Methods from Learning Rates", 2020, arXiv 2002.11803.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,12 +16,25 @@ from minifisher.kernels.choose import adam_step_norm, suits_numba
 from minifisher.kernels.scratch import scratch_like
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
 
     State = dict[str, Tensor]
 
 ADAM_DECAY = 0.999  # beta_2 of torch.optim.AdamW, so that its learning rate carries over
 ADAM_EPSILON = 1e-8  # likewise
+
+
+class Measures(NamedTuple):
+    """What a rule of length reads of a step x, each [lengths], or [] or [layers, rows | 1, 1, ...]."""
+
+    norm: Tensor  # |x|
+    slope: Tensor | None = None  # <M, x>; None where the rule is that of equal norms
+
+    def view_as(self, view: Callable[[Tensor], Tensor]) -> Measures:
+        """The same, each tensor in another shape."""
+        return Measures(view(self.norm), None if self.slope is None else view(self.slope))
 
 
 class Graft:
@@ -37,9 +50,12 @@ class Graft:
     state_names: tuple[str, ...] = ()
     """Tensors of the parameter's shape that the graft keeps in the state."""
 
-    def update(self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float) -> Tensor:
-        """Update M and the graft's averages in place; returns the norm of the first-order step, [lengths]."""
-        return norms(update_momentum(state, gradient, momentum), lengths)
+    def update(
+        self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float, with_slope: bool
+    ) -> Measures:
+        """Update M and the graft's averages in place; returns what is measured of the first-order step."""
+        norm = norms(update_momentum(state, gradient, momentum), lengths)
+        return Measures(norm, norm.square() if with_slope else None)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """The first-order step for M = direction, before the learning rate."""
@@ -62,18 +78,22 @@ class AdamGraft(Graft):
     rescales = True
     state_names = ("second_moment",)
 
-    def update(self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float) -> Tensor:
+    def update(
+        self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float, with_slope: bool
+    ) -> Measures:
         """Also V <- beta_2 V + (1 - beta_2) D^2."""
         scale, epsilon = _corrections(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
-        if momentum and isinstance(count, int) and suits_numba(*tensors):
+        if momentum and isinstance(count, int) and not with_slope and suits_numba(*tensors):
             d, m, v = (tensor.view(lengths, -1) for tensor in tensors)
             norm = adam_step_norm(d, m, v, momentum_decay=momentum, moment_decay=ADAM_DECAY, epsilon=epsilon)
-            return norm.mul_(scale)
+            return Measures(norm.mul_(scale))
         direction = update_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
-        return norms(torch.div(direction, denominator, out=denominator), lengths).mul_(scale)
+        step = torch.div(direction, denominator, out=denominator)
+        slope = slopes(direction, step, lengths).mul_(scale) if with_slope else None
+        return Measures(norms(step, lengths).mul_(scale), slope)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
@@ -103,15 +123,40 @@ GRAFTS: dict[str | None, Graft] = {
 }
 
 
-def graft_length(norm: Tensor, first_order_norm: Tensor, rescales: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor of a direction, |s| / |P M|, where the two norms are those of the step s and of P M.
+def graft_length(
+    direction: Measures, first_order: Measures, rescales: bool, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The factor of a direction P M: |s| / |P M|, or that of `equal_descent` where slopes were measured.
 
-    Returns it with two masks of its shape. Where it is not `usable`, the layer takes the first-order step;
+    Returns it with two masks of its shape. Where it is not `usable`, the layer takes the first-order step s;
     where that is not finite either, the layer is `frozen`.
     """
+    norm, first_order_norm = direction.norm, first_order.norm
     length = first_order_norm / norm if rescales else torch.ones_like(norm)
+    if rescales and direction.slope is not None and first_order.slope is not None:
+        length = equal_descent(first_order.slope / direction.slope, length, limit)
     usable = torch.isfinite(norm + length)
     return length, usable, ~(usable | torch.isfinite(first_order_norm))
+
+
+def equal_descent(descent: Tensor, length: Tensor, limit: float) -> Tensor:
+    """The factor <M, s> / <M, P M>, at most `limit` times |s| / |P M|: both steps promise the same decrease.
+
+    Given are both quotients, `descent` and `length`. A step x changes the loss by -lr <gradient, x> to first
+    order, and M stands for the gradient. Where the quotient is not positive, no factor of P M promises what s
+    does: a row of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor
+    is then |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
+    """
+    return torch.where(descent > 0, torch.minimum(descent, limit * length), length)
+
+
+def check_length(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a length is asked for that no first-order step gives."""
+    if options["length"] == "descent" and options["graft"] is None:
+        raise ValueError(
+            'length="descent" promises the decrease of a first-order step, and graft=None names none: set '
+            'graft="adam", "adam-rows" or "sgd", or length="norm"'
+        )
 
 
 def update_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:
@@ -135,6 +180,15 @@ def norms(stack: Tensor, lengths: int) -> Tensor:
         return norm.view(1)
     norm = torch.linalg.vector_norm(stack.reshape(lengths, stack.numel() // max(1, lengths)), dim=1)
     return norm
+
+
+def slopes(momentum: Tensor, step: Tensor, lengths: int) -> Tensor:
+    """The inner product of each of so many equal parts of two contiguous stacks, [lengths]."""
+    if lengths == 1:
+        return torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
+    shape = lengths, step.numel() // max(1, lengths)
+    slope: Tensor = torch.linalg.vecdot(momentum.reshape(shape), step.reshape(shape))
+    return slope
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:

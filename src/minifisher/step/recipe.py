@@ -2,7 +2,7 @@
 
     F <- beta F + (1 - beta) E[d d^T]                                      every T1 steps
     P <- (F + lambda I)^-power                                             every T2 steps
-    M <- mu M + D,  direction P M,  length |s| / |P M|                     every step
+    M <- mu M + D,  direction P M,  length |s| / |P M| or <M, s> / <M, P M>   every step
     W <- (1 - lr weight_decay) W - lr length P M
 
 D is the gradient of the mini-batch, d what the curvature reads of it or of its samples, s the first-order
@@ -19,7 +19,7 @@ import torch
 
 from minifisher.curvature import FusedCurvature
 from minifisher.step.adaptive_damping import predicted_change
-from minifisher.step.first_order import newest_share
+from minifisher.step.first_order import Measures, newest_share
 from minifisher.step.update import Update, clip_divergence
 
 if TYPE_CHECKING:
@@ -137,14 +137,14 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     ]
     if not ranks.agree(updates):
         return None
-    # |s| / |P M|
+    # |s| / |P M|, or <M, s> / <M, P M>
     for update in updates:
         update.set_length()
     return updates
 
 
 def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
-    """M <- mu M + D; the direction P M, and the norm of the first-order step.
+    """M <- mu M + D; the direction P M, and what is measured of the first-order step.
 
     A stack without an observation so far takes the first-order step itself.
     """
@@ -153,7 +153,7 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     stack.step += 1
     joins = options["weight_decay"] and not curvature.averages_momentum  # which joined it to D already
     joined = stack.with_decay(gradient) if joins else gradient
-    first_order_norm = stack.per_length(graft.update(state, joined, stack.lengths, stack.step, mu))
+    first_order = graft.update(state, joined, stack.lengths, stack.step, mu, stack.measures_slope)
     momentum = state["momentum"] if mu else joined
     if not stack.observations:
         direction = graft.step(state, momentum, stack.step, mu).clone()
@@ -161,7 +161,7 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
         if curvature.averages_momentum:
             momentum = momentum * newest_share(mu, stack.step)
         direction = curvature.precondition(state, momentum, options["damping"])
-    return Update(stack, gradient, momentum, direction, first_order_norm)
+    return Update(stack, gradient, momentum, direction, first_order.view_as(stack.per_length))
 
 
 def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
@@ -171,6 +171,8 @@ def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
     decay = stack.corrected_decay()
     if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
         return None
+    if stack.measures_slope:
+        return None
     first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
     if first_order is None:
         return None
@@ -179,5 +181,6 @@ def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
         return None
     direction, norm, first_order_norm = fused
     stack.step, stack.observations = stack.step + 1, stack.observations + 1
-    norms = stack.per_length(first_order_norm), stack.per_length(norm)
-    return Update(stack, gradient, state["momentum"], direction, *norms, is_fused=True)
+    first_order_measures, measures = (Measures(stack.per_length(n)) for n in (first_order_norm, norm))
+    momentum = state["momentum"]
+    return Update(stack, gradient, momentum, direction, first_order_measures, measures, is_fused=True)
