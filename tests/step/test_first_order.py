@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from minifisher.step.first_order import GRAFTS, Measures, graft_length
+from minifisher.curvature import Measures
+from minifisher.step.first_order import GRAFTS, graft_length
 
 
 def test_a_length_that_is_not_finite_is_not_used():

@@ -72,7 +72,7 @@ def suits_triton(*tensors: Tensor, bfloat16: bool = False) -> bool:
 # elementwise_cpu is imported only when it is used: importing numba takes most of a second.
 
 
-def adam_step_norm(
+def adam_step(
     gradient: Tensor,
     momentum: Tensor,
     moment: Tensor,
@@ -80,15 +80,17 @@ def adam_step_norm(
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
-) -> Tensor:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2 in place; the norm of M / (sqrt(V) + epsilon), [layers].
+    with_slope: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2 in place; of s = M / (sqrt(V) + epsilon) |s| and <M, s>.
 
     mu is `momentum_decay`, beta `moment_decay`. The tensors D, M and V are [layers, entries] and such that
-    `suits_numba`.
+    `suits_numba`. The results are [layers]; the second is None without `with_slope`.
     """
     from minifisher.kernels import elementwise_cpu
 
-    return elementwise_cpu.adam_step_norm(gradient, momentum, moment, momentum_decay, moment_decay, epsilon)
+    numbers = momentum_decay, moment_decay, epsilon
+    return elementwise_cpu.adam_step(gradient, momentum, moment, *numbers, with_slope=with_slope)
 
 
 LEAST_ENTRIES = 65_536

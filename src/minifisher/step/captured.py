@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.curvature import NoCurvature
+from minifisher.curvature import Measures, NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import GRAFTS, Measures, graft_length
+from minifisher.step.first_order import GRAFTS, graft_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -7,16 +7,16 @@ Adaptive Gradient Methods from Learning Rates", 2020, arXiv 2002.11803.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.curvature import FirstOrderStep
-from minifisher.kernels.choose import adam_step_norm, suits_numba
+from minifisher.curvature import FirstOrderStep, Measures
+from minifisher.kernels.choose import adam_step, suits_numba
 from minifisher.kernels.scratch import scratch_like
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -24,17 +24,6 @@ if TYPE_CHECKING:
 
 ADAM_DECAY = 0.999  # beta_2 of torch.optim.AdamW, so that its learning rate carries over
 ADAM_EPSILON = 1e-8  # likewise
-
-
-class Measures(NamedTuple):
-    """What a rule of length reads of a step x, each [lengths], or [] or [layers, rows | 1, 1, ...]."""
-
-    norm: Tensor  # |x|
-    slope: Tensor | None = None  # <M, x>; None where the rule is that of equal norms
-
-    def view_as(self, view: Callable[[Tensor], Tensor]) -> Measures:
-        """The same, each tensor in another shape."""
-        return Measures(view(self.norm), None if self.slope is None else view(self.slope))
 
 
 class Graft:
@@ -61,9 +50,11 @@ class Graft:
         """The first-order step for M = direction, before the learning rate."""
         return direction
 
-    def for_kernel(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
+    def for_kernel(
+        self, state: State, count: int, momentum: float, with_slopes: bool
+    ) -> FirstOrderStep | None:
         """The numbers of `update` for a fused kernel; None without momentum, which no kernel expects."""
-        return FirstOrderStep(momentum, state["momentum"]) if momentum else None
+        return FirstOrderStep(momentum, state["momentum"], with_slopes=with_slopes) if momentum else None
 
 
 class MomentumGraft(Graft):
@@ -84,10 +75,11 @@ class AdamGraft(Graft):
         """Also V <- beta_2 V + (1 - beta_2) D^2."""
         scale, epsilon = _corrections(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
-        if momentum and isinstance(count, int) and not with_slope and suits_numba(*tensors):
+        if momentum and isinstance(count, int) and suits_numba(*tensors):
             d, m, v = (tensor.view(lengths, -1) for tensor in tensors)
-            norm = adam_step_norm(d, m, v, momentum_decay=momentum, moment_decay=ADAM_DECAY, epsilon=epsilon)
-            return Measures(norm.mul_(scale))
+            decays = {"momentum_decay": momentum, "moment_decay": ADAM_DECAY}
+            norm, slope = adam_step(d, m, v, **decays, epsilon=epsilon, with_slope=with_slope)
+            return Measures(norm.mul_(scale), None if slope is None else slope.mul_(scale))
         direction = update_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
@@ -101,12 +93,15 @@ class AdamGraft(Graft):
         step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
         return step
 
-    def for_kernel(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
+    def for_kernel(
+        self, state: State, count: int, momentum: float, with_slopes: bool
+    ) -> FirstOrderStep | None:
         """Those of Adam."""
         if not momentum:
             return None
         scale, epsilon = _corrections(count, momentum)
-        return FirstOrderStep(momentum, state["momentum"], state["second_moment"], ADAM_DECAY, epsilon, scale)
+        moments = state["momentum"], state["second_moment"]
+        return FirstOrderStep(momentum, *moments, ADAM_DECAY, epsilon, scale, with_slopes)
 
 
 class AdamRowsGraft(AdamGraft):

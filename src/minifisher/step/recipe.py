@@ -19,7 +19,7 @@ import torch
 
 from minifisher.curvature import FusedCurvature
 from minifisher.step.adaptive_damping import predicted_change
-from minifisher.step.first_order import Measures, newest_share
+from minifisher.step.first_order import newest_share
 from minifisher.step.update import Update, clip_divergence
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
         if curvature.averages_momentum:
             momentum = momentum * newest_share(mu, stack.step)
         direction = curvature.precondition(state, momentum, options["damping"])
-    return Update(stack, gradient, momentum, direction, first_order.view_as(stack.per_length))
+    return Update(stack, gradient, momentum, direction, first_order.map(stack.per_length))
 
 
 def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
@@ -171,16 +171,15 @@ def fused_update(stack: LayerStack, gradient: Tensor) -> Update | None:
     decay = stack.corrected_decay()
     if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
         return None
-    if stack.measures_slope:
-        return None
-    first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
+    mu, with_slopes = options["momentum"], stack.measures_slope
+    first_order = stack.graft.for_kernel(state, stack.step + 1, mu, with_slopes)
     if first_order is None:
         return None
     fused = curvature.fused_step(state, gradient, decay, options["damping"], first_order)
     if fused is None:
         return None
-    direction, norm, first_order_norm = fused
+    direction, *measured = fused
     stack.step, stack.observations = stack.step + 1, stack.observations + 1
-    first_order_measures, measures = (Measures(stack.per_length(n)) for n in (first_order_norm, norm))
+    measures, of_first_order = (numbers.map(stack.per_length) for numbers in measured)
     momentum = state["momentum"]
-    return Update(stack, gradient, momentum, direction, first_order_measures, measures, is_fused=True)
+    return Update(stack, gradient, momentum, direction, of_first_order, measures, is_fused=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minifisher.curvature import Measures
 from minifisher.distributed.collectives import (
     ALL_RANKS,
     copy_from_owners,
@@ -15,7 +16,6 @@ from minifisher.distributed.collectives import (
     world_size,
 )
 from minifisher.statistics.records import BatchGradient, Secant, mean_gradient
-from minifisher.step.first_order import Measures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

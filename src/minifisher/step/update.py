@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minifisher.curvature import Measures
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import Measures, graft_length, norms, slopes
+from minifisher.step.first_order import graft_length, norms, slopes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,7 @@ class Update:
         lengths, slope = self.stack.lengths, None
         if self.first_order.slope is not None:
             slope = slopes(self.accumulated, self.direction, lengths)
-        return Measures(norms(self.direction, lengths), slope).view_as(self.stack.per_length)
+        return Measures(norms(self.direction, lengths), slope).map(self.stack.per_length)
 
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
