@@ -19,6 +19,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "raw": {"graft": None, "relative_damping": False, "damping": 1.0},
     "sgd": {"graft": "sgd", "weight_decay": 0.1, "statistics_every": 3, "inverse_every": 2},
     "lengths by row": {"graft": "adam-rows", "fold_bias": True},
+    "descent": {"length": "descent", "length_limit": 1.5},
+    "descent by row": {"length": "descent", "graft": "adam-rows"},
     "adaptive": {"adaptive_damping": True, "graft": None, "relative_damping": False, "lr": 0.1},
     "folded": {"fold_bias": True, "weight_decay": 0.1, "decoupled_weight_decay": False},
 }
@@ -63,7 +65,7 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 
 CASES = [
     *((training.Network, name) for name in OPTIONS),
-    *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row")),
+    *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row", "descent")),
 ]
 
 

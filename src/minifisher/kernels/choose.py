@@ -108,6 +108,15 @@ def mean_square(gradient: Tensor, layers: int) -> Tensor:
     return norm.square() / rows.shape[1]
 
 
+def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor] | None:
+    """|x| and <M, x> in one pass, [layers], of x and M [layers, entries]; None where torch computes them."""
+    if step.numel() < LEAST_ENTRIES or not suits_numba(step, momentum):
+        return None
+    from minifisher.kernels import elementwise_cpu
+
+    return elementwise_cpu.norm_and_slope(step, momentum)
+
+
 def subtract_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:
     """W <- W - rate length direction, in place; `length` is []."""
     if weight.numel() >= LEAST_ENTRIES and suits_numba(weight, direction, length):

@@ -84,6 +84,22 @@ def _update_moments(
 
 
 @compiled
+def _measure_chunks(step: Any, momentum: Any, squares: Any, slopes: Any, start: int, stop: int) -> float:
+    """The sums of x^2 and M x in chunks start to stop of all layers, [layers, chunks]."""
+    chunks, entries = squares.shape[1], step.shape[1]
+    for index in range(start, stop):
+        layer, chunk = index // chunks, index % chunks
+        first, last = chunk * CHUNK, min((chunk + 1) * CHUNK, entries)
+        x, m = step[layer, first:last], momentum[layer, first:last]
+        total, slope = np.float32(0), np.float32(0)
+        for i in range(x.shape[0]):
+            total += x[i] * x[i]
+            slope += x[i] * m[i]
+        squares[layer, chunk], slopes[layer, chunk] = total, slope
+    return 0.0
+
+
+@compiled
 def _sum_of_squares(vector: Any, start: int, stop: int) -> float:
     total = 0.0
     for first in range(start, stop, CHUNK):
@@ -129,6 +145,17 @@ def adam_step(
     run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
     norm = torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
     return norm, None if slopes is None else torch.from_numpy(slopes.sum(1).astype(np.float32))
+
+
+def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """|x| and <M, x>, [layers], of x and M [layers, entries]."""
+    layers, entries = step.shape
+    chunks = -(-entries // CHUNK)
+    sums = np.empty((2, layers, chunks))
+    loop = partial(_measure_chunks, step.detach().numpy(), momentum.detach().numpy(), *sums)
+    run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
+    square, slope = sums.sum(2).astype(np.float32)
+    return torch.from_numpy(np.sqrt(square)), torch.from_numpy(slope)
 
 
 def sum_of_squares(tensor: Tensor) -> float:

@@ -205,10 +205,8 @@ def _process_rows(
                     d, m, v, momentum_decay, moment_decay, fresh, epsilon, slopes is not None
                 )
             else:
-                squared = _update_momentum(d, m, momentum_decay)
-                product = squared
-            first_order_total += squared
-            first_order_slope += product
+                squared = product = _update_momentum(d, m, momentum_decay)
+            first_order_total, first_order_slope = first_order_total + squared, first_order_slope + product
         for tile in range(tiles):
             triangle = packed[row, tile]
             first = tile * blocks * width
@@ -229,8 +227,7 @@ def _process_rows(
                 _gather(m, width, vectors)
                 _solve_tile(triangle, levels, vectors, factor, width)
                 squared, product = _scatter(vectors, width, direction[row, first:last], m, slopes is not None)
-                total += squared
-                slope += product
+                total, slope = total + squared, slope + product
         squares[0, row], squares[1, row] = total, first_order_total
         if slopes is not None:
             slopes[0, row], slopes[1, row] = slope, first_order_slope

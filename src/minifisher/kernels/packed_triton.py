@@ -65,16 +65,28 @@ def _entry(vector: tl.tensor, index: tl.tensor, which: tl.constexpr) -> tl.tenso
 
 
 @triton.jit
-def _averaged(triangle: tl.tensor, vector: tl.tensor, decay: tl.tensor) -> tl.tensor:
-    """F <- decay F + (1 - decay) x x^T."""
-    return decay * triangle + (1.0 - decay) * vector[:, None] * vector[None, :]
+def _averaged(
+    triangle: tl.tensor, vector: tl.tensor, decay: tl.tensor, triangles: tl.tensor, stored: tl.tensor
+) -> tl.tensor:
+    """F <- decay F + (1 - decay) x x^T, stored in the dtype of `triangles`, and returned as rounded."""
+    averaged = decay * triangle + (1.0 - decay) * vector[:, None] * vector[None, :]
+    rounded = averaged.to(triangles.dtype.element_ty)
+    tl.store(triangles, rounded, mask=stored)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
 def _curvature_scale(
-    triangle: tl.tensor, i: tl.tensor, j: tl.tensor, entries: tl.tensor, mean: tl.tensor
+    triangle: tl.tensor,
+    i: tl.tensor,
+    j: tl.tensor,
+    left: tl.tensor,  # entries of the row from the block on
+    width: tl.constexpr,
+    means: tl.tensor,
+    real: tl.tensor,
 ) -> tl.tensor:
-    """As `minifisher.linalg.damping.curvature_scale`; `entries` of the block without padding."""
+    """As `minifisher.linalg.damping.curvature_scale`, of entries without padding."""
+    mean, entries = tl.load(means, mask=real, other=0.0)[None, :, None], tl.minimum(left, width)
     trace = tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
     return tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
 
@@ -145,6 +157,17 @@ def _inner_product(one: tl.tensor, other: tl.tensor) -> tl.tensor:
     return tl.sum(tl.sum(one * other, 0), 1)
 
 
+@triton.jit
+def _store_measures(
+    step: tl.tensor, m: tl.tensor, squares: tl.tensor, slopes: tl.tensor, tile: tl.tensor, real: tl.tensor
+) -> None:
+    """Store the squared norm of every tile of a step and, unless `slopes` is None, its product with M."""
+    total = _inner_product(step, step)
+    tl.store(squares + tile, total, mask=real)
+    if slopes is not None:
+        tl.store(slopes + tile, _inner_product(m, step), mask=real)
+
+
 # Where `packed` is known to be aligned, the compiler makes a thread load a quarter of each of four blocks.
 @triton.jit(do_not_specialize_on_alignment=["packed"])
 def _kernel(
@@ -191,31 +214,23 @@ def _kernel(
         d = tl.load(gradient + offsets, mask=mask, other=0.0)
     if first_order_squares is not None:
         m, step = _updated_moments(d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon)
-        total = _inner_product(step, step)
-        tl.store(first_order_squares + tile, total, mask=real)
-        if slopes is not None:
-            tl.store(first_order_slopes + tile, _inner_product(m, step), mask=real)
+        _store_measures(step, m, first_order_squares, first_order_slopes, tile, real)
     elif momentum is not None:
         m = tl.load(momentum + offsets, mask=mask, other=0.0)
     triangle = tl.load(triangles, mask=stored, other=0.0).to(tl.float32)
     if gradient is not None:
-        rounded = _averaged(triangle, _to_own_thread(d, index, width), decay).to(packed.dtype.element_ty)
-        tl.store(triangles, rounded, mask=stored)
-        triangle = rounded.to(tl.float32)
+        triangle = _averaged(triangle, _to_own_thread(d, index, width), decay, triangles, stored)
     if momentum is not None:
         level = damping
         if relative:
-            mean = tl.load(means + row, mask=real, other=0.0)[None, :, None]
-            level = damping * _curvature_scale(triangle, i, j, tl.minimum(length - start, width), mean)
+            level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
         own_m = _to_own_thread(m, index, width)
         solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
         # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
         # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
         tl.store(direction + tl.max_contiguous(own, (1, 1, 1)), solution, mask=mask)
-        tl.store(squares + tile, _inner_product(solution, solution), mask=real)
-        if slopes is not None:
-            tl.store(slopes + tile, _inner_product(own_m, solution), mask=real)
+        _store_measures(solution, own_m, squares, slopes, tile, real)
 
 
 # ---- the same for tensors ----

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import FirstOrderStep, Measures
-from minifisher.kernels.choose import adam_step, suits_numba
+from minifisher.kernels.choose import adam_step, norm_and_slope, suits_numba
 from minifisher.kernels.scratch import scratch_like
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class AdamGraft(Graft):
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
         step = torch.div(direction, denominator, out=denominator)
-        slope = slopes(direction, step, lengths).mul_(scale) if with_slope else None
-        return Measures(norms(step, lengths).mul_(scale), slope)
+        measures = measure(step, direction, lengths) if with_slope else Measures(norms(step, lengths))
+        return measures.map(lambda number: number.mul_(scale))
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
@@ -177,13 +177,15 @@ def norms(stack: Tensor, lengths: int) -> Tensor:
     return norm
 
 
-def slopes(momentum: Tensor, step: Tensor, lengths: int) -> Tensor:
-    """The inner product of each of so many equal parts of two contiguous stacks, [lengths]."""
-    if lengths == 1:
-        return torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
+def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
+    """Norm and slope of each of so many equal parts of a step, [lengths]."""
     shape = lengths, step.numel() // max(1, lengths)
-    slope: Tensor = torch.linalg.vecdot(momentum.reshape(shape), step.reshape(shape))
-    return slope
+    rows, m = step.reshape(shape), momentum.reshape(shape)
+    computed = norm_and_slope(rows, m)
+    if computed is not None:
+        return Measures(*computed)
+    slope: Tensor = torch.dot(m[0], rows[0]).view(1) if lengths == 1 else (m * rows).sum(1)
+    return Measures(norms(step, lengths), slope)
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:

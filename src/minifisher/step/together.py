@@ -140,11 +140,8 @@ def _take_measures(update: Update, sums: Tensor) -> None:
     """Measure by what `_additive` gave, summed over the ranks."""
     dtype = update.first_order.norm.dtype
     norms, slopes = sums[:2].sqrt().to(dtype), sums[2:].to(dtype)
-    measures = [
-        Measures(norm, slope)
-        for norm, slope in zip(norms, slopes if len(slopes) else (None, None), strict=True)
-    ]
-    update.measures, update.first_order = measures
+    pairs = zip(norms, slopes if len(slopes) else (None, None), strict=True)
+    update.measures, update.first_order = (Measures(*pair) for pair in pairs)
 
 
 def _owner(update: Update) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from minifisher.curvature import Measures
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import graft_length, norms, slopes
+from minifisher.step.first_order import graft_length, measure, norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,10 +46,10 @@ class Update:
 
     def measured(self) -> Measures:
         """What is measured of the direction, [] or [layers, rows | 1, 1, ...]."""
-        lengths, slope = self.stack.lengths, None
-        if self.first_order.slope is not None:
-            slope = slopes(self.accumulated, self.direction, lengths)
-        return Measures(norms(self.direction, lengths), slope).map(self.stack.per_length)
+        lengths = self.stack.lengths
+        if self.first_order.slope is None:
+            return Measures(self.stack.per_length(norms(self.direction, lengths)))
+        return measure(self.direction, self.accumulated, lengths).map(self.stack.per_length)
 
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
