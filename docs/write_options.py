@@ -26,8 +26,8 @@ the measurements behind the defaults, stand in [methods.md](methods.md).
 `params` (a module, or whatever `torch.optim` takes) and `lr` may be passed by position, all others by name.
 Parameter groups may differ in every option that is not listed at the end of this page. As in `torch.optim`,
 a change of `lr`, `momentum`, `curvature_decay`, `damping`, `weight_decay`, `decoupled_weight_decay`,
-`maximize`, `jitter` or `adaptive_damping` in `optimizer.param_groups` takes effect in the next step. The
-other options are read when parameters are added and when a checkpoint is loaded.
+`length`, `length_limit`, `maximize`, `jitter` or `adaptive_damping` in `optimizer.param_groups` takes
+effect in the next step. The other options are read when parameters are added and when a checkpoint is loaded.
 """
 
 FIXED = "A checkpoint must be loaded into an optimizer with the same value of"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
@@ -92,12 +94,23 @@ class FusedCurvature(Curvature):
     @abstractmethod
     def fused_step(
         self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Measures, Measures] | None:
         """Update M and V, observe the gradient, and precondition M; None, and no change, if no kernel fits.
 
-        Returns the direction and two norms [..., 1]: its own, and that of the first-order step. The results
-        are those of the separate verbs, to the last bit.
+        Returns the direction, and what is measured of it and of the first-order step, [..., 1]. The direction
+        is that of the separate verbs, to the last bit.
         """
+
+
+class Measures(NamedTuple):
+    """What the rule of length reads of a step x: one number for each length."""
+
+    norm: Tensor  # |x|
+    slope: Tensor | None = None  # <M, x>; None where the rule is that of equal norms
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Measures:
+        """The function of each tensor."""
+        return Measures(function(self.norm), None if self.slope is None else function(self.slope))
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,8 @@ class FirstOrderStep:
     epsilon: float = 0.0
     scale: float = 1.0
     """The factor of the step's length: its bias corrections."""
+    with_slopes: bool = False
+    """Whether slopes are measured, beside norms."""
 
 
 @dataclass(frozen=True)

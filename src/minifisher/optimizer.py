@@ -32,6 +32,7 @@ from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
 from minifisher.step.captured import check_capturable, take_captured_step
+from minifisher.step.first_order import check_length
 from minifisher.step.layer_stack import (
     SATURATED,
     Enrolled,
@@ -103,6 +104,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         options = {**self.defaults, **param_group}
         self.check(options)
         self.check_shared(param_group, self.defaults)
+        check_length(options)
         if options["fisher"] not in self.estimators:
             raise ValueError(
                 f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "

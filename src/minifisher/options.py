@@ -236,9 +236,7 @@ def options_table(options: Iterable[Option]) -> str:
 
 
 def _evaluated(annotation: Any, module: str) -> Any:
-    if isinstance(annotation, str):
-        return eval(annotation, vars(sys.modules[module]))
-    return annotation
+    return eval(annotation, vars(sys.modules[module])) if isinstance(annotation, str) else annotation
 
 
 def _completed(declared: Option, name: str, annotation: Any, base: Option | None) -> Option:
@@ -250,9 +248,7 @@ def _completed(declared: Option, name: str, annotation: Any, base: Option | None
         if getattr(declared, key) is _UNSET
     }
     completed = replace(declared, name=name, annotation=annotation, **unset)
-    if completed.choices:
-        return completed
-    return replace(completed, choices=_choices(annotation))
+    return completed if completed.choices else replace(completed, choices=_choices(annotation))
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
@@ -352,6 +348,13 @@ class CommonOptions(HasOptions):
     )
     graft: Literal["adam", "adam-rows", "sgd"] | None = option(
         default="adam", meaning="Whose step length a weight, or each of its rows, gets; None: its own length."
+    )
+    length: Literal["norm", "descent"] = option(
+        default="norm",
+        meaning='A step has the "norm" of the step of `graft`, or promises its "descent" of the loss.',
+    )
+    length_limit: float = option(
+        default=10.0, at_least=1, meaning='With "descent": at most so many lengths of the step of `graft`.'
     )
     weight_decay: float = option(default=0.0, at_least=0, meaning="Decay of the weights; AdamW's is 0.01.")
     decoupled_weight_decay: bool = option(

@@ -24,6 +24,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "raw": {"graft": None, "relative_damping": False, "damping": 1.0},
     "sgd": {"graft": "sgd", "weight_decay": 0.1, "statistics_every": 3, "inverse_every": 2},
     "lengths by row": {"graft": "adam-rows", "fold_bias": True},
+    "descent": {"length": "descent", "length_limit": 1.5},
+    "descent by row": {"length": "descent", "graft": "adam-rows"},
     "adaptive": {"adaptive_damping": True, "graft": None, "relative_damping": False, "lr": 0.1},
     "columns": {"linear_blocks": "column", "block_size": 2},
     "columns of their own": {"linear_blocks": "column", "share": "row", "block_size": 2},
@@ -98,7 +100,7 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 CASES = [
     *((training.Network, name) for name in OPTIONS if "columns" not in name),
     *((Even, name) for name in OPTIONS if "columns" in name),
-    *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row")),
+    *((Uneven, name) for name in ("default", "kernels", "rows", "folded", "lengths by row", "descent")),
     *((Uneven, name) for name in ("two-sided", "two-sided, raw")),
 ]
 

@@ -29,12 +29,16 @@ CUT: dict[str, dict[str, Any]] = {
     "shared, lengths by row": {**SHARED, "graft": "adam-rows"},
     "two-sided": {**SHARED, "output_power": 0.5},
     "own rows, raw, lengths by row": {**RAW, "graft": "adam-rows"},
+    "shared, descent": {**SHARED, "length": "descent"},
+    "own rows, raw, descent by row": {**RAW, "graft": "adam-rows", "length": "descent"},
 }
 PARALLEL: dict[str, dict[str, Any]] = {
     "own rows": {"block_size": 3, "share": "row"},
     "shared": {"block_size": 3},
     "lengths by row": {"block_size": 3, "graft": "adam-rows"},
     "two-sided": {"block_size": 3, "output_power": 0.5},
+    "descent": {"block_size": 3, "length": "descent"},
+    "descent by row": {"block_size": 3, "graft": "adam-rows", "length": "descent"},
 }
 STEPS = (0, 2, 3)  # the first; one with statistics, one without
 
@@ -301,6 +305,13 @@ def test_lengths_borrowed_row_by_row_need_nothing(found: dict[str, Any]) -> None
     vote = ("all_reduce", VOTE)
     assert found["cut, shared, lengths by row"] == [[matrices_and_means], [vote]]
     assert found["cut, own rows, raw, lengths by row"] == [[vote], [vote]]
+    assert found["cut, own rows, raw, descent by row"] == [[vote], [vote]]
+
+
+def test_slopes_are_summed_in_the_call_that_sums_norms(found: dict[str, Any]) -> None:
+    matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
+    norms_and_slopes = [("all_reduce", 4 * WEIGHTS + vote) for vote in (0, VOTE)]
+    assert found["cut, shared, descent"] == [[matrices_and_means, norms_and_slopes[0]], [norms_and_slopes[1]]]
 
 
 @pytest.mark.parametrize("step", STEPS)

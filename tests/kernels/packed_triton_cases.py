@@ -118,16 +118,17 @@ def test_solve(width, length, dtype, relative):
     assert torch.equal(case.momentum, momentum)
 
 
+@pytest.mark.parametrize("with_slopes", [False, True], ids=["norms", "slopes"])
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
 @pytest.mark.parametrize("adam", [True, False], ids=["moment", "no moment"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "length"), READINGS)
-def test_fused_step(width, length, dtype, adam, first):
+def test_fused_step(width, length, dtype, adam, first, with_slopes):
     case, average_alone = Case(width, length, dtype, first), Case(width, length, dtype, first)
     momentum = MOMENTUM_DECAY * case.momentum.double() + case.gradient
     moment = MOMENT_DECAY * case.moment.double() + (1 - MOMENT_DECAY) * case.gradient.double().square()
     step = momentum / (moment.sqrt() + EPSILON) if adam else momentum
-    direction, squares, first_order_squares = packed_triton.fused_step(
+    direction, squares, slopes = packed_triton.fused_step(
         case.packed,
         case.gradient,
         case.momentum,
@@ -140,14 +141,21 @@ def test_fused_step(width, length, dtype, adam, first):
         momentum_decay=MOMENTUM_DECAY,
         moment_decay=MOMENT_DECAY,
         epsilon=EPSILON,
+        with_slopes=with_slopes,
     )
     torch.testing.assert_close(case.momentum.double(), momentum, rtol=1e-6, atol=1e-6)
     if adam:
         torch.testing.assert_close(case.moment.double(), moment, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(first_order_squares.double(), step.square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(squares[1].double(), step.square().sum(1), rtol=1e-5, atol=0)
     packed_triton.average(average_alone.packed, average_alone.gradient, width=width, decay=DECAY)
     assert torch.equal(case.packed, average_alone.packed)
-    case.check(direction, squares, case.solution(momentum, 0.3, True))
+    solution = case.solution(momentum, 0.3, True)
+    case.check(direction, squares[0], solution)
+    assert (slopes is not None) == with_slopes
+    if with_slopes:
+        for slope, expected in zip(slopes, (solution, step.cpu()), strict=True):
+            products = (momentum.cpu() * expected).sum(1)
+            torch.testing.assert_close(slope.double().cpu(), products, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("curvature", [0.0, 2.0])

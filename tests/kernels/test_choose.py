@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from minifisher.kernels import choose
 from minifisher.kernels.threads import run_parallel
@@ -22,22 +23,25 @@ def test_compiled_adam_equals_torch_in_float64(shape, monkeypatch):
     gradient, state = states(shape)
     expected = {name: tensor.double() for name, tensor in state.items()}
     adam = first_order.GRAFTS["adam"]
-    reference = adam.update(expected, gradient.double(), shape[0], 3, 0.9)
+    reference = adam.update(expected, gradient.double(), shape[0], 3, 0.9, with_slope=True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert choose.suits_numba(gradient, *state.values())
-    length = adam.update(state, gradient, shape[0], 3, 0.9)
-    torch.testing.assert_close(length.double(), reference, rtol=2e-6, atol=0)
+    measures = adam.update(state, gradient, shape[0], 3, 0.9, with_slope=True)
+    torch.testing.assert_close(measures.map(Tensor.double), reference, rtol=2e-6, atol=0)
     for name, tensor in state.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-7)
 
 
 @needs_numba
-def test_the_length_is_the_norm_of_the_step():
+@pytest.mark.parametrize("with_slope", [False, True])
+def test_norm_and_slope_are_those_of_the_step(with_slope):
     gradient, state = states((2, 6, 7))
     adam = first_order.GRAFTS["adam"]
-    length = adam.update(state, gradient, 2, 5, 0.9)
+    norm, slope = adam.update(state, gradient, 2, 5, 0.9, with_slope)
     step = adam.step(state, state["momentum"], 5, 0.9)
-    torch.testing.assert_close(length, step.flatten(1).norm(dim=1))
+    torch.testing.assert_close(norm, step.flatten(1).norm(dim=1))
+    expected = (state["momentum"] * step).sum((1, 2)) if with_slope else None
+    torch.testing.assert_close(slope, expected)
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,11 @@ def test_average_and_solve_equal_dense_blocks(cut, dtype, tolerance, relative, w
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adam", [True, False])
+@pytest.mark.parametrize("with_slopes", [False, True])
 @cuts
-def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(cut, adam, dtype, relative):
+def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
+    cut, with_slopes, adam, dtype, relative
+):
     tiling, state = zeros(cut, dtype)
     apart = state.clone()
     momentum, moment = torch.zeros(cut[:2]), torch.zeros(cut[:2])
@@ -141,8 +144,15 @@ def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(cut, adam,
     means = torch.full((1,), 0.7)
     for gradient in gradients(cut[0], cut[1], 3):
         numbers = {"decay": DECAY, "damping": DAMPING, "relative": relative, **FIRST_ORDER}
-        direction, norm, first_order_norm = packed.fused_step(
-            state, gradient, momentum, moment if adam else None, means, tiling, **numbers
+        direction, *measures = packed.fused_step(
+            state,
+            gradient,
+            momentum,
+            moment if adam else None,
+            means,
+            tiling,
+            **numbers,
+            with_slopes=with_slopes,
         )
         expected_momentum.mul_(FIRST_ORDER["momentum_decay"]).add_(gradient)
         packed.average(apart, gradient, tiling, DECAY)
@@ -155,8 +165,11 @@ def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(cut, adam,
         assert torch.equal(state, apart)
         assert torch.equal(momentum, expected_momentum)
         assert torch.equal(direction, expected)
-        assert norm.item() == pytest.approx(expected.double().norm().item(), rel=1e-6)
-        assert first_order_norm.item() == pytest.approx(step.norm().item(), rel=1e-5)
+        for (norm, slope), exact in zip(measures, (expected.double(), step), strict=True):
+            assert norm.item() == pytest.approx(exact.norm().item(), rel=1e-5)
+            assert (slope is not None) == with_slopes
+            if with_slopes:
+                assert slope.item() == pytest.approx((expected_momentum * exact).sum().item(), rel=1e-5)
     if adam:
         torch.testing.assert_close(moment, expected_moment)
 
@@ -253,8 +266,10 @@ def test_the_number_of_threads_does_not_change_a_bit():
         momentum, moment = torch.zeros(cut[:2]), torch.zeros(cut[:2])
         for gradient in gradients(*cut[:2], 2):
             numbers = {"decay": DECAY, "damping": DAMPING, "relative": True, **FIRST_ORDER}
-            out = packed.fused_step(state, gradient, momentum, moment, torch.ones(1), tiling, **numbers)
-        results.append((state, *out))
+            direction, *measures = packed.fused_step(
+                state, gradient, momentum, moment, torch.ones(1), tiling, **numbers, with_slopes=True
+            )
+        results.append((state, direction, *measures[0], *measures[1]))
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

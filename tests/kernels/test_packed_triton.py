@@ -27,7 +27,7 @@ def test_the_kernel_agrees_with_dense_matrices(interpret):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def compiled(width, dtype):
+def compiled(width, dtype, with_slopes):
     """The kernel of `fused_step`, compiled for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -39,6 +39,8 @@ def compiled(width, dtype):
         ("decay", "damping", "momentum_decay", "moment_decay", "epsilon"), "fp32"
     )
     constants = {"relative": True, **packed_triton.constants(width, 16)}
+    if not with_slopes:
+        constants |= {"slopes": None, "first_order_slopes": None}
     kinds = {"packed": dtype, **numbers, **dict.fromkeys(constants, "constexpr")}
     signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -47,10 +49,11 @@ def compiled(width, dtype):
 
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
 @pytest.mark.parametrize("width", [2, 9])
-def test_it_compiles_for_a_gpu(width, dtype, monkeypatch, tmp_path):
+@pytest.mark.parametrize("with_slopes", [False, True])
+def test_it_compiles_for_a_gpu(with_slopes, width, dtype, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled(width, dtype)
+    code = compiled(width, dtype, with_slopes)
     assert code.asm["cubin"]
     assert ("cvt.rn.bf16" in code.asm["ptx"]) == (dtype == "*bf16")
     # Threads exchange only the entries of weights; sums over the entries of a block need no exchange.
-    assert code.asm["ptx"].count("shfl.sync") < 100
+    assert code.asm["ptx"].count("shfl.sync") < (200 if with_slopes else 100)

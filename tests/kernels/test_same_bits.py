@@ -40,17 +40,21 @@ for dtype in (torch.float32, torch.bfloat16):
             for _ in range(3):
                 gradient = torch.randn(4, length, generator=generator)
                 means = gradient.square().mean().view(1)
-                out += packed.fused_step(state, gradient, momentum, moment, means, tiling, **numbers)
+                for with_slopes in (False, True):
+                    direction, *measures = packed.fused_step(
+                        state, gradient, momentum, moment, means, tiling, **numbers, with_slopes=with_slopes
+                    )
+                    out += [direction, *(n for pair in measures for n in pair if n is not None)]
                 out.append(packed.solve(state, gradient, means, tiling, 0.1, True))
             told(f"{width} {blocks} {dtype}", [state, momentum, moment, *out])
 for shape in ((1, 70_000), (3, 5_000)):
     gradient, momentum, moment = (torch.randn(shape, generator=generator) for _ in range(3))
-    norm = choose.adam_step_norm(
-        gradient, momentum, moment.square_(), momentum_decay=0.9, moment_decay=0.999, epsilon=1e-8
-    )
+    decays = dict(momentum_decay=0.9, moment_decay=0.999, epsilon=1e-8)
+    norm, _ = choose.adam_step(gradient, momentum, moment.square_(), **decays, with_slope=False)
+    _, slope = choose.adam_step(gradient, momentum, moment, **decays, with_slope=True)
     mean = choose.mean_square(gradient, shape[0])
     choose.subtract_scaled(momentum, gradient, norm[0], 0.1)
-    told(f"elementwise {shape}", [momentum, moment, norm, mean])
+    told(f"elementwise {shape}", [momentum, moment, norm, slope, mean])
 """
 
 

@@ -426,12 +426,12 @@ def test_a_factor_above_max_dim_is_not_formed():
     assert "input_factor" not in opt.state[opt.param_groups[0]["params"][4]]
 
 
-@pytest.mark.parametrize("graft", [None, "adam"])
-def test_kl_clip_bounds_the_divergence_over_all_layers(graft):
+@pytest.mark.parametrize("rule", [{"graft": None}, {"graft": "adam"}, {"length": "descent"}], ids=str)
+def test_kl_clip_bounds_the_divergence_over_all_layers(rule):
     def moves(clip: float | None) -> tuple[KFAC, dict[str, Tensor]]:
         module = network()
         before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-        opt = steps(module, count=1, lr=0.1, graft=graft, kl_clip=clip)
+        opt = steps(module, count=1, lr=0.1, kl_clip=clip, **rule)
         return opt, {name: parameter.detach() - before[name] for name, parameter in module.named_parameters()}
 
     def divergence(opt: KFAC, moved: dict[str, Tensor]) -> float:

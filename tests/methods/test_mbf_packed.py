@@ -86,8 +86,10 @@ def test_the_fused_step_equals_the_separate_verbs():
     packed = replace(packed, dtype=torch.float32)  # the only dtype of the kernel
     gradient, momentum = (random(1, *layer.shape, seed=seed).float() for seed in (0, 1))
     states = [{name: value.unsqueeze(0) for name, value in packed.init(layer).items()} for _ in range(2)]
-    first_order = FirstOrderStep(0.9, momentum.clone(), torch.ones_like(momentum), 0.99, 1e-8, scale=2.0)
-    direction, norm, first_order_norm = packed.fused_step(states[0], gradient, 0.0, 0.1, first_order)
+    first_order = FirstOrderStep(
+        0.9, momentum.clone(), torch.ones_like(momentum), 0.99, 1e-8, scale=2.0, with_slopes=True
+    )
+    direction, *measures = packed.fused_step(states[0], gradient, 0.0, 0.1, first_order)
 
     packed.observe(states[1], BatchGradient(gradient), 0.0)
     momentum = 0.9 * momentum + gradient
@@ -95,8 +97,9 @@ def test_the_fused_step_equals_the_separate_verbs():
     torch.testing.assert_close(states[0], states[1])
     torch.testing.assert_close(first_order.momentum, momentum)
     torch.testing.assert_close(direction, packed.precondition(states[1], momentum, 0.1))
-    torch.testing.assert_close(norm, direction.norm().view(1, 1))
-    torch.testing.assert_close(first_order_norm, step.norm().view(1, 1))
+    for (norm, slope), expected in zip(measures, (direction, step), strict=True):
+        torch.testing.assert_close(norm, expected.norm().view(1, 1))
+        torch.testing.assert_close(slope, (momentum * expected).sum().view(1, 1))
 
 
 @pytest.mark.parametrize(

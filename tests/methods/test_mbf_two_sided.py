@@ -349,9 +349,7 @@ def test_the_description_says_the_tiles_and_what_stays_as_it_was():
 
 @pytest.mark.parametrize("other", [{"share": "row"}, {"linear_blocks": "column"}])
 def test_blocks_of_one_side_alone_are_refused(other):
-    with pytest.raises(
-        ValueError, match=r"output_power=0.5 makes blocks for both .* set output_power=0"
-    ):
+    with pytest.raises(ValueError, match=r"output_power=0.5 makes blocks for both .* set output_power=0"):
         MBF([nn.Parameter(torch.zeros(3, 4))], output_power=0.5, **other)
 
 

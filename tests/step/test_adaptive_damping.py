@@ -106,12 +106,16 @@ def factors(monkeypatch):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("graft", [None, "adam", "sgd"])
+@pytest.mark.parametrize(
+    "rule",
+    [{"graft": None}, {"graft": "adam"}, {"graft": "sgd"}, {"graft": "adam", "length": "descent"}],
+    ids=str,
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("coupled", [0.0, 0.1])
-def test_on_a_quadratic_the_ratio_is_exactly_one(factors, graft, momentum, coupled, maximize):
+def test_on_a_quadratic_the_ratio_is_exactly_one(factors, rule, momentum, coupled, maximize):
     problem = Quadratic(maximize)
-    options = {"graft": graft, "momentum": momentum, "weight_decay": coupled, "decoupled_weight_decay": False}
+    options = {"momentum": momentum, "weight_decay": coupled, "decoupled_weight_decay": False, **rule}
     optimizer = Newton(problem.weights, problem.inverse, lr=0.01, maximize=maximize, **options)
     for _ in range(11):
         optimizer.step(problem.closure(optimizer))

@@ -23,6 +23,8 @@ OPTIONS = [
     {"graft": "sgd"},
     {"graft": None, "damping": 1.0, "relative_damping": False},
     {"momentum": 0.0},
+    {"length": "descent", "length_limit": 1.3},
+    {"length": "descent", "graft": "sgd", "weight_decay": 0.1, "decoupled_weight_decay": False},
     {"share": "row", "block_size": 3},
     {"conv_blocks": "kernel"},
     {"output_power": 1.0},

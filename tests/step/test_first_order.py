@@ -6,22 +6,66 @@ import pytest
 import torch
 from torch import nn
 
-from minifisher.step.first_order import GRAFTS, graft_length
+from minifisher.curvature import Measures
+from minifisher.step.first_order import GRAFTS, graft_length, measure
 
 
 def test_a_length_that_is_not_finite_is_not_used():
-    norm = torch.tensor([2.0, 1e-30, torch.inf, torch.nan])
-    first_order_norm = torch.tensor([1.0, 1e30, 1.0, torch.inf])
-    length, usable, frozen = graft_length(norm, first_order_norm, rescales=True)
+    direction = Measures(torch.tensor([2.0, 1e-30, torch.inf, torch.nan]))
+    first_order = Measures(torch.tensor([1.0, 1e30, 1.0, torch.inf]))
+    length, usable, frozen = graft_length(direction, first_order, rescales=True, limit=10.0)
     assert usable.tolist() == [True, False, False, False]
     assert frozen.tolist() == [False, False, False, True]
     assert length[0] == 0.5
 
 
 def test_without_a_graft_the_direction_keeps_its_length():
-    length, usable, _ = graft_length(torch.tensor([2.0, torch.nan]), torch.ones(2), rescales=False)
+    direction, first_order = Measures(torch.tensor([2.0, torch.nan])), Measures(torch.ones(2))
+    length, usable, _ = graft_length(direction, first_order, rescales=False, limit=10.0)
     assert length[0] == 1
     assert usable.tolist() == [True, False]
+
+
+def test_the_factor_of_equal_descent_in_every_case():
+    cases = {  # |P M|, <M, P M>, |s|, <M, s>: the factor of P M
+        "<M, s> / <M, P M>": (2.0, 1.0, 3.0, 6.0, 6.0),
+        "shorter than s, too": (2.0, 4.0, 3.0, 1.0, 0.25),
+        "the limit": (2.0, 0.1, 3.0, 6.0, 10 * 1.5),
+        "the limit where the slope is zero": (2.0, 0.0, 3.0, 6.0, 10 * 1.5),
+        "|s| / |P M| where P M climbs": (2.0, -1.0, 3.0, 6.0, 1.5),
+        "and where s climbs": (2.0, 1.0, 3.0, -6.0, 1.5),
+        "and where both are too small for the dtype": (2.0, 0.0, 3.0, 0.0, 1.5),
+    }
+    norm, slope, of_s, slope_of_s, expected = torch.tensor(list(cases.values())).unbind(1)
+    direction, first_order = Measures(norm, slope), Measures(of_s, slope_of_s)
+    length, usable, _ = graft_length(direction, first_order, rescales=True, limit=10.0)
+    assert dict(zip(cases, length.tolist(), strict=True)) == dict(zip(cases, expected.tolist(), strict=True))
+    assert usable.all()
+    length, _, _ = graft_length(direction, first_order, rescales=False, limit=10.0)
+    assert (length == 1).all()
+
+
+def test_without_a_gradient_no_slope_makes_a_length_usable():
+    nothing = Measures(torch.zeros(1), torch.zeros(1))
+    _, usable, frozen = graft_length(nothing, nothing, rescales=True, limit=10.0)
+    assert not usable.any()
+    assert not frozen.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (300, 700)])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_norm_and_slope_are_measured_for_each_length(by_rows, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    step, momentum = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    lengths = shape[0] if by_rows else 1
+    x, m = (tensor.double().view(lengths, -1) for tensor in (step, momentum))
+    measures = measure(step, momentum, lengths)
+    expected = Measures(x.norm(dim=1), (x * m).sum(1))
+    scale = (x.norm(dim=1) * m.norm(dim=1)).max().item()
+    close = torch.finfo(dtype).eps * 8
+    torch.testing.assert_close(measures.norm.double(), expected.norm, rtol=close, atol=0)
+    torch.testing.assert_close(measures.slope.double(), expected.slope, rtol=0, atol=close * scale)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-9])
@@ -37,7 +81,8 @@ def test_the_step_of_the_graft_is_that_of_torch(dtype, size):
         before, weight.grad = weight.detach().clone(), gradient.clone()
         adam.step()
         expected = before - weight.detach()
-        norm = graft.update(state, gradient, 1, count, 0.9)
+        norm, slope = graft.update(state, gradient, 1, count, 0.9, with_slope=True)
         step = graft.step(state, state["momentum"], count, 0.9)
         torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(norm, expected.norm().view(1), rtol=1e-4, atol=0)
+        assert slope.item() == pytest.approx((state["momentum"] * expected).sum().item(), rel=1e-4)

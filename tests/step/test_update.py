@@ -32,9 +32,15 @@ def adam_step():
     return weight.detach() - before
 
 
-@pytest.mark.parametrize("graft", ["adam", "adam-rows", "sgd", None])
-def test_a_layer_whose_direction_is_not_finite_takes_the_first_order_step(graft):
-    weight, opt = after_one_step(graft=graft)
+@pytest.mark.parametrize(
+    ("graft", "length"),
+    [
+        (None, "norm"),
+        *((graft, length) for graft in ("adam", "adam-rows", "sgd") for length in ("norm", "descent")),
+    ],
+)
+def test_a_layer_whose_direction_is_not_finite_takes_the_first_order_step(graft, length):
+    weight, opt = after_one_step(graft=graft, length=length)
     opt.state[weight]["inverse"].fill_(torch.nan)
     before = weight.detach().clone()
     weight.grad = GRADIENTS[1].clone()

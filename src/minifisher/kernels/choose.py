@@ -72,7 +72,7 @@ def suits_triton(*tensors: Tensor, bfloat16: bool = False) -> bool:
 # elementwise_cpu is imported only when it is used: importing numba takes most of a second.
 
 
-def adam_step_norm(
+def adam_step(
     gradient: Tensor,
     momentum: Tensor,
     moment: Tensor,
@@ -80,15 +80,17 @@ def adam_step_norm(
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
-) -> Tensor:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2 in place; the norm of M / (sqrt(V) + epsilon), [layers].
+    with_slope: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2 in place; of s = M / (sqrt(V) + epsilon) |s| and <M, s>.
 
     mu is `momentum_decay`, beta `moment_decay`. The tensors D, M and V are [layers, entries] and such that
-    `suits_numba`.
+    `suits_numba`. The results are [layers]; the second is None without `with_slope`.
     """
     from minifisher.kernels import elementwise_cpu
 
-    return elementwise_cpu.adam_step_norm(gradient, momentum, moment, momentum_decay, moment_decay, epsilon)
+    numbers = momentum_decay, moment_decay, epsilon
+    return elementwise_cpu.adam_step(gradient, momentum, moment, *numbers, with_slope=with_slope)
 
 
 LEAST_ENTRIES = 65_536
@@ -104,6 +106,15 @@ def mean_square(gradient: Tensor, layers: int) -> Tensor:
     rows = gradient.reshape(layers, -1)
     norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norm.square() / rows.shape[1]
+
+
+def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor] | None:
+    """|x| and <M, x> in one pass, [layers], of x and M [layers, entries]; None where torch computes them."""
+    if step.numel() < LEAST_ENTRIES or not suits_numba(step, momentum):
+        return None
+    from minifisher.kernels import elementwise_cpu
+
+    return elementwise_cpu.norm_and_slope(step, momentum)
 
 
 def subtract_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:

@@ -35,15 +35,21 @@ def update_chunk(
     moment_decay: Any,
     fresh: Any,
     epsilon: Any,
+    with_slope: bool,
 ) -> Any:
-    """M <- mu M + D, V <- beta V + fresh D^2; returns the sum of (M / (sqrt(V) + epsilon))^2."""
-    total = np.float32(0)
+    """M <- mu M + D, V <- beta V + fresh D^2; the sums of s^2 and of M s for s = M / (sqrt(V) + epsilon).
+
+    `with_slope` is a constant of the kernel that inlines this; without it the second sum is 0.
+    """
+    total, slope = np.float32(0), np.float32(0)
     for i in range(gradient.shape[0]):
         momentum[i] = momentum_decay * momentum[i] + gradient[i]
         moment[i] = moment_decay * moment[i] + fresh * gradient[i] * gradient[i]
         step = momentum[i] / (np.sqrt(moment[i]) + epsilon)
         total += step * step
-    return total
+        if with_slope:
+            slope += momentum[i] * step
+    return total, slope
 
 
 @compiled
@@ -56,17 +62,40 @@ def _update_moments(
     fresh: Any,  # 1 - beta
     epsilon: Any,
     squares: Any,
+    slopes: Any,  # or None: not summed
     start: int,
     stop: int,
 ) -> float:
-    """`update_chunk` for chunks start to stop of all layers; `squares` [layers, chunks] are the sums."""
+    """`update_chunk` for chunks start to stop of all layers; the sums are [layers, chunks]."""
     chunks, entries = squares.shape[1], gradient.shape[1]
     for index in range(start, stop):
         layer, chunk = index // chunks, index % chunks
         # Slices, because numba does not vectorise a loop whose index might be negative.
         first, last = chunk * CHUNK, min((chunk + 1) * CHUNK, entries)
         d, m, v = gradient[layer, first:last], momentum[layer, first:last], moment[layer, first:last]
-        squares[layer, chunk] = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon)
+        if slopes is None:
+            total, _ = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, False)
+        else:
+            total, slopes[layer, chunk] = update_chunk(
+                d, m, v, momentum_decay, moment_decay, fresh, epsilon, True
+            )
+        squares[layer, chunk] = total
+    return 0.0
+
+
+@compiled
+def _measure_chunks(step: Any, momentum: Any, squares: Any, slopes: Any, start: int, stop: int) -> float:
+    """The sums of x^2 and M x in chunks start to stop of all layers, [layers, chunks]."""
+    chunks, entries = squares.shape[1], step.shape[1]
+    for index in range(start, stop):
+        layer, chunk = index // chunks, index % chunks
+        first, last = chunk * CHUNK, min((chunk + 1) * CHUNK, entries)
+        x, m = step[layer, first:last], momentum[layer, first:last]
+        total, slope = np.float32(0), np.float32(0)
+        for i in range(x.shape[0]):
+            total += x[i] * x[i]
+            slope += x[i] * m[i]
+        squares[layer, chunk], slopes[layer, chunk] = total, slope
     return 0.0
 
 
@@ -93,15 +122,16 @@ def _add_scaled(weight: Any, direction: Any, factor: Any, start: int, stop: int)
 # ---- the same for tensors, all contiguous and float32 ----
 
 
-def adam_step_norm(
+def adam_step(
     gradient: Tensor,
     momentum: Tensor,
     moment: Tensor,
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
-) -> Tensor:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2; the norm of M / (sqrt(V) + epsilon), [layers].
+    with_slope: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2; |s| and <M, s> of s = M / (sqrt(V) + epsilon), [layers].
 
     All tensors are [layers, entries].
     """
@@ -110,9 +140,22 @@ def adam_step_norm(
     layers, entries = gradient.shape
     chunks = -(-entries // CHUNK)
     squares = np.empty((layers, chunks))
-    loop = partial(_update_moments, *arrays, *numbers, squares)
+    slopes = np.empty((layers, chunks)) if with_slope else None
+    loop = partial(_update_moments, *arrays, *numbers, squares, slopes)
     run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
-    return torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
+    norm = torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
+    return norm, None if slopes is None else torch.from_numpy(slopes.sum(1).astype(np.float32))
+
+
+def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """|x| and <M, x>, [layers], of x and M [layers, entries]."""
+    layers, entries = step.shape
+    chunks = -(-entries // CHUNK)
+    sums = np.empty((2, layers, chunks))
+    loop = partial(_measure_chunks, step.detach().numpy(), momentum.detach().numpy(), *sums)
+    run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
+    square, slope = sums.sum(2).astype(np.float32)
+    return torch.from_numpy(np.sqrt(square)), torch.from_numpy(slope)
 
 
 def sum_of_squares(tensor: Tensor) -> float:

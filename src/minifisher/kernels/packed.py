@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from minifisher.curvature import Measures
 from minifisher.kernels.choose import suits_numba, suits_triton
 from minifisher.linalg.damping import LEAST_SCALE, curvature_scale
 from minifisher.linalg.dense import smallest_relative_pivot, working_dtype
@@ -149,19 +150,21 @@ def fused_step(
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    with_slopes: bool,
+) -> tuple[Tensor, Measures, Measures] | None:
     """Update M and V, `average` the gradient D and `solve` for M, in one pass over memory, in place.
 
     M <- mu M + D, V <- beta V + (1 - beta) D^2 with mu `momentum_decay` and beta `moment_decay`. Returns the
-    direction (F_b + lambda_b I)^-1 m_b, [..., rows, length], its norm, and the norm of the first-order step
-    M / (sqrt(V) + epsilon), or M where `moment` is None; norms are [..., 1]. Returns None, and changes
-    nothing, where no compiled kernel takes these tensors: there is no reference for it.
+    direction (F_b + lambda_b I)^-1 m_b, [..., rows, length], and what is measured of it and of the
+    first-order step M / (sqrt(V) + epsilon), or M where `moment` is None: norms [..., 1], and `with_slopes`
+    inner products with M. Returns None, and changes nothing, where no compiled kernel takes these tensors:
+    there is no reference for it.
     """
     kernel = _kernel(packed, gradient, momentum, means, *(() if moment is None else (moment,)))
     if kernel is None:
         return None
     shape = gradient.shape
-    direction, *squares = kernel.fused_step(
+    direction, squares, slopes = kernel.fused_step(
         _flatten(packed, 3),
         _flatten(gradient, 1),
         _flatten(momentum.view(shape), 1),
@@ -174,11 +177,17 @@ def fused_step(
         momentum_decay=momentum_decay,
         moment_decay=moment_decay,
         epsilon=epsilon,
+        with_slopes=with_slopes,
     )
-    norm, first_order_norm = (
-        s.view(*shape[:-1]).sum(-1, keepdim=True).sqrt().to(gradient.dtype) for s in squares
-    )
-    return direction.view(shape), norm, first_order_norm
+
+    def of_layers(sums: Tensor) -> Tensor:
+        return sums.view(*shape[:-1]).sum(-1, keepdim=True)
+
+    norms = [of_layers(square).sqrt().to(gradient.dtype) for square in squares]
+    if slopes is None:
+        return direction.view(shape), Measures(norms[0]), Measures(norms[1])
+    products = [of_layers(slope).to(gradient.dtype) for slope in slopes]
+    return direction.view(shape), Measures(norms[0], products[0]), Measures(norms[1], products[1])
 
 
 # ---- the choice of a compiled kernel ----

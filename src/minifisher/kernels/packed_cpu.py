@@ -123,8 +123,11 @@ def _gather(tile: Any, width: int, vectors: Any) -> None:
 
 
 @inlined
-def _scatter(vectors: Any, width: int, tile: Any) -> Any:
-    """The inverse of `_gather`; returns the sum of the squares of the entries that it wrote."""
+def _scatter(vectors: Any, width: int, tile: Any, momentum: Any, with_slope: bool) -> Any:
+    """The inverse of `_gather`; returns the sum of the squares of the entries x that it wrote, and <M, x>.
+
+    `with_slope` is a constant of the kernel that inlines this; without it the second sum is 0.
+    """
     if tile.shape[0] == LANES * width:
         for e in range(width):
             for block in range(LANES):
@@ -135,10 +138,12 @@ def _scatter(vectors: Any, width: int, tile: Any) -> Any:
                 position = block * width + e
                 if position < tile.shape[0]:
                     tile[position] = vectors[e, block]
-    total = np.float32(0)
+    total, slope = np.float32(0), np.float32(0)
     for position in range(tile.shape[0]):
         total += tile[position] * tile[position]
-    return total
+        if with_slope:
+            slope += tile[position] * momentum[position]
+    return total, slope
 
 
 @inlined
@@ -170,6 +175,7 @@ def _process_rows(
     moment: Any,  # V, or without rows: then the first-order step is M
     direction: Any,
     squares: Any,  # [2, rows]: of the direction, and of the first-order step
+    slopes: Any,  # likewise their inner products with M; or None
     means: Any,
     inverse_lengths: Any,  # one over the number of entries without padding of every block, [tiles, LANES]
     scratch: Any,  # three arrays for one tile
@@ -189,15 +195,18 @@ def _process_rows(
     decay, damping, momentum_decay, moment_decay, fresh, epsilon = numbers
     length = max(gradient.shape[1], momentum.shape[1])
     for row in range(start, stop):
-        total, first_order_total = 0.0, 0.0
+        total, first_order_total, slope, first_order_slope = 0.0, 0.0, 0.0, 0.0
         for first in range(0, length if with_first_order else 0, CHUNK):
             last = min(first + CHUNK, length)
             d, m = gradient[row, first:last], momentum[row, first:last]
             if moment.shape[0]:
                 v = moment[row, first:last]
-                first_order_total += update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon)
+                squared, product = update_chunk(
+                    d, m, v, momentum_decay, moment_decay, fresh, epsilon, slopes is not None
+                )
             else:
-                first_order_total += _update_momentum(d, m, momentum_decay)
+                squared = product = _update_momentum(d, m, momentum_decay)
+            first_order_total, first_order_slope = first_order_total + squared, first_order_slope + product
         for tile in range(tiles):
             triangle = packed[row, tile]
             first = tile * blocks * width
@@ -214,10 +223,14 @@ def _process_rows(
                 levels = _damping_levels(
                     triangle, inverse_lengths, tile, width, damping, means[row], relative
                 )
-                _gather(momentum[row, first:last], width, vectors)
+                m = momentum[row, first:last]
+                _gather(m, width, vectors)
                 _solve_tile(triangle, levels, vectors, factor, width)
-                total += _scatter(vectors, width, direction[row, first:last])
+                squared, product = _scatter(vectors, width, direction[row, first:last], m, slopes is not None)
+                total, slope = total + squared, slope + product
         squares[0, row], squares[1, row] = total, first_order_total
+        if slopes is not None:
+            slopes[0, row], slopes[1, row] = slope, first_order_slope
     return 0.0
 
 
@@ -236,7 +249,7 @@ def solve(
     direction, squares, _ = _run(
         packed, momentum=vectors, means=means, width=width, damping=damping, relative=relative
     )
-    return direction, squares
+    return direction, squares[0]
 
 
 def fused_step(
@@ -253,8 +266,9 @@ def fused_step(
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `minifisher.kernels.packed.fused_step`; instead of norms, the squared norms of rows, [rows]."""
+    with_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, [2, rows]."""
     first_order = momentum_decay, moment_decay, 1 - moment_decay, epsilon
     return _run(
         packed,
@@ -267,6 +281,7 @@ def fused_step(
         damping=damping,
         relative=relative,
         first_order=first_order,
+        with_slopes=with_slopes,
     )
 
 
@@ -282,12 +297,15 @@ def _run(
     damping: float = 0.0,
     relative: bool = False,
     first_order: tuple[float, float, float, float] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_slopes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
     squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
+    slopes = torch.empty_like(squares) if with_slopes else None
     arrays = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction, squares)]
     rows, tiles, entries, blocks = packed.shape
     length = max(array.shape[1] for array in arrays[1:3])
+    arrays += [None if slopes is None else slopes.numpy()]
     arrays += [_array(means).reshape(-1), _inverse_lengths(tiles, blocks, width, length)]
     numbers = tuple(np.float32(number) for number in (decay, damping, *(first_order or (0, 0, 0, 0))))
     options = width, numbers, relative, first_order is not None
@@ -297,7 +315,7 @@ def _run(
         return float(_process_rows(*arrays, scratch, *options, start, stop))
 
     run_parallel(loop, rows, max(1, _ENTRIES_PER_THREAD // max(1, packed[0].numel())))
-    return direction, squares[0], squares[1]
+    return direction, squares, slopes
 
 
 def _scratch(width: int, entries: int, packed: Any) -> tuple[Any, Any, Any]:

@@ -65,16 +65,28 @@ def _entry(vector: tl.tensor, index: tl.tensor, which: tl.constexpr) -> tl.tenso
 
 
 @triton.jit
-def _averaged(triangle: tl.tensor, vector: tl.tensor, decay: tl.tensor) -> tl.tensor:
-    """F <- decay F + (1 - decay) x x^T."""
-    return decay * triangle + (1.0 - decay) * vector[:, None] * vector[None, :]
+def _averaged(
+    triangle: tl.tensor, vector: tl.tensor, decay: tl.tensor, triangles: tl.tensor, stored: tl.tensor
+) -> tl.tensor:
+    """F <- decay F + (1 - decay) x x^T, stored in the dtype of `triangles`, and returned as rounded."""
+    averaged = decay * triangle + (1.0 - decay) * vector[:, None] * vector[None, :]
+    rounded = averaged.to(triangles.dtype.element_ty)
+    tl.store(triangles, rounded, mask=stored)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
 def _curvature_scale(
-    triangle: tl.tensor, i: tl.tensor, j: tl.tensor, entries: tl.tensor, mean: tl.tensor
+    triangle: tl.tensor,
+    i: tl.tensor,
+    j: tl.tensor,
+    left: tl.tensor,  # entries of the row from the block on
+    width: tl.constexpr,
+    means: tl.tensor,
+    real: tl.tensor,
 ) -> tl.tensor:
-    """As `minifisher.linalg.damping.curvature_scale`; `entries` of the block without padding."""
+    """As `minifisher.linalg.damping.curvature_scale`, of entries without padding."""
+    mean, entries = tl.load(means, mask=real, other=0.0)[None, :, None], tl.minimum(left, width)
     trace = tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
     return tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
 
@@ -128,7 +140,7 @@ def _updated_moments(
     moment_decay: tl.tensor,
     epsilon: tl.tensor,
 ) -> tl.tensor:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2; returns M, and the squared step summed over every tile."""
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2; returns M and the first-order step."""
     m = momentum_decay * tl.load(momentum + offsets, mask=mask, other=0.0) + d
     step = m
     if moment is not None:
@@ -136,13 +148,24 @@ def _updated_moments(
         step = tl.where(mask, m / (tl.sqrt(v) + epsilon), 0.0)
         tl.store(moment + offsets, v, mask=mask)
     tl.store(momentum + offsets, m, mask=mask)
-    return m, _sum_of_squares(step)
+    return m, step
 
 
 @triton.jit
-def _sum_of_squares(step: tl.tensor) -> tl.tensor:
-    """The sum of squares over every tile, [tiles]."""
-    return tl.sum(tl.sum(step * step, 0), 1)
+def _inner_product(one: tl.tensor, other: tl.tensor) -> tl.tensor:
+    """The sum of products over every tile, [tiles]."""
+    return tl.sum(tl.sum(one * other, 0), 1)
+
+
+@triton.jit
+def _store_measures(
+    step: tl.tensor, m: tl.tensor, squares: tl.tensor, slopes: tl.tensor, tile: tl.tensor, real: tl.tensor
+) -> None:
+    """Store the squared norm of every tile of a step and, unless `slopes` is None, its product with M."""
+    total = _inner_product(step, step)
+    tl.store(squares + tile, total, mask=real)
+    if slopes is not None:
+        tl.store(slopes + tile, _inner_product(m, step), mask=real)
 
 
 # Where `packed` is known to be aligned, the compiler makes a thread load a quarter of each of four blocks.
@@ -156,6 +179,8 @@ def _kernel(
     direction: tl.tensor,
     squares: tl.tensor,
     first_order_squares: tl.tensor,  # or None: then M and V are not updated
+    slopes: tl.tensor,  # or None: then inner products with M are not computed
+    first_order_slopes: tl.tensor,
     count: tl.tensor,  # tiles of all rows
     tiles: tl.tensor,  # tiles of one row
     length: tl.tensor,
@@ -188,26 +213,24 @@ def _kernel(
     if gradient is not None:
         d = tl.load(gradient + offsets, mask=mask, other=0.0)
     if first_order_squares is not None:
-        m, total = _updated_moments(d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon)
-        tl.store(first_order_squares + tile, total, mask=real)
+        m, step = _updated_moments(d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon)
+        _store_measures(step, m, first_order_squares, first_order_slopes, tile, real)
     elif momentum is not None:
         m = tl.load(momentum + offsets, mask=mask, other=0.0)
     triangle = tl.load(triangles, mask=stored, other=0.0).to(tl.float32)
     if gradient is not None:
-        rounded = _averaged(triangle, _to_own_thread(d, index, width), decay).to(packed.dtype.element_ty)
-        tl.store(triangles, rounded, mask=stored)
-        triangle = rounded.to(tl.float32)
+        triangle = _averaged(triangle, _to_own_thread(d, index, width), decay, triangles, stored)
     if momentum is not None:
         level = damping
         if relative:
-            mean = tl.load(means + row, mask=real, other=0.0)[None, :, None]
-            level = damping * _curvature_scale(triangle, i, j, tl.minimum(length - start, width), mean)
-        solution = tl.where(mask, _solve(triangle, level, _to_own_thread(m, index, width), i, j, width), 0.0)
+            level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
+        own_m = _to_own_thread(m, index, width)
+        solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
         # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
         # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
         tl.store(direction + tl.max_contiguous(own, (1, 1, 1)), solution, mask=mask)
-        tl.store(squares + tile, _sum_of_squares(solution), mask=real)
+        _store_measures(solution, own_m, squares, slopes, tile, real)
 
 
 # ---- the same for tensors ----
@@ -250,10 +273,12 @@ def fused_step(
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `minifisher.kernels.packed.fused_step`; instead of norms, the squared norms of rows, [rows]."""
+    with_slopes: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, each [rows]."""
     direction = torch.empty_like(momentum)
     squares, first_order_squares = _empty_sums(packed), _empty_sums(packed)
+    slopes, first_order_slopes = (_empty_sums(packed) if with_slopes else None for _ in range(2))
     _launch(
         packed,
         gradient,
@@ -263,6 +288,8 @@ def fused_step(
         direction,
         squares,
         first_order_squares,
+        slopes,
+        first_order_slopes,
         width=width,
         decay=decay,
         damping=damping,
@@ -271,7 +298,10 @@ def fused_step(
         moment_decay=moment_decay,
         epsilon=epsilon,
     )
-    return direction, _sum_over_tiles(squares), _sum_over_tiles(first_order_squares)
+    of_rows = _sum_over_tiles(squares), _sum_over_tiles(first_order_squares)
+    if slopes is None or first_order_slopes is None:
+        return direction, of_rows, None
+    return direction, of_rows, (_sum_over_tiles(slopes), _sum_over_tiles(first_order_slopes))
 
 
 def _empty_sums(packed: Tensor) -> Tensor:
@@ -312,6 +342,8 @@ def _launch(
     direction: Tensor | None = None,
     squares: Tensor | None = None,
     first_order_squares: Tensor | None = None,
+    slopes: Tensor | None = None,
+    first_order_slopes: Tensor | None = None,
     *,
     width: int,
     decay: float = 0.0,
@@ -334,6 +366,8 @@ def _launch(
         direction,
         squares,
         first_order_squares,
+        slopes,
+        first_order_slopes,
         rows * tiles,
         tiles,
         weight.shape[1],

@@ -18,7 +18,7 @@ from minifisher.statistics.records import BatchGradient, LayerSamples, Statistic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minifisher.curvature import FirstOrderStep, State
+    from minifisher.curvature import FirstOrderStep, Measures, State
     from minifisher.statistics.layers import Layer
 
 
@@ -113,7 +113,7 @@ class PackedBlocks(FusedCurvature):
 
     def fused_step(
         self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Measures, Measures] | None:
         """`observe`, the first-order step and `precondition` in one pass, where a compiled kernel can."""
         rows = self._rows(gradient)
         means = gradient.new_zeros(1)
@@ -132,13 +132,15 @@ class PackedBlocks(FusedCurvature):
             momentum_decay=first_order.momentum_decay,
             moment_decay=first_order.second_moment_decay,
             epsilon=first_order.epsilon,
+            with_slopes=first_order.with_slopes,
         )
         if computed is None:
             return None
         if self.relative_damping:
             state["mean"].copy_(means)
-        direction, norm, first_order_norm = computed
-        return direction.view(gradient.shape), norm, first_order_norm.mul_(first_order.scale)
+        direction, of_direction, of_first_order = computed
+        scaled = of_first_order.map(lambda number: number.mul_(first_order.scale))
+        return direction.view(gradient.shape), of_direction, scaled
 
     def _rows(self, weight: Tensor) -> Tensor:
         """A weight [..., *shape] as [..., rows, length]."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.curvature import NoCurvature
+from minifisher.curvature import Measures, NoCurvature
 from minifisher.statistics.records import BatchGradient
 from minifisher.step.first_order import graft_length
 from minifisher.step.layer_stack import graft_of
@@ -84,8 +84,8 @@ def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
     taken = stack.step + usable
     observations = stack.observations + (usable & (stack.curvature.needs is not None))
     # In float64: in float32 the first bias corrections would be off by 6e-5.
-    direction, first_order = _directions(stack, gradient, taken.double(), observations.double())
-    update, fallbacks = _with_length(stack, direction, first_order)
+    steps = _directions(stack, gradient, taken.double(), observations.double())
+    update, fallbacks = _with_length(stack, *steps)
     for name, tensor in stack.state.items():
         tensor.copy_(torch.where(usable, tensor, before[name]))
     stack.step.copy_(taken)
@@ -96,8 +96,8 @@ def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
 
 def _directions(
     stack: LayerStack, gradient: Tensor, taken: Tensor, observations: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The direction P M, and the first-order step whose length it is to have."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The direction P M, the first-order step whose length it is to have, and M."""
     options, curvature, graft, mu = stack.options, stack.curvature, stack.graft, stack.options["momentum"]
     if curvature.needs is not None:
         # As LayerStack.corrected_decay; rounding makes it the plain decay long before the count saturates.
@@ -105,24 +105,34 @@ def _directions(
         curvature.observe(stack.state, BatchGradient(gradient), 1 - share)
         curvature.refresh(stack.state, options["damping"])
     gradient = stack.with_decay(gradient)
-    graft.update(stack.state, gradient, len(stack.layers), taken, mu)
+    graft.update(stack.state, gradient, len(stack.layers), taken, mu, with_slope=False)
     momentum = stack.state["momentum"] if mu else gradient
     first_order = graft.step(stack.state, momentum, taken, mu)
     if curvature.needs is None:
-        return first_order, first_order
-    return curvature.precondition(stack.state, momentum, options["damping"]), first_order
+        return first_order, first_order, momentum
+    return curvature.precondition(stack.state, momentum, options["damping"]), first_order, momentum
 
 
-def _with_length(stack: LayerStack, direction: Tensor, first_order: Tensor) -> tuple[Tensor, Tensor]:
+def _with_length(
+    stack: LayerStack, direction: Tensor, first_order: Tensor, momentum: Tensor
+) -> tuple[Tensor, Tensor]:
     """The direction with its length, or the first-order step if that is not finite; and how many layers."""
-    layers = len(stack.layers)
-    norm, first_order_norm = _norm(direction, layers), _norm(first_order, layers)
+    measures, of_first_order = (_measures(stack, step, momentum) for step in (direction, first_order))
     rescales = stack.curvature.needs is not None and stack.graft.rescales
-    length, usable, _ = graft_length(norm, first_order_norm, rescales)
+    length, usable, _ = graft_length(measures, of_first_order, rescales, stack.options["length_limit"])
     # Where the first-order step is not finite either the layer stays, and counts as a fallback, too.
-    fallback = torch.where(torch.isfinite(first_order_norm), first_order, 0)
+    fallback = torch.where(torch.isfinite(of_first_order.norm), first_order, 0)
     update = torch.where(usable, direction * length, fallback)
-    return update, (~usable & (first_order_norm != 0)).sum()
+    return update, (~usable & (of_first_order.norm != 0)).sum()
+
+
+def _measures(stack: LayerStack, step: Tensor, momentum: Tensor) -> Measures:
+    layers = len(stack.layers)
+    if not stack.measures_slope:
+        return Measures(_norm(step, layers))
+    products = momentum * step
+    axes = tuple(range(1 if layers > 1 else 0, step.ndim))
+    return Measures(_norm(step, layers), products.sum(axes, keepdim=layers > 1))
 
 
 def _norm(stack: Tensor, layers: int) -> Tensor:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.curvature import FirstOrderStep
-from minifisher.kernels.choose import adam_step_norm, suits_numba
+from minifisher.curvature import FirstOrderStep, Measures
+from minifisher.kernels.choose import adam_step, norm_and_slope, suits_numba
 from minifisher.kernels.scratch import scratch_like
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     State = dict[str, Tensor]
@@ -37,17 +39,22 @@ class Graft:
     state_names: tuple[str, ...] = ()
     """Tensors of the parameter's shape that the graft keeps in the state."""
 
-    def update(self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float) -> Tensor:
-        """Update M and the graft's averages in place; returns the norm of the first-order step, [lengths]."""
-        return norms(update_momentum(state, gradient, momentum), lengths)
+    def update(
+        self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float, with_slope: bool
+    ) -> Measures:
+        """Update M and the graft's averages in place; returns what is measured of the first-order step."""
+        norm = norms(update_momentum(state, gradient, momentum), lengths)
+        return Measures(norm, norm.square() if with_slope else None)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """The first-order step for M = direction, before the learning rate."""
         return direction
 
-    def for_kernel(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
+    def for_kernel(
+        self, state: State, count: int, momentum: float, with_slopes: bool
+    ) -> FirstOrderStep | None:
         """The numbers of `update` for a fused kernel; None without momentum, which no kernel expects."""
-        return FirstOrderStep(momentum, state["momentum"]) if momentum else None
+        return FirstOrderStep(momentum, state["momentum"], with_slopes=with_slopes) if momentum else None
 
 
 class MomentumGraft(Graft):
@@ -62,18 +69,23 @@ class AdamGraft(Graft):
     rescales = True
     state_names = ("second_moment",)
 
-    def update(self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float) -> Tensor:
+    def update(
+        self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float, with_slope: bool
+    ) -> Measures:
         """Also V <- beta_2 V + (1 - beta_2) D^2."""
         scale, epsilon = _corrections(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
         if momentum and isinstance(count, int) and suits_numba(*tensors):
             d, m, v = (tensor.view(lengths, -1) for tensor in tensors)
-            norm = adam_step_norm(d, m, v, momentum_decay=momentum, moment_decay=ADAM_DECAY, epsilon=epsilon)
-            return norm.mul_(scale)
+            decays = {"momentum_decay": momentum, "moment_decay": ADAM_DECAY}
+            norm, slope = adam_step(d, m, v, **decays, epsilon=epsilon, with_slope=with_slope)
+            return Measures(norm.mul_(scale), None if slope is None else slope.mul_(scale))
         direction = update_momentum(state, gradient, momentum)
         moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
         denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
-        return norms(torch.div(direction, denominator, out=denominator), lengths).mul_(scale)
+        step = torch.div(direction, denominator, out=denominator)
+        measures = measure(step, direction, lengths) if with_slope else Measures(norms(step, lengths))
+        return measures.map(lambda number: number.mul_(scale))
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
@@ -81,12 +93,15 @@ class AdamGraft(Graft):
         step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
         return step
 
-    def for_kernel(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
+    def for_kernel(
+        self, state: State, count: int, momentum: float, with_slopes: bool
+    ) -> FirstOrderStep | None:
         """Those of Adam."""
         if not momentum:
             return None
         scale, epsilon = _corrections(count, momentum)
-        return FirstOrderStep(momentum, state["momentum"], state["second_moment"], ADAM_DECAY, epsilon, scale)
+        moments = state["momentum"], state["second_moment"]
+        return FirstOrderStep(momentum, *moments, ADAM_DECAY, epsilon, scale, with_slopes)
 
 
 class AdamRowsGraft(AdamGraft):
@@ -103,15 +118,40 @@ GRAFTS: dict[str | None, Graft] = {
 }
 
 
-def graft_length(norm: Tensor, first_order_norm: Tensor, rescales: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor of a direction, |s| / |P M|, where the two norms are those of the step s and of P M.
+def graft_length(
+    direction: Measures, first_order: Measures, rescales: bool, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The factor of a direction P M: |s| / |P M|, or that of `equal_descent` where slopes were measured.
 
-    Returns it with two masks of its shape. Where it is not `usable`, the layer takes the first-order step;
+    Returns it with two masks of its shape. Where it is not `usable`, the layer takes the first-order step s;
     where that is not finite either, the layer is `frozen`.
     """
+    norm, first_order_norm = direction.norm, first_order.norm
     length = first_order_norm / norm if rescales else torch.ones_like(norm)
+    if rescales and direction.slope is not None and first_order.slope is not None:
+        length = equal_descent(first_order.slope / direction.slope, length, limit)
     usable = torch.isfinite(norm + length)
     return length, usable, ~(usable | torch.isfinite(first_order_norm))
+
+
+def equal_descent(descent: Tensor, length: Tensor, limit: float) -> Tensor:
+    """The factor <M, s> / <M, P M>, at most `limit` times |s| / |P M|: both steps promise the same decrease.
+
+    Given are both quotients, `descent` and `length`. A step x changes the loss by -lr <gradient, x> to first
+    order, and M stands for the gradient. Where the quotient is not positive, no factor of P M promises what s
+    does: a row of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor
+    is then |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
+    """
+    return torch.where(descent > 0, torch.minimum(descent, limit * length), length)
+
+
+def check_length(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a length is asked for that no first-order step gives."""
+    if options["length"] == "descent" and options["graft"] is None:
+        raise ValueError(
+            'length="descent" promises the decrease of a first-order step, and graft=None names none: set '
+            'graft="adam", "adam-rows" or "sgd", or length="norm"'
+        )
 
 
 def update_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:
@@ -135,6 +175,17 @@ def norms(stack: Tensor, lengths: int) -> Tensor:
         return norm.view(1)
     norm = torch.linalg.vector_norm(stack.reshape(lengths, stack.numel() // max(1, lengths)), dim=1)
     return norm
+
+
+def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
+    """Norm and slope of each of so many equal parts of a step, [lengths]."""
+    shape = lengths, step.numel() // max(1, lengths)
+    rows, m = step.reshape(shape), momentum.reshape(shape)
+    computed = norm_and_slope(rows, m)
+    if computed is not None:
+        return Measures(*computed)
+    slope: Tensor = torch.dot(m[0], rows[0]).view(1) if lengths == 1 else (m * rows).sum(1)
+    return Measures(norms(step, lengths), slope)
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:

@@ -96,6 +96,11 @@ class LayerStack:
         """The names of what the engine keeps for every parameter."""
         return PARAMETER_SHAPED & self.state.keys()
 
+    @property
+    def measures_slope(self) -> bool:
+        """Whether the length of the direction depends on slopes."""
+        return self.options["length"] == "descent" and self.curvature.needs is not None
+
     @cached_property
     def length_groups(self) -> tuple[Any, ...]:
         """The ranks that hold the other pieces of what has one length."""

@@ -2,7 +2,7 @@
 
     F <- beta F + (1 - beta) E[d d^T]                                      every T1 steps
     P <- (F + lambda I)^-power                                             every T2 steps
-    M <- mu M + D,  direction P M,  length |s| / |P M|                     every step
+    M <- mu M + D,  direction P M,  length |s| / |P M| or <M, s> / <M, P M>   every step
     W <- (1 - lr weight_decay) W - lr length P M
 
 D is the gradient of the mini-batch, d what the curvature reads of it or of its samples, s the first-order
@@ -147,14 +147,14 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     ]
     if not ranks.agree(updates):
         return None
-    # |s| / |P M|
+    # |s| / |P M|, or <M, s> / <M, P M>
     for update in updates:
         update.set_length()
     return updates
 
 
 def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
-    """M <- mu M + D; the direction P M, and the norm of the first-order step.
+    """M <- mu M + D; the direction P M, and what is measured of the first-order step.
 
     A stack without an observation so far takes the first-order step itself.
     """
@@ -163,7 +163,7 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     stack.step += 1
     # One that averages momentum has the decay in D already.
     joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
-    first_order_norm = stack.per_length(graft.update(state, joined, stack.lengths, stack.step, mu))
+    first_order = graft.update(state, joined, stack.lengths, stack.step, mu, stack.measures_slope)
     momentum = state["momentum"] if mu else joined
     if not stack.observations:
         direction = graft.step(state, momentum, stack.step, mu).clone()
@@ -171,7 +171,7 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
         if curvature.averages_momentum:
             momentum = momentum * newest_share(mu, stack.step)
         direction = curvature.precondition(state, momentum, options["damping"])
-    return Update(stack, gradient, momentum, direction, first_order_norm)
+    return Update(stack, gradient, momentum, direction, first_order.map(stack.per_length))
 
 
 def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Update | None:
@@ -180,13 +180,15 @@ def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Up
     assert isinstance(curvature, FusedCurvature)
     if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
         return None
-    first_order = stack.graft.for_kernel(state, stack.step + 1, options["momentum"])
+    mu, with_slopes = options["momentum"], stack.measures_slope
+    first_order = stack.graft.for_kernel(state, stack.step + 1, mu, with_slopes)
     if first_order is None:
         return None
     fused = curvature.fused_step(state, gradient, decay, options["damping"], first_order)
     if fused is None:
         return None
-    direction, norm, first_order_norm = fused
+    direction, *measured = fused
     stack.step, stack.observations, stack.missed = stack.step + 1, stack.observations + 1, 0
-    norms = stack.per_length(first_order_norm), stack.per_length(norm)
-    return Update(stack, gradient, state["momentum"], direction, *norms, is_fused=True)
+    measures, of_first_order = (numbers.map(stack.per_length) for numbers in measured)
+    momentum = state["momentum"]
+    return Update(stack, gradient, momentum, direction, of_first_order, measures, is_fused=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minifisher.curvature import Measures
 from minifisher.distributed.collectives import (
     ALL_RANKS,
     copy_from_owners,
@@ -150,20 +151,35 @@ class Together:
     # ---- directions and lengths ----
 
     def agree(self, updates: Sequence[Update]) -> bool:
-        """Receive directions and sum norms; False, and all as before, if a rank objects."""
+        """Receive directions, sum norms and slopes; False, and all as before, if a rank objects."""
         owned = [update for update in updates if update.stack.placement.owner is not None]
         copy_from_owners([(update.direction, _owner(update)) for update in owned])
         cut = [update for update in updates if update.stack.length_groups]
-        norms = [torch.stack((update.measured_norm(), update.first_order_norm)) for update in cut]
-        squares = [norm.double().square_() for norm in norms]
-        self._sum([(square, u.stack.length_groups) for square, u in zip(squares, cut, strict=True)])
+        sums = [_additive(update) for update in cut]
+        self._sum([(numbers, u.stack.length_groups) for numbers, u in zip(sums, cut, strict=True)])
         if self._objects:
             for snapshot in self._snapshots:
                 snapshot.restore()
             return False
-        for square, update in zip(squares, cut, strict=True):
-            update.norm, update.first_order_norm = square.sqrt().to(update.first_order_norm.dtype)
+        for numbers, update in zip(sums, cut, strict=True):
+            _take_measures(update, numbers)
         return True
+
+
+def _additive(update: Update) -> Tensor:
+    """The squared norms of direction and first-order step, then their slopes if measured, [2 | 4, ...]."""
+    both = update.measured(), update.first_order
+    squares = torch.stack([measures.norm for measures in both]).double().square_()
+    slopes = [measures.slope for measures in both if measures.slope is not None]
+    return torch.cat((squares, torch.stack(slopes).double())) if slopes else squares
+
+
+def _take_measures(update: Update, sums: Tensor) -> None:
+    """Measure by what `_additive` gave, summed over the ranks."""
+    dtype = update.first_order.norm.dtype
+    norms, slopes = sums[:2].sqrt().to(dtype), sums[2:].to(dtype)
+    pairs = zip(norms, slopes if len(slopes) else (None, None), strict=True)
+    update.measures, update.first_order = (Measures(*pair) for pair in pairs)
 
 
 def _owner(update: Update) -> int:

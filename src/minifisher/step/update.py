@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minifisher.curvature import Measures
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import graft_length, norms
+from minifisher.step.first_order import graft_length, measure, norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,11 +27,11 @@ class Update:
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
     momentum: Tensor  # M, or the mean of past gradients: what the direction was made from, likewise
     direction: Tensor  # P M, likewise
-    first_order_norm: Tensor  # of the step whose length it takes, [] or [layers, rows | 1, 1, ...]
-    norm: Tensor | None = None  # of the direction, likewise; None: it is still to be measured
+    first_order: Measures  # of the step whose length it takes, [] or [layers, rows | 1, 1, ...]
+    measures: Measures | None = None  # of the direction, likewise; None: it is still to be measured
     is_fused: bool = False
     """Whether a fused kernel made it."""
-    length: Tensor = field(init=False)  # the factor of the direction, likewise
+    length: Tensor = field(init=False)  # the factor of the direction, [] or [layers, rows | 1, 1, ...]
     scale: Tensor | float = 1.0
     """A further factor, of `kl_clip`."""
     fallbacks: int = 0
@@ -40,29 +41,36 @@ class Update:
     renewed: int = 0
     """Layers whose curvature begins anew, because its averages were not finite."""
 
-    def measured_norm(self) -> Tensor:
-        """The norm of the direction, [] or [layers, rows | 1, 1, ...]."""
-        return self.stack.per_length(norms(self.direction, self.stack.lengths))
+    @property
+    def accumulated(self) -> Tensor:
+        """The sum M of past gradients, also where the direction was made from their mean."""
+        return self.stack.state["momentum"] if self.stack.options["momentum"] else self.momentum
+
+    def measured(self) -> Measures:
+        """What is measured of the direction, [] or [layers, rows | 1, 1, ...]."""
+        lengths = self.stack.lengths
+        if self.first_order.slope is None:
+            return Measures(self.stack.per_length(norms(self.direction, lengths)))
+        return measure(self.direction, self.accumulated, lengths).map(self.stack.per_length)
 
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
         stack = self.stack
-        norm = self.measured_norm() if self.norm is None else self.norm
+        measures = self.measures or self.measured()
         rescales = stack.graft.rescales and bool(stack.observations)
-        self.length, usable, frozen = graft_length(norm, self.first_order_norm, rescales)
+        limit = stack.options["length_limit"]
+        self.length, usable, frozen = graft_length(measures, self.first_order, rescales, limit)
         if not usable.all():
-            self._fall_back(norm, usable, frozen)
+            self._fall_back(measures.norm, usable, frozen)
 
     def _fall_back(self, norm: Tensor, usable: Tensor, frozen: Tensor) -> None:
         stack = self.stack
         # Where one of the two norms is zero no direction was lost: that unit has no gradient.
-        fallen = ~usable & ~frozen & (self.first_order_norm != 0) & (norm != 0)
+        fallen = ~usable & ~frozen & (self.first_order.norm != 0) & (norm != 0)
         self.fallbacks, self.frozen = (
             int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
         )
-        mu = stack.options["momentum"]
-        momentum = stack.state["momentum"] if mu else self.momentum
-        step = stack.graft.step(stack.state, momentum, stack.step, mu)
+        step = stack.graft.step(stack.state, self.accumulated, stack.step, stack.options["momentum"])
         self.direction = torch.where(usable, self.direction, step.masked_fill(frozen, 0))
         self.length = self.length.masked_fill(~usable, 1)
         self.renewed = stack.renew_curvature()
