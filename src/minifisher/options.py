@@ -347,14 +347,16 @@ class CommonOptions(HasOptions):
         default=True, meaning="Whether `damping` is relative to the mean curvature of block and layer."
     )
     graft: Literal["adam", "adam-rows", "sgd"] | None = option(
-        default="adam", meaning="Whose step length a weight, or each of its rows, gets; None: its own length."
+        default="adam-rows",
+        meaning="Whose step length a weight, or each of its rows, gets; None: its own length.",
     )
-    length: Literal["norm", "descent"] = option(
-        default="norm",
-        meaning='A step has the "norm" of the step of `graft`, or promises its "descent" of the loss.',
+    length: Literal["norm", "descent"] | None = option(
+        default=None,
+        meaning='A step has the "norm" of the step of `graft`, or promises its "descent" of the loss; None: '
+        '"descent" with a graft.',
     )
     length_limit: float = option(
-        default=10.0, at_least=1, meaning='With "descent": at most so many lengths of the step of `graft`.'
+        default=4.0, at_least=1, meaning='With "descent": at most so many lengths of the step of `graft`.'
     )
     weight_decay: float = option(default=0.0, at_least=0, meaning="Decay of the weights; AdamW's is 0.01.")
     decoupled_weight_decay: bool = option(

@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 
 # Defaults; docs/methods.md has the measurements.
 _WIDTH = 64  # entries of a block, at most
-_STATISTICS_EVERY = 8
-# For the size of its weight a convolution spends more time in the forward and backward pass than a fully
-# connected layer. Frequent statistics then add less to the time of a step.
-_STATISTICS_EVERY_OF_CONVOLUTIONS = 4
+_OUTPUT_POWER = 0.5  # of two-sided blocks
+_STATISTICS_EVERY = 4
 # A block is at most this many times as wide as the number of rows that share it. `fisher` and `inverse`
 # together then take at most 16 times the memory of the weight.
 _WIDTH_PER_ROW = 8
@@ -203,12 +201,14 @@ class MBF(CurvatureOptimizer):
     parameter that it cannot use.
     """
 
+    curvature_decay: float = option(default=0.9)
     power: float = power_option(1.0)
-    output_power: float = option(
-        default=0.0,
+    output_power: float | None = option(
+        default=None,
         at_least=0,
         meaning="Exponent of the inverse of a block over outputs, beside `power` for that over inputs: "
-        "two-sided blocks; 0: blocks over inputs alone.",
+        "two-sided blocks; 0: blocks over inputs alone; None: 0.5, or 0 where `share`, `linear_blocks` or "
+        "`capturable` asks for blocks of one side.",
     )
     block_size: int | None = option(
         default=None,
@@ -254,14 +254,15 @@ class MBF(CurvatureOptimizer):
         """Blocks of the rows, columns, kernels or entries of a weight, or two-sided ones."""
         if len(layer.shape) < 2 and options["vectors"] == "adam":
             return first_order_plan("adam", "asked for; not a matrix")
-        if options["output_power"] and _reads_rows(layer.shape, options):
-            return plan_two_sided(layer, options, _common_fields(layer, layer.shape, options))
+        output_power = _output_power(options)
+        if output_power and _reads_rows(layer.shape, options):
+            fields = _common_fields(layer, layer.shape, options)
+            return plan_two_sided(layer, options | {"output_power": output_power}, fields)
         over_columns = _has_column_blocks(layer.shape, options)
         shape = transpose_of(layer.shape) if over_columns else layer.shape
         reading, shared, structure, reason = _choose_blocks(shape, options)
         packed = not shared and _packs(reading, options)
-        every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
-        statistics_every = options["statistics_every"] or (1 if packed else every)
+        statistics_every = options["statistics_every"] or (1 if packed else _STATISTICS_EVERY)
         inverse_every = statistics_every if packed else options["inverse_every"] or statistics_every
         blocks = reading.blocks * (1 if shared else reading.rows)
         curvature = _curvature(layer, shape, reading, shared, packed, options)
@@ -270,6 +271,14 @@ class MBF(CurvatureOptimizer):
             curvature = ColumnBlocks(curvature, of_vector)
             structure = "blocks of one column" if of_vector else structure.replace("rows", "columns")
         return Plan(curvature, structure, reason, blocks, reading.width, statistics_every, inverse_every)
+
+
+def _output_power(options: dict[str, Any]) -> float:
+    """The exponent of blocks over outputs; 0 where the other options are those of one-sided blocks."""
+    if options["output_power"] is not None:
+        return options["output_power"]  # type: ignore[no-any-return]
+    of_one_side = options["share"] is not None or options["linear_blocks"] == "column"
+    return 0.0 if of_one_side or options["capturable"] else _OUTPUT_POWER
 
 
 def _packs(reading: BlockReading, options: dict[str, Any]) -> bool:

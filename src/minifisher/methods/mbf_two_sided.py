@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 # Defaults; docs/methods.md has the measurements.
 _WIDTH = 64  # entries of a block, at most
-_STATISTICS_EVERY = 8
-_STATISTICS_EVERY_OF_CONVOLUTIONS = 4  # as for one-sided blocks
+_STATISTICS_EVERY = 4  # as for one-sided blocks
 # A block is at most this many times as wide as the other side of the weight is long. The two averages and
 # their inverses then take at most 16 times the memory of the weight.
 _WIDTH_PER_ENTRY = 4
@@ -243,8 +242,7 @@ def plan_two_sided(layer: Layer, options: dict[str, Any], fields: dict[str, Any]
         inverse=inverse,
         avoid_sync=avoid_sync,
     )
-    every = _STATISTICS_EVERY_OF_CONVOLUTIONS if len(layer.shape) > 2 else _STATISTICS_EVERY
-    every = options["statistics_every"] or every
+    every = options["statistics_every"] or _STATISTICS_EVERY
     return Plan(
         curvature,
         structure="two-sided blocks",

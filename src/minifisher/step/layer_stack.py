@@ -99,7 +99,8 @@ class LayerStack:
     @property
     def measures_slope(self) -> bool:
         """Whether the length of the direction depends on slopes."""
-        return self.options["length"] == "descent" and self.curvature.needs is not None
+        by_descent = self.options["length"] != "norm" and self.graft.rescales
+        return by_descent and self.curvature.needs is not None
 
     @cached_property
     def length_groups(self) -> tuple[Any, ...]:
