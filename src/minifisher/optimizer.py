@@ -39,6 +39,7 @@ from minifisher.step.layer_stack import (
     form_stacks,
     initial_state,
 )
+from minifisher.step.loss_scale import DrivenByScaler
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
 from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
@@ -66,12 +67,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     estimators: ClassVar[tuple[str, ...]] = ("gradient", "empirical", "sampled", "exact")
     """What `fisher` may be."""
 
-    # GradScaler then tells `step` by how much it scaled the loss, and leaves the rest to it.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = DrivenByScaler()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.loss_scale: Callable[[], float] | None = None
-        """Returns the factor of the loss; needed for "empirical" after `scaler.unscale_(optimizer)`."""
+        """Returns the scale of the loss, for "empirical" where no torch.amp.GradScaler drives the step."""
         self._counters = Counters()
         self._enrolled: dict[Layer, Enrolled] = {}
         self._stacks: list[LayerStack] = []
