@@ -8,6 +8,7 @@ from minifisher.methods.shampoo import Shampoo as Shampoo
 from minifisher.methods.soap import SOAP as SOAP
 from minifisher.methods.tnt import TNT as TNT
 from minifisher.optimizer import CurvatureOptimizer as CurvatureOptimizer
+from minifisher.statistics.layers import register_layer as register_layer
 
 __version__ = "0.1.0"
 """The version; pyproject.toml reads it here."""

@@ -26,7 +26,7 @@ from minifisher.state.checkpoint import (
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
 from minifisher.statistics.estimators import check_estimators
-from minifisher.statistics.layers import Layer, layer_of, layers_of
+from minifisher.statistics.layers import Layer, layer_of, layers_of, parameters_of
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
@@ -108,7 +108,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         source = param_group["params"]
         if isinstance(source, nn.Module):
             layers = layers_of(source, self.folds if options["fold_bias"] else ())
-            param_group = {**param_group, "params": list(source.parameters())}
+            param_group = {**param_group, "params": list(parameters_of(source).values())}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if not isinstance(source, nn.Module):

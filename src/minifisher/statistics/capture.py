@@ -336,7 +336,7 @@ class _ForwardHook:
     ) -> Tensor | None:
         if not self._switch.on:
             return None
-        inputs = args[0] if args else kwargs["input"]
+        inputs = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
             needed = output.requires_grad and module.weight.requires_grad and not _is_exporting()
             return record(output, inputs.detach().to(output.dtype), self._number) if needed else None
