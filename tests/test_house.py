@@ -20,14 +20,14 @@ CORE, LABORATORY = SOURCE / "minifisher", SOURCE / "minifisher_lab"
 
 # The order of the rooms (docs/architecture.md): a file imports from its own room or from an earlier one.
 WALK = [
-    ("options", "callers"),
+    ("options", "parameters", "callers"),
     ("linalg", "statistics"),
     ("kernels", "curvature"),
     ("distributed",),
     ("step",),
     ("state",),
     ("optimizer",),
-    ("methods",),
+    ("methods", "create"),
     ("", "__main__"),
 ]
 # Only compiled kernels import extras; numpy and llvmlite come with numba.

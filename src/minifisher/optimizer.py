@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import is_distributed, world_size
 from minifisher.distributed.placement import place_layers
-from minifisher.options import CommonOptions, as_groups, check_parameter
+from minifisher.options import CommonOptions
+from minifisher.parameters import as_groups, check_parameter
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,
     merged_groups,
@@ -26,7 +27,7 @@ from minifisher.state.checkpoint import (
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
 from minifisher.statistics.estimators import check_estimators
-from minifisher.statistics.layers import Layer, layer_of, layers_of, parameters_of
+from minifisher.statistics.layers import Layer, layers_of_tensors, parameters_of
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
@@ -82,7 +83,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         """A second pass restores their buffers."""
         self._complete = False
         values = self.bind(arguments, options)
-        params = values.pop("params")
+        params, self._model = values.pop("params"), values.pop("model")
         self.check(values)
         Optimizer.__init__(self, as_groups(params), {**values, "format_version": FORMAT_VERSION})
         self._complete = True
@@ -106,20 +107,19 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 f"got {options['fisher']!r}"
             )
         source = param_group["params"]
+        model = source if isinstance(source, nn.Module) else self._model
         if isinstance(source, nn.Module):
-            layers = layers_of(source, self.folds if options["fold_bias"] else ())
             param_group = {**param_group, "params": list(parameters_of(source).values())}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if not isinstance(source, nn.Module):
-            layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
+        layers = layers_of_tensors(self._named(group), model, self.folds if options["fold_bias"] else ())
         try:
             self._enrol(dict.fromkeys(layers, group))
         except (TypeError, ValueError):
             self.param_groups.pop()  # a group that was refused leaves no trace
             raise
-        if isinstance(source, nn.Module):
-            self._modules.append(source)
+        if model is not None and model not in self._modules:
+            self._modules.append(model)
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -453,7 +453,10 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("_complete", "_counters", "_modules", "loss_scale")}
+        kept = {
+            name: getattr(self, name)
+            for name in ("_complete", "_counters", "_model", "_modules", "loss_scale")
+        }
         plans = [(layer, member.group, member.plan) for layer, member in self._enrolled.items()]
         return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_plans": plans}
 

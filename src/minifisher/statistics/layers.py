@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     Use = tuple[nn.Module, str]  # a module, and the name of the parameter in it
 
@@ -141,12 +141,34 @@ def layers_of(module: nn.Module, folds: Collection[str] = ()) -> list[Layer]:
 
     For the kinds of layer in `folds`, the bias is folded into the weight if neither of them is tied.
     """
+    return _layers_among(parameters_of(module), module, folds)
+
+
+def layers_of_tensors(
+    named: Iterable[tuple[str, Tensor]], module: nn.Module | None, folds: Collection[str] = ()
+) -> list[Layer]:
+    """The layers of some parameters of a module, with its names; a bias is folded in if it is among them.
+
+    A tensor that is no parameter of the module is a layer of which only the gradient is read.
+    """
+    names = {tensor: name for name, tensor in named}
+    if module is None:
+        return [layer_of(name, tensor) for tensor, name in names.items()]
+    own = {name: tensor for name, tensor in parameters_of(module).items() if tensor in names}
+    foreign = names.keys() - set(own.values())
+    bare = [layer_of(name, tensor) for tensor, name in names.items() if tensor in foreign]
+    return [*_layers_among(own, module, folds), *bare]
+
+
+def _layers_among(named: Mapping[str, Tensor], module: nn.Module, folds: Collection[str]) -> list[Layer]:
     uses = _uses(module)
-    biases = _foldable_biases(module, uses, folds)
+    among = set(named.values())
+    pairs = _foldable_biases(module, uses, folds).items()
+    biases = {weight: bias for weight, bias in pairs if weight in among and bias in among}
     folded = set(biases.values())
     return [
         _layer(name, parameter, biases.get(parameter), uses[parameter])
-        for name, parameter in parameters_of(module).items()
+        for name, parameter in named.items()
         if parameter not in folded
     ]
 
