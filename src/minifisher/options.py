@@ -13,7 +13,7 @@ import difflib
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -194,7 +194,9 @@ class HasOptions:
                 setattr(cls, name, collected[name])
         cls.options = collected
         if "__init__" not in vars(cls):
-            setattr(cls, "__signature__", _signature(collected.values()))  # noqa: B010 - mypy knows no such name
+            signature = _signature(collected.values())
+            setattr(cls, "__signature__", signature)  # noqa: B010 - mypy knows no such name
+            setattr(cls, "__init__", _constructor(cls, signature))  # noqa: B010 - mypy would object
 
     @classmethod
     def bind(cls, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +287,19 @@ def _signature(options: Iterable[Option]) -> inspect.Signature:
         ],
         return_annotation=None,
     )
+
+
+def _constructor(cls: type, signature: inspect.Signature) -> Callable[..., None]:
+    """The `__init__` of the base class with a signature of its own: LightningCLI reads that of `__init__`."""
+
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807
+        super(cls, self).__init__(*arguments, **options)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    setattr(  # noqa: B010 - mypy knows no such name
+        __init__, "__signature__", signature.replace(parameters=[own, *signature.parameters.values()])
+    )
+    return __init__
 
 
 def _way_out(name: str, names: Iterable[str]) -> str:
