@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import is_distributed, world_size
 from minifisher.distributed.placement import place_layers
+from minifisher.kernels.choose import compiled_kernels
 from minifisher.options import CommonOptions
 from minifisher.parameters import as_groups, check_parameter
 from minifisher.state.checkpoint import (
@@ -24,12 +25,13 @@ from minifisher.state.checkpoint import (
     whole_entries,
     without_stacks,
 )
+from minifisher.state.measures import StepClock, measures
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
 from minifisher.statistics.estimators import check_estimators
 from minifisher.statistics.layers import Layer, layers_of_tensors, parameters_of
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
-from minifisher.statistics.second_pass import SecondPass
+from minifisher.statistics.second_pass import NO_CLOSURE, SecondPass
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
 from minifisher.step.captured import check_capturable, take_captured_step
 from minifisher.step.layer_stack import (
@@ -73,7 +75,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.loss_scale: Callable[[], float] | None = None
         """Returns the scale of the loss, for "empirical" where no torch.amp.GradScaler drives the step."""
-        self._counters = Counters()
+        self._counters, self._clock = Counters(), StepClock()
         self._enrolled: dict[Layer, Enrolled] = {}
         self._stacks: list[LayerStack] = []
         self._stacked: list[Layer] | None = None
@@ -156,7 +158,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def _take_over(self, enrolled: dict[Layer, Enrolled]) -> None:
         """These layers from now on: stacks and hooks are made anew."""
-        self._enrolled, self._stacked = enrolled, None
+        self._enrolled, self._stacks, self._stacked = enrolled, [], None
         self._parameters = {id(parameter) for layer in enrolled for parameter in layer.parameters}
         self._alone = all(member.placement.alone for member in enrolled.values())
         self._secant_layers = [layer for layer in enrolled if enrolled[layer].plan.curvature.needs is Secant]
@@ -189,7 +191,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             loss = (
                 two_passes.first() if two_passes is not None else closure() if closure is not None else None
             )
-        with torch.no_grad(), full_precision(self.param_groups):
+        with torch.no_grad(), full_precision(self.param_groups), self._clock.timing(self._stacks):
             samples = self._captures.collect(partial(loss_scale, self)) if self._reads_samples else {}
             taken = self._take_step(samples, adapts)
         if two_passes is not None and taken is not None:
@@ -293,11 +295,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
             if any(group["lr"] != 0 for group in self.param_groups):
-                raise TypeError(
-                    f"{type(self).__name__}.step() looks at the mini-batch before and after the step and "
-                    "needs a closure: call optimizer.step(closure), where closure() calls "
-                    "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
-                )
+                raise TypeError(NO_CLOSURE.format(type(self).__name__))
             return None
         due = [layer for layer in self._secant_layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -413,14 +411,20 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def describe(self) -> Description:
         """What was chosen for every weight and why, and the share of the parameters each structure covers."""
-        rows = (
-            describe_layer(layer, member.plan, member.group["fisher"])
-            for layer, member in self._enrolled.items()
-        )
-        return Description(type(self).__name__, tuple(rows))
+        members = self._enrolled.values()
+        rows = (describe_layer(member.layer, member.plan, member.group["fisher"]) for member in members)
+        devices = dict.fromkeys(member.layer.weight.device.type for member in members)
+        return Description(type(self).__name__, tuple(rows), tuple(map(compiled_kernels, devices)))
 
-    def diagnostics(self) -> dict[str, Any]:
-        """Counts of faults; for every weight its steps, observations and the counts of its curvature."""
+    def diagnostics(self, flat: bool = False) -> dict[str, Any]:
+        """Counts of faults; for every weight its steps, observations and the counts of its curvature.
+
+        With `flat=True`, plain numbers under the same keys for every method; docs/diagnostics.md explains
+        each. Call it between `step` and `zero_grad`. It costs about as much as a step without statistics.
+        """
+        if flat:
+            step = measures(self._stacks, self.param_groups)
+            return {**step, **self._counters.report(), **self._clock.seconds}
         named = layers_by_name(self._enrolled.values(), self.param_groups)
         weights = {name: counts(self._entry(layer)) for name, layer in named}
         return {**self._counters.report(), "weights": weights}
@@ -453,10 +457,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {
-            name: getattr(self, name)
-            for name in ("_complete", "_counters", "_model", "_modules", "loss_scale")
-        }
+        names = ("_clock", "_complete", "_counters", "_model", "_modules", "loss_scale")
+        kept = {name: getattr(self, name) for name in names}
         plans = [(layer, member.group, member.plan) for layer, member in self._enrolled.items()]
         return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_plans": plans}
 

@@ -125,9 +125,16 @@ def test_the_trainer_of_transformers(fisher: str, tmp_path: Path) -> None:
     if fisher == "empirical":
         options["model"] = model  # the trainer then passes the module instead of groups
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=40, per_device_train_batch_size=32, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        str(tmp_path),
+        max_steps=40,
+        per_device_train_batch_size=32,
+        learning_rate=1e-2,
         logging_steps=10,
-    )  # fmt: skip
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     trainer = transformers.Trainer(
         model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=(minifisher.MBF, options)
     )

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     RandomState = dict[torch.device, Tensor]
 
 
+NO_CLOSURE = (
+    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
+    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
+    "loss.backward() and returns the loss. Lightning passes a closure, except with 16-mixed precision; the "
+    "Trainer of transformers and GradScaler pass none: use a method with one pass there, such as KFAC or MBF"
+)
+
+
 @dataclass(eq=False)
 class SecondPass:
     """Evaluates a closure before and after a step, and measures the change of `layers` in between.
