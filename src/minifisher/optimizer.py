@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # as torch.optim: the public one imp
 from torch.optim import Optimizer
 
 from minifisher.curvature import Plan
-from minifisher.distributed.collectives import is_distributed, world_size
+from minifisher.distributed.collectives import is_distributed, rank, world_size
 from minifisher.distributed.placement import place_layers
 from minifisher.kernels.choose import compiled_kernels
 from minifisher.options import CommonOptions
@@ -29,9 +29,10 @@ from minifisher.state.measures import StepClock, measures
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
 from minifisher.statistics.estimators import check_estimators
+from minifisher.statistics.labels import begin_labels, next_generator
 from minifisher.statistics.layers import Layer, layers_of_tensors, parameters_of
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
-from minifisher.statistics.second_pass import NO_CLOSURE, SecondPass
+from minifisher.statistics.second_pass import SecondPass, refuse_missing_closure
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
 from minifisher.step.captured import check_capturable, take_captured_step
 from minifisher.step.layer_stack import (
@@ -145,6 +146,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             for group in {id(group): group for group in layers.values()}.values():
                 check_capturable(enrolled.values(), group)
         self._take_over(enrolled)
+        begin_labels(self.param_groups)
         if self._complete:
             self._arm()
 
@@ -295,7 +297,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
             if any(group["lr"] != 0 for group in self.param_groups):
-                raise TypeError(NO_CLOSURE.format(type(self).__name__))
+                refuse_missing_closure(type(self).__name__)
             return None
         due = [layer for layer in self._secant_layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -327,7 +329,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         Call it between the forward pass and `loss.backward()`; no `.grad` changes. The outputs are logits
         with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        self._captures.draw_labels(outputs, likelihood)
+        generator = partial(next_generator, self.param_groups[0], rank())
+        self._captures.draw_labels(outputs, likelihood, generator)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

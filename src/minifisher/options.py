@@ -289,7 +289,7 @@ def _signature(options: Iterable[Option]) -> inspect.Signature:
     )
 
 
-def _constructor(cls: type, signature: inspect.Signature) -> Callable[..., None]:
+def _constructor(cls: Any, signature: inspect.Signature) -> Callable[..., None]:
     """The `__init__` of the base class with a signature of its own: LightningCLI reads that of `__init__`."""
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807
