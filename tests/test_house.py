@@ -28,10 +28,12 @@ WALK = [
     ("state",),
     ("optimizer",),
     ("methods", "create"),
+    ("integrations",),
     ("", "__main__"),
 ]
 # Only compiled kernels import extras; numpy and llvmlite come with numba.
 EXTRAS = dict.fromkeys(("llvmlite", "numba", "numpy", "triton"), "kernels")
+EXTRAS.update({name: f"integrations.{name}" for name in ("accelerate", "lightning", "transformers")})
 EXTRAS["typing_extensions"] = "options"  # for type checkers; torch depends on it
 
 

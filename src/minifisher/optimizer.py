@@ -82,8 +82,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._stacked: list[Layer] | None = None
         """The layers of the stacks; None where stacks must be formed anew."""
         self._captures = Captures({}, 0)
-        self._modules: list[nn.Module] = []
-        """A second pass restores their buffers."""
+        self.modules: list[nn.Module] = []
+        """The modules that were given; a second pass restores their buffers."""
         self._complete = False
         values = self.bind(arguments, options)
         params, self._model = values.pop("params"), values.pop("model")
@@ -121,8 +121,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         except (TypeError, ValueError):
             self.param_groups.pop()  # a group that was refused leaves no trace
             raise
-        if model is not None and model not in self._modules:
-            self._modules.append(model)
+        if model is not None and model not in self.modules:
+            self.modules.append(model)
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -301,7 +301,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             return None
         due = [layer for layer in self._secant_layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return SecondPass(closure, parameters, self._modules, due) if due or adapts else None
+        return SecondPass(closure, parameters, self.modules, due) if due or adapts else None
 
     def _look_again(self, two_passes: SecondPass, loss: Any, taken: StepTaken) -> None:
         """Evaluate the closure at the new weights: observe secants, adapt the damping."""
@@ -460,7 +460,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_clock", "_complete", "_counters", "_model", "_modules", "loss_scale")
+        names = ("_clock", "_complete", "_counters", "_model", "modules", "loss_scale")
         kept = {name: getattr(self, name) for name in names}
         plans = [(layer, member.group, member.plan) for layer, member in self._enrolled.items()]
         return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_plans": plans}

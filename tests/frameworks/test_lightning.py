@@ -15,6 +15,9 @@ from tests.frameworks.conftest import needs
 needs("lightning")
 import lightning  # noqa: E402
 
+from minifisher.integrations.lightning import MinifisherCallback  # noqa: E402
+from minifisher.integrations.outputs import observe_outputs  # noqa: E402
+
 
 class Module(lightning.LightningModule):
     def __init__(
@@ -107,3 +110,42 @@ def test_steps_with_an_infinite_gradient_are_left_out() -> None:
     trained(module, None, 0.5, plugins=[plugin])
     assert plugin.scaler.get_scale() == 2.0**28  # half of it after each of twelve steps
     torch.testing.assert_close(module.net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_callback_draws_labels_logs_and_removes_its_hook() -> None:
+    module = Module("kfac")
+    hooks = len(module.net._forward_hooks)
+    trained(module, "bf16-mixed", callbacks=[MinifisherCallback(log_every=1)])
+    optimizer = module.trainer.optimizers[0]
+    assert optimizer.param_groups[0]["label_draws"] > 0
+    assert optimizer.diagnostics()["weights"]["0.weight"]["observations"] > 0
+    assert -1 <= module.trainer.callback_metrics["minifisher/cosine_mean"] <= 1
+    assert len(module.net._forward_hooks) == hooks
+
+
+def test_the_callback_asks_which_module_returns_the_prediction() -> None:
+    class Whole(Module):
+        def configure_optimizers(self) -> Any:
+            return minifisher.KFAC(self, lr=1e-2)
+
+    with pytest.raises(ValueError, match="name the submodule that returns the prediction"):
+        trained(Whole(), "32-true", callbacks=[MinifisherCallback()])
+    trained(Whole(), "32-true", callbacks=[MinifisherCallback(module="net")])
+
+
+def test_kbfgs_gets_its_closure_or_says_what_works() -> None:
+    module = trained(Module("kbfgs"), "32-true")
+    assert module.losses[-1] < module.losses[0]
+    with pytest.raises(TypeError, match="except with 16-mixed precision"):
+        trained(Module("kbfgs"), None, plugins=[half_precision(2.0**8)])
+
+
+def test_fabric_in_bfloat16_draws_labels() -> None:
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    net = nn.Linear(8, 2)
+    model, optimizer = fabric.setup(net, minifisher.KFAC(net))
+    observe_outputs(net, optimizer)
+    outputs = model(torch.randn(16, 8))
+    fabric.backward(functional.cross_entropy(outputs.float(), torch.randint(2, (16,))))
+    optimizer.step()
+    assert optimizer.param_groups[0]["label_draws"] == 1
