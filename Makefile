@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs fuzz mutants clean
+.PHONY: demo test test-frameworks lint docs fuzz mutants clean
 
 demo: $(INSTALLED)
 	$(BIN)/minifisher demo
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
+
+# Lightning, transformers, accelerate and others, in a virtual environment of their own.
+test-frameworks:
+	test -x $(VENV)-frameworks/bin/python || $(PYTHON) -m venv $(VENV)-frameworks
+	$(VENV)-frameworks/bin/python -m pip install --quiet -c constraints.txt -e '.[fast,frameworks]' pytest hypothesis pyright
+	$(VENV)-frameworks/bin/python -m pytest tests/frameworks
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

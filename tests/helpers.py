@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import minifisher
 from minifisher.statistics.layers import Layer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,6 +68,34 @@ class Tied(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(inputs)))
+
+
+@minifisher.register_layer
+class OwnLinear(nn.Module):
+    """A linear layer with a class of its own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", inputs, self.weight) + self.bias
+
+
+class TransposedLinear(nn.Module):
+    """A linear layer whose weight is [in, out], as that of GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+minifisher.register_layer(TransposedLinear, transposed=True)
 
 
 class Attention(nn.Module):
@@ -130,6 +159,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution twice": (lambda: Twice(nn.Conv2d(2, 2, 3, padding=1)), (2, 4, 5)),
     "convolution on two sizes": (lambda: TwoSizes(nn.Conv2d(2, 2, 3, padding=1)), (2, 4, 6)),
     "tied": (Tied, (4,)),
+    "own linear": (lambda: nn.Sequential(OwnLinear(3, 4), nn.Tanh(), OwnLinear(4, 2)), (5, 3)),
+    "transposed": (lambda: nn.Sequential(TransposedLinear(3, 4), nn.Tanh(), TransposedLinear(4, 3)), (3,)),
+    "transposed on tokens": (lambda: nn.Sequential(TransposedLinear(3, 4), TransposedLinear(4, 2)), (5, 3)),
     "attention": (lambda: Attention(4), (3, 4)),
 }
 
@@ -162,7 +194,7 @@ def per_sample_gradients(module: nn.Module, loss: Loss, inputs: Tensor, targets:
 
 def joined(layer: Layer, of: Gradients) -> Tensor:
     """[N, *layer.shape], worked out without the layer's own `join`."""
-    weight = of[layer.weight]
+    weight = of[layer.weight].mT if layer.transposed else of[layer.weight]
     if layer.bias is None:
         return weight
     return torch.cat((weight.flatten(2), of[layer.bias][:, :, None]), dim=2)

@@ -164,7 +164,7 @@ def _values(option: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def _options(draw: Any, method: str) -> dict[str, Any]:
     declared = minifisher.METHODS[method].options
-    names = [name for name, option in declared.items() if option.init and name != "params"]
+    names = [name for name, option in declared.items() if option.init and name not in ("params", "model")]
     chosen = draw(st.lists(st.sampled_from(names), max_size=5, unique=True))
     options = {name: draw(_values(declared[name])) for name in chosen}
     if chosen and draw(st.integers(0, 19)) == 0:

@@ -20,18 +20,20 @@ CORE, LABORATORY = SOURCE / "minifisher", SOURCE / "minifisher_lab"
 
 # The order of the rooms (docs/architecture.md): a file imports from its own room or from an earlier one.
 WALK = [
-    ("options", "callers"),
+    ("options", "parameters", "callers"),
     ("linalg", "statistics"),
     ("kernels", "curvature"),
     ("distributed",),
     ("step",),
     ("state",),
     ("optimizer",),
-    ("methods",),
+    ("methods", "create"),
+    ("integrations",),
     ("", "__main__"),
 ]
 # Only compiled kernels import extras; numpy and llvmlite come with numba.
 EXTRAS = dict.fromkeys(("llvmlite", "numba", "numpy", "triton"), "kernels")
+EXTRAS.update({name: f"integrations.{name}" for name in ("accelerate", "lightning", "transformers")})
 EXTRAS["typing_extensions"] = "options"  # for type checkers; torch depends on it
 
 

@@ -16,6 +16,9 @@ minifisher.MBF(model.parameters(), 1e-3, damping=0.1, graft="adam-rows", curvatu
 minifisher.KFAC(model, lr=torch.tensor(1e-3), kl_clip=None)
 minifisher.TNT(model, max_dim=3, power=0.5)
 minifisher.METHODS["mbf"](model, lr=1e-3)
+minifisher.MBF([{"params": [model.weight]}], model=model)
+minifisher.create(model, "mbf", lr=1e-3, no_decay=("bias",)).diagnostics(flat=True)
+minifisher.register_layer(torch.nn.Linear, transposed=True)
 minifisher.MBF(model, damping="large")  # wrong
 minifisher.MBF(model, graft="lion")  # wrong
 minifisher.MBF(model, betas=(0.9, 0.99))  # wrong

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor
@@ -61,6 +61,12 @@ class Curvature(ABC):
         The decay of `observe` is then a tensor, [].
         """
         return False
+
+    # ---- what reports ask ----
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """The second-moment matrices of the state, [..., b, b] each, or some of them; by default none."""
+        return ()
 
     # ---- what several processes ask ----
 

@@ -12,9 +12,11 @@ from torch._compile import _disable_dynamo  # as torch.optim: the public one imp
 from torch.optim import Optimizer
 
 from minifisher.curvature import Plan
-from minifisher.distributed.collectives import is_distributed, world_size
+from minifisher.distributed.collectives import is_distributed, rank, world_size
 from minifisher.distributed.placement import place_layers, with_piece_units
-from minifisher.options import CommonOptions, as_groups, check_parameter
+from minifisher.kernels.choose import compiled_kernels
+from minifisher.options import CommonOptions
+from minifisher.parameters import as_groups, check_parameter
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,
     merged_groups,
@@ -23,13 +25,15 @@ from minifisher.state.checkpoint import (
     whole_entries,
     without_stacks,
 )
+from minifisher.state.measures import StepClock, measures
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
 from minifisher.statistics.estimators import check_estimators
-from minifisher.statistics.layers import Layer, layer_of, layers_of
+from minifisher.statistics.labels import begin_labels, next_generator
+from minifisher.statistics.layers import Layer, layers_of_tensors, parameters_of
 from minifisher.statistics.likelihood import drawn_labels
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
-from minifisher.statistics.second_pass import SecondPass
+from minifisher.statistics.second_pass import SecondPass, refuse_missing_closure
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
 from minifisher.step.captured import check_capturable, take_captured_step
 from minifisher.step.first_order import check_length
@@ -42,6 +46,7 @@ from minifisher.step.layer_stack import (
     initial_state,
     with_schedules,
 )
+from minifisher.step.loss_scale import DrivenByScaler
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
 from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
@@ -70,23 +75,22 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     estimators: ClassVar[tuple[str, ...]] = ("gradient", "empirical", "sampled", "exact")
     """What `fisher` may be."""
 
-    # GradScaler then tells `step` by how much it scaled the loss, and leaves the rest to it.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = DrivenByScaler()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.loss_scale: Callable[[], float] | None = None
-        """Returns the factor of the loss; needed for "empirical" after `scaler.unscale_(optimizer)`."""
-        self._counters = Counters()
+        """Returns the scale of the loss, for "empirical" where no torch.amp.GradScaler drives the step."""
+        self._counters, self._clock = Counters(), StepClock()
         self._enrolled: dict[Layer, Enrolled] = {}
         self._stacks: list[LayerStack] = []
         self._stacked: list[Layer] | None = None
         """The layers of the stacks; None where stacks must be formed anew."""
         self._captures = Captures({}, 0)
-        self._modules: list[nn.Module] = []
-        """A second pass restores their buffers."""
+        self.modules: list[nn.Module] = []
+        """The modules that were given; a second pass restores their buffers."""
         self._complete = False
         values = self.bind(arguments, options)
-        params = values.pop("params")
+        params, self._model = values.pop("params"), values.pop("model")
         self.check(values)
         Optimizer.__init__(self, as_groups(params), {**values, "format_version": FORMAT_VERSION})
         self._complete = True
@@ -111,20 +115,19 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 f"got {options['fisher']!r}"
             )
         source = param_group["params"]
+        model = source if isinstance(source, nn.Module) else self._model
         if isinstance(source, nn.Module):
-            layers = layers_of(source, self.folds if options["fold_bias"] else ())
-            param_group = {**param_group, "params": list(source.parameters())}
+            param_group = {**param_group, "params": list(parameters_of(source).values())}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if not isinstance(source, nn.Module):
-            layers = [layer_of(name, parameter) for name, parameter in self._named(group)]
+        layers = layers_of_tensors(self._named(group), model, self.folds if options["fold_bias"] else ())
         try:
             self._enrol(dict.fromkeys(map(with_piece_units, layers), group))
         except (TypeError, ValueError):
             self.param_groups.pop()  # a group that was refused leaves no trace
             raise
-        if isinstance(source, nn.Module):
-            self._modules.append(source)
+        if model is not None and model not in self.modules:
+            self.modules.append(model)
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         place = f"of group {len(self.param_groups) - 1}"
@@ -148,6 +151,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             for group in {id(group): group for group in layers.values()}.values():
                 check_capturable(enrolled.values(), group)
         self._take_over(enrolled)
+        begin_labels(self.param_groups)
         if self._complete:
             self._arm()
 
@@ -162,7 +166,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def _take_over(self, enrolled: dict[Layer, Enrolled]) -> None:
         """These layers from now on: stacks and hooks are made anew."""
-        self._enrolled, self._stacked = enrolled, None
+        self._enrolled, self._stacks, self._stacked = enrolled, [], None
         self._parameters = {id(parameter) for layer in enrolled for parameter in layer.parameters}
         self._alone = all(member.placement.alone for member in enrolled.values())
         self._secant_layers = [layer for layer in enrolled if enrolled[layer].plan.curvature.needs is Secant]
@@ -195,7 +199,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             loss = (
                 two_passes.first() if two_passes is not None else closure() if closure is not None else None
             )
-        with torch.no_grad(), full_precision(self.param_groups):
+        with torch.no_grad(), full_precision(self.param_groups), self._clock.timing(self._stacks):
             samples = self._captures.collect(partial(loss_scale, self)) if self._reads_samples else {}
             taken = self._take_step(samples, adapts)
         if two_passes is not None and taken is not None:
@@ -308,15 +312,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         if closure is None:
             # torch.distributed.checkpoint makes the state by a step without a closure, of length zero.
             if any(group["lr"] != 0 for group in self.param_groups):
-                raise TypeError(
-                    f"{type(self).__name__}.step() looks at the mini-batch before and after the step and "
-                    "needs a closure: call optimizer.step(closure), where closure() calls "
-                    "optimizer.zero_grad(), computes the loss, calls loss.backward() and returns the loss"
-                )
+                refuse_missing_closure(type(self).__name__)
             return None
         due = [layer for layer in self._secant_layers if self._statistics_due(layer)]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return SecondPass(closure, parameters, self._modules, due) if due or adapts else None
+        return SecondPass(closure, parameters, self.modules, due) if due or adapts else None
 
     def _look_again(self, two_passes: SecondPass, loss: Any, taken: StepTaken) -> None:
         """Evaluate the closure at the new weights: observe secants, adapt the damping."""
@@ -345,7 +345,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         Call it between the forward pass and `loss.backward()`; no `.grad` changes. The outputs are logits
         with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
         """
-        self._captures.draw_labels(outputs, likelihood)
+        generator = partial(next_generator, self.param_groups[0], rank())
+        self._captures.draw_labels(outputs, likelihood, generator)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -434,14 +435,20 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def describe(self) -> Description:
         """What was chosen for every weight and why, and the share of the parameters each structure covers."""
-        rows = (
-            describe_layer(layer, member.plan, member.group["fisher"])
-            for layer, member in self._enrolled.items()
-        )
-        return Description(type(self).__name__, tuple(rows))
+        members = self._enrolled.values()
+        rows = (describe_layer(member.layer, member.plan, member.group["fisher"]) for member in members)
+        devices = dict.fromkeys(member.layer.weight.device.type for member in members)
+        return Description(type(self).__name__, tuple(rows), tuple(map(compiled_kernels, devices)))
 
-    def diagnostics(self) -> dict[str, Any]:
-        """Counts of faults; for every weight its steps, observations and the counts of its curvature."""
+    def diagnostics(self, flat: bool = False) -> dict[str, Any]:
+        """Counts of faults; for every weight its steps, observations and the counts of its curvature.
+
+        With `flat=True`, plain numbers under the same keys for every method; docs/diagnostics.md explains
+        each. Call it between `step` and `zero_grad`. It costs about as much as a step without statistics.
+        """
+        if flat:
+            step = measures(self._stacks, self.param_groups)
+            return {**step, **self._counters.report(), **self._clock.seconds}
         named = layers_by_name(self._enrolled.values(), self.param_groups)
         weights = {name: counts(self._entry(layer)) for name, layer in named}
         return {**self._counters.report(), "weights": weights}
@@ -474,7 +481,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("_complete", "_counters", "_modules", "loss_scale")}
+        names = ("_clock", "_complete", "_counters", "_model", "modules", "loss_scale")
+        kept = {name: getattr(self, name) for name in names}
         plans = [(layer, member.group, member.plan) for layer, member in self._enrolled.items()]
         return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_plans": plans}
 

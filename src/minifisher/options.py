@@ -13,7 +13,7 @@ import difflib
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -32,6 +32,9 @@ else:  # a type checker reads it; at run time it would do nothing
 
 Params = nn.Module | Iterable[Any]
 """What torch.optim takes (tensors, named tensors, groups), a module, or groups whose "params" is a module."""
+
+NOT_IN_GROUPS = ("params", "model")
+"""Arguments whose values are not kept in the parameter groups."""
 
 _UNSET: Any = object()  # an override keeps what it does not set
 
@@ -191,7 +194,9 @@ class HasOptions:
                 setattr(cls, name, collected[name])
         cls.options = collected
         if "__init__" not in vars(cls):
-            setattr(cls, "__signature__", _signature(collected.values()))  # noqa: B010 - mypy knows no such name
+            signature = _signature(collected.values())
+            setattr(cls, "__signature__", signature)  # noqa: B010 - mypy knows no such name
+            setattr(cls, "__init__", _constructor(cls, signature))  # noqa: B010 - mypy would object
 
     @classmethod
     def bind(cls, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +213,7 @@ class HasOptions:
     def check(cls, group: Mapping[str, Any]) -> None:
         """Raise ValueError for the first option of a parameter group that is out of its range."""
         for name, declared in cls.options.items():
-            if name in group and name != "params":
+            if name in group and name not in NOT_IN_GROUPS:
                 declared.check(group[name])
 
     @classmethod
@@ -226,7 +231,7 @@ def options_table(options: Iterable[Option]) -> str:
     """The options as a table in Markdown: name, default, values, meaning."""
     rows = ["| option | default | values | meaning |", "|---|---|---|---|"]
     for declared in options:
-        if declared.init and declared.name != "params":
+        if declared.init and declared.name not in NOT_IN_GROUPS:
             values = declared.range.replace("|", "\\|")
             rows.append(f"| `{declared.name}` | `{declared.default!r}` | {values} | {declared.meaning} |")
     return "\n".join(rows) + "\n"
@@ -280,6 +285,19 @@ def _signature(options: Iterable[Option]) -> inspect.Signature:
     )
 
 
+def _constructor(cls: Any, signature: inspect.Signature) -> Callable[..., None]:
+    """The `__init__` of the base class with a signature of its own: LightningCLI reads that of `__init__`."""
+
+    def __init__(self: Any, *arguments: Any, **options: Any) -> None:  # noqa: N807
+        super(cls, self).__init__(*arguments, **options)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    setattr(  # noqa: B010 - mypy knows no such name
+        __init__, "__signature__", signature.replace(parameters=[own, *signature.parameters.values()])
+    )
+    return __init__
+
+
 def _way_out(name: str, names: Iterable[str]) -> str:
     if name in _OF_ADAMW:
         return f": {_OF_ADAMW[name]}"
@@ -291,41 +309,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-# ---- parameters ----
-
-
-def as_groups(params: Params) -> list[dict[str, Any]]:
-    """The parameter groups that `params` stands for."""
-    if isinstance(params, nn.Module):
-        if next(params.parameters(), None) is None:
-            raise ValueError(f"got no parameters: {type(params).__name__} has none, pass the module that has")
-        return [{"params": params}]
-    if isinstance(params, Tensor):
-        raise TypeError(
-            "params must be an iterable of tensors, groups or an nn.Module, got one tensor: put it in a list"
-        )
-    entries = list(params)
-    if not entries:
-        raise ValueError(
-            "got no parameters: the iterable is empty, or a generator that was used up before; "
-            "pass list(model.parameters()), or the module itself"
-        )
-    return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
-
-
-def check_parameter(name: str, parameter: Tensor) -> None:
-    """Raise TypeError for a parameter that is no tensor of real floating-point numbers."""
-    if parameter.is_complex():
-        raise TypeError(
-            f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, "
-            "or give it to torch.optim"
-        )
-    if not parameter.is_floating_point():
-        raise TypeError(
-            f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out"
-        )
-
-
 # ---- the options that all methods have ----
 
 
@@ -335,6 +318,9 @@ class CommonOptions(HasOptions):
     params: Params = option(kw_only=False, meaning="What torch.optim takes, or the nn.Module.")
     lr: float | Tensor = option(
         default=1e-3, at_least=0, kw_only=False, meaning="Learning rate, in step lengths of `graft`."
+    )
+    model: nn.Module | None = option(
+        default=None, meaning="The module that the tensors in `params` belong to: their samples can be read."
     )
     momentum: float = option(default=0.9, at_least=0, below=1, meaning="mu of M <- mu M + D.")
     curvature_decay: float = option(

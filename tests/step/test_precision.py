@@ -11,7 +11,7 @@ from torch.nn import functional
 import minifisher
 from minifisher.statistics import likelihood
 from minifisher.statistics.layers import layer_of
-from minifisher.step.precision import all_finite
+from minifisher.step.precision import all_finite, loss_scale
 
 ESTIMATORS = ["gradient", "empirical"]
 
@@ -113,7 +113,6 @@ def test_the_scale_of_the_loss_leaves_no_trace(fisher: str, clip: bool, relative
         network, optimizer = make(fisher=fisher, relative_damping=relative_damping, damping=1.0, lr=1e-2)
         # Powers of two scale without rounding; it grows every third step.
         scaler = torch.amp.GradScaler("cpu", 2.0**9, growth_interval=3, enabled=enabled)
-        optimizer.loss_scale = scaler.get_scale if clip else None
         for step in range(10):
             scaled_step(network, optimizer, scaler, step, clip)
         results.append(copy.deepcopy(optimizer.state_dict()["state"]))
@@ -121,10 +120,26 @@ def test_the_scale_of_the_loss_leaves_no_trace(fisher: str, clip: bool, relative
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
 
 
-def test_unscaled_by_hand_and_silent_about_the_scale_is_an_error() -> None:
+def test_a_scaler_that_is_not_torchs_has_to_tell_its_scale() -> None:
     network, optimizer = make(fisher="empirical")
-    with pytest.raises(ValueError, match=r"optimizer\.loss_scale = scaler\.get_scale"):
-        scaled_step(network, optimizer, torch.amp.GradScaler("cpu"), 0, clip=True)
+    for _ in range(2):
+        images, targets = batch(0)
+        (functional.cross_entropy(network(images), targets) * 8).backward()
+        optimizer.found_inf = torch.zeros(1)
+        if optimizer.loss_scale is None:
+            with pytest.raises(ValueError, match=r"set optimizer\.loss_scale to a function"):
+                optimizer.step()
+        optimizer.loss_scale = lambda: 8.0
+    optimizer.step()
+
+
+def test_only_a_grad_scaler_is_told_that_the_step_unscales() -> None:
+    """Lightning asks too, and would refuse gradient clipping."""
+    network, optimizer = make(fisher="empirical")
+    assert optimizer._step_supports_amp_scaling is False
+    assert type(optimizer)._step_supports_amp_scaling is False
+    scaled_step(network, optimizer, torch.amp.GradScaler("cpu"), 0, clip=True)
+    assert loss_scale(optimizer, captured=True) == 1.0  # the scaler no longer drives a step
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -132,7 +147,6 @@ def test_unscaled_by_hand_and_silent_about_the_scale_is_an_error() -> None:
 def test_a_step_that_overflowed_leaves_everything_as_it_was(fisher: str, clip: bool) -> None:
     network, optimizer = make(fisher=fisher)
     scaler = torch.amp.GradScaler("cpu", 2.0**9)
-    optimizer.loss_scale = scaler.get_scale
     for step in range(4):
         scaled_step(network, optimizer, scaler, step)
     before = copy.deepcopy((optimizer.state_dict()["state"], list(network.parameters())))
@@ -153,7 +167,6 @@ def test_a_step_that_overflowed_leaves_everything_as_it_was(fisher: str, clip: b
     assert scaler.get_scale() == 2.0**8
     # What the skipped step saw is forgotten: the next statistics are those of its own batch.
     twin_network, twin = copy.deepcopy((network, optimizer))
-    twin.loss_scale = optimizer.loss_scale
     scaled_step(network, optimizer, scaler, 5)
     scaled_step(twin_network, twin, torch.amp.GradScaler("cpu", 2.0**8), 5)
     torch.testing.assert_close(twin.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)

@@ -20,6 +20,8 @@ from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Secant, Statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from minifisher.curvature import Plan, State
@@ -56,6 +58,10 @@ class KroneckerBFGS(KroneckerCurvature):
     mu1: float = 0.2
     inverse_every: int = 20  # refreshes between two exact H_a
     averages_bias: bool = False
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """A; there is no second moment of output gradients."""
+        return (state["input_moment"],)
 
     def init(self, layer: Layer) -> State:
         """Averages of A, g^2, s and y; the latest v; H_a and H_g; and counts."""

@@ -21,7 +21,7 @@ from minifisher.options import option
 from minifisher.statistics.records import LayerSamples, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
@@ -60,6 +60,10 @@ class KroneckerFactors(KroneckerCurvature):
             "input_inverse": self._zeros(layer, inputs, inputs),
             "gradient_inverse": self._zeros(layer, outputs, outputs),
         }
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """A and G."""
+        return state["input_factor"], state["gradient_factor"]
 
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
         """A <- decay A + (1 - decay) A_new, and G likewise."""

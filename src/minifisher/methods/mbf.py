@@ -35,6 +35,8 @@ from minifisher.options import option
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from minifisher.curvature import State
@@ -163,6 +165,10 @@ class MiniBlocks(Curvature):
         rows = self.reading.read(direction, len(self.shape)).to(inverse.dtype)
         product = multiply_rows(rows, inverse)
         return self.reading.write(product, self.shape).to(direction.dtype)
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """The blocks F_b."""
+        return (state["fisher"],)
 
     def _damping_levels(self, fisher: Tensor, mean: Tensor | None, damping: float) -> Tensor:
         """lambda_b, [..., rows | 1, blocks, width]; `mean` [..., 1] replaces that of the diagonal."""

@@ -16,6 +16,8 @@ from minifisher.linalg.dense import working_dtype
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from minifisher.curvature import FirstOrderStep, Measures, State
@@ -110,6 +112,10 @@ class PackedBlocks(FusedCurvature):
             state["fisher"], self._rows(direction), means, self._tiling, damping, self.relative_damping
         )
         return solved.reshape(direction.shape)
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """The blocks F_b of the first sixteen rows: dense, all of them would take twice the memory."""
+        return (self._tiling.unpack(state["fisher"][..., :16, :, :, :]),)
 
     def fused_step(
         self, state: State, gradient: Tensor, decay: float, damping: float, first_order: FirstOrderStep

@@ -50,6 +50,10 @@ class ModeCurvature(Curvature):
         """[..., *shape] as blocks [..., blocks, w_1, ..., w_K], in the dtype to compute in."""
         return self.reading.read(tensor.to(working_dtype(self.dtype)), len(self.shape))
 
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """The factors H_i."""
+        return self._matrices(state, "factor")
+
     def _matrices(self, state: State, name: str) -> list[Tensor]:
         """`name_i` of the state for every mode i, in the dtype to compute in."""
         return [state[f"{name}_{mode}"].to(working_dtype(self.dtype)) for mode in range(self.reading.order)]

@@ -35,6 +35,8 @@ class LayerDescription:
     state_bytes: int
     statistics_every: int
     inverse_every: int
+    trains: bool = True
+    """False for a frozen weight, which does not count in shares and sums."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,35 @@ class Description:
 
     method: str
     layers: tuple[LayerDescription, ...]
+    kernels: tuple[str, ...] = ()
+    """Of every kind of device: whether compiled kernels are used, or what they would bring."""
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
-        return sum(layer.parameters for layer in self.layers)
+        """All parameters that are trained."""
+        return sum(layer.parameters for layer in self._trained)
+
+    @property
+    def frozen(self) -> int:
+        """All parameters that are not trained, because `requires_grad` is False."""
+        return sum(layer.parameters for layer in self.layers) - self.parameters
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of curvature state."""
-        return sum(layer.state_bytes for layer in self.layers)
+        """Bytes of curvature state; a frozen weight gets none."""
+        return sum(layer.state_bytes for layer in self._trained)
 
     @property
     def coverage(self) -> dict[str, float]:
-        """Structure -> the share of all parameters that it covers, the largest first."""
+        """Structure -> the share of the trained parameters that it covers, the largest first."""
         covered: dict[str, int] = defaultdict(int)
-        for layer in self.layers:
+        for layer in self._trained:
             covered[layer.structure] += layer.parameters
         return {name: covered[name] / self._total for name in sorted(covered, key=lambda n: -covered[n])}
+
+    @property
+    def _trained(self) -> list[LayerDescription]:
+        return [layer for layer in self.layers if layer.trains]
 
     @property
     def _total(self) -> int:
@@ -80,7 +93,8 @@ class Description:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in self.coverage.items())
         per_parameter = self.state_bytes / self._total
         size = f"{self.parameters:,} parameters, {per_parameter:.1f} curvature bytes each"
-        return "\n".join([*table, f"{self.method}: {size}; {shares}"])
+        frozen = f"; {self.frozen:,} frozen parameters are not counted" if self.frozen else ""
+        return "\n".join([*table, f"{self.method}: {size}; {shares}{frozen}", *self.kernels])
 
 
 def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
@@ -98,6 +112,7 @@ def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
         state_bytes=sum(tensor.nbytes for tensor in state.values()),
         statistics_every=plan.statistics_every,
         inverse_every=plan.inverse_every,
+        trains=any(parameter.requires_grad for parameter in layer.parameters),
     )
 
 

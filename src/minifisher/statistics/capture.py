@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from minifisher.statistics.layers import Layer
+    from minifisher.statistics.likelihood import NextGenerator
     from minifisher.statistics.records import LayerSamples
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
@@ -87,12 +88,17 @@ class Captures:
         for capture in self.by_estimator.values():
             capture.disarm()
 
-    def draw_labels(self, outputs: Tensor, likelihood: str) -> None:
-        """Draw labels from the model's prediction, and run the extra backward pass, where hooks are on."""
+    def draw_labels(
+        self, outputs: Tensor, likelihood: str, generator: NextGenerator = lambda _: None
+    ) -> None:
+        """Draw labels from the model's prediction, and run the extra backward pass, where hooks are on.
+
+        `generator(device)` returns the random numbers of one draw; None means torch's own.
+        """
         for estimator, capture in self.by_estimator.items():
             if estimator in MODEL_LABEL_LOSSES and capture.armed:
                 with torch.enable_grad():
-                    capture.differentiate(*MODEL_LABEL_LOSSES[estimator](outputs, likelihood))
+                    capture.differentiate(*MODEL_LABEL_LOSSES[estimator](outputs, likelihood, generator))
 
     def forget_backward(self) -> None:
         """Forget the earlier backward passes of the training loss: call it when every `.grad` is cleared."""
@@ -336,7 +342,7 @@ class _ForwardHook:
     ) -> Tensor | None:
         if not self._switch.on:
             return None
-        inputs = args[0] if args else kwargs["input"]
+        inputs = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
             needed = output.requires_grad and module.weight.requires_grad and not _is_exporting()
             return record(output, inputs.detach().to(output.dtype), self._number) if needed else None

@@ -34,14 +34,18 @@ _RECEIVERS: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
 _numbers = count()
 
 
-def number_of(receiver: Receiver) -> int:
-    """A new number by which compiled code knows the receiver, as long as the receiver lives."""
+def number_of(receiver: Receiver) -> Tensor:  # []
+    """A new number by which compiled code knows the receiver, as long as the receiver lives.
+
+    It is a tensor: an int would be a constant of the graph, and every block of a model that is compiled block
+    by block would need a graph of its own.
+    """
     number = next(_numbers)
     _RECEIVERS[number] = receiver
-    return number
+    return torch.tensor(number)
 
 
-def record(output: Tensor, inputs: Tensor, receiver: int) -> Tensor:
+def record(output: Tensor, inputs: Tensor, receiver: Tensor) -> Tensor:
     """The output of a layer, unchanged; its receiver gets the inputs now and the output gradient later."""
     same_output: Tensor = _Record.apply(output, inputs, receiver)  # type: ignore[no-untyped-call]
     return same_output
@@ -49,48 +53,49 @@ def record(output: Tensor, inputs: Tensor, receiver: int) -> Tensor:
 
 class _Record(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, receiver: int) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, receiver: Tensor) -> Tensor:
         same_output: Tensor
         same_output, call = torch.ops.minifisher.record_input(output, inputs, receiver)
-        ctx.save_for_backward(call)
-        ctx.receiver = receiver
+        ctx.save_for_backward(call, receiver)
         return same_output
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:
-        (call,) = ctx.saved_tensors
-        return torch.ops.minifisher.record_gradient(gradients, call, ctx.receiver), None, None
+        call, receiver = ctx.saved_tensors
+        return torch.ops.minifisher.record_gradient(gradients, call, receiver), None, None
 
 
 # Each operator returns the tensor that it is given. So a compiler neither removes it as dead code, nor moves
 # it from the forward into the backward pass. The tag keeps it out of CUDA graphs, whose replay skips Python.
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 torch.library.define(
-    "minifisher::record_input", "(Tensor output, Tensor inputs, int receiver) -> (Tensor, Tensor)", tags=_TAGS
+    "minifisher::record_input",
+    "(Tensor output, Tensor inputs, Tensor receiver) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 torch.library.define(
-    "minifisher::record_gradient", "(Tensor gradients, Tensor call, int receiver) -> Tensor", tags=_TAGS
+    "minifisher::record_gradient", "(Tensor gradients, Tensor call, Tensor receiver) -> Tensor", tags=_TAGS
 )
 
 
-def _record_input(output: Tensor, inputs: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
-    found = _RECEIVERS.get(receiver)
+def _record_input(output: Tensor, inputs: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
+    found = _RECEIVERS.get(int(receiver))
     number, companion = (-1, None) if found is None else found.receive_input(inputs.detach().clone())
     return output.clone(), _tensor_of(number, companion)
 
 
-def _record_gradient(gradients: Tensor, call: Tensor, receiver: int) -> Tensor:
-    found = _RECEIVERS.get(receiver)
+def _record_gradient(gradients: Tensor, call: Tensor, receiver: Tensor) -> Tensor:
+    found = _RECEIVERS.get(int(receiver))
     if found is not None:
         found.receive_gradient(int(call), gradients.detach().clone())
     return gradients.clone()
 
 
-def _record_input_shapes(output: Tensor, inputs: Tensor, receiver: int) -> tuple[Tensor, Tensor]:
+def _record_input_shapes(output: Tensor, inputs: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(output), torch.empty(1, dtype=torch.int64)
 
 
-def _record_gradient_shapes(gradients: Tensor, call: Tensor, receiver: int) -> Tensor:
+def _record_gradient_shapes(gradients: Tensor, call: Tensor, receiver: Tensor) -> Tensor:
     return torch.empty_like(gradients)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Generator
 
+    NextGenerator = Callable[[torch.device], Generator | None]
+
 
 def sampled_loss(outputs: Tensor, likelihood: str, generator: Generator | None = None) -> Tensor:
     """Sum over samples of -log p(y | z), with labels y drawn from p(. | z).
@@ -118,8 +120,10 @@ _ROOT_PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gaussian": lambda means: means,
 }
 
-MODEL_LABEL_LOSSES: dict[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
-    "sampled": lambda outputs, likelihood: (sampled_loss(outputs, likelihood),),
-    "exact": fisher_losses,
+MODEL_LABEL_LOSSES: dict[str, Callable[[Tensor, str, NextGenerator], tuple[Tensor, ...]]] = {
+    "sampled": lambda outputs, likelihood, generator: (
+        sampled_loss(outputs, likelihood, generator(outputs.device) if isinstance(outputs, Tensor) else None),
+    ),
+    "exact": lambda outputs, likelihood, _: fisher_losses(outputs, likelihood),
 }
 """Estimators whose labels come from the model -> the losses whose gradients they need."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from minifisher.statistics.records import Secant
 
     RandomState = dict[torch.device, Tensor]
+
+
+_NO_CLOSURE = (
+    "{}.step() looks at the mini-batch before and after the step and needs a closure: call "
+    "optimizer.step(closure), where closure() calls optimizer.zero_grad(), computes the loss, calls "
+    "loss.backward() and returns the loss. Lightning passes a closure, except with 16-mixed precision; the "
+    "Trainer of transformers and GradScaler pass none: use a method with one pass there, such as KFAC or MBF"
+)
+
+
+def refuse_missing_closure(method: str) -> NoReturn:
+    """Raise TypeError: the method needs a closure."""
+    raise TypeError(_NO_CLOSURE.format(method))
 
 
 @dataclass(eq=False)

@@ -111,10 +111,10 @@ class LayerStack:
     # ---- between the parameters and the stack ----
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor a parameter -> the stack; for a single layer without folded bias the tensor itself."""
+        """One tensor a parameter -> the stack; for a single layer without folded bias no copy."""
         held = [tensor if type(tensor) is Tensor else local(tensor) for tensor in tensors]
         if len(held) == 1:
-            return held[0]
+            return self.layers[0].join(held)
         iterator = iter(held)
         joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
         return torch.stack(joined) if len(joined) > 1 else joined[0]
@@ -147,8 +147,7 @@ class LayerStack:
 
     def local_parameters(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that has a gradient, as this process holds it, with its part of the stack."""
-        parts = [stack] if len(self.parameters) == 1 else self.scatter(stack)
-        for parameter, part in zip(self.parameters, parts, strict=True):
+        for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
             if parameter.grad is not None:
                 yield parameter if type(parameter) is nn.Parameter else local(parameter), part
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minifisher.distributed.collectives import local
+from minifisher.step.loss_scale import scale_of_driver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -85,10 +86,13 @@ def loss_scale(optimizer: Any, captured: bool) -> float:
         return scale.item()
     if optimizer.loss_scale is not None:
         return float(optimizer.loss_scale())
+    of_driver = scale_of_driver(optimizer)
+    if of_driver is not None:
+        return of_driver
     if captured and hasattr(optimizer, "found_inf"):
         raise ValueError(
-            'fisher="empirical" reads output gradients, which carry the scale of the loss, and after '
-            "scaler.unscale_(optimizer) torch does not tell it: set optimizer.loss_scale = scaler.get_scale"
+            'fisher="empirical" reads output gradients, which carry the scale of the loss, and no '
+            "torch.amp.GradScaler drives this step: set optimizer.loss_scale to a function that returns it"
         )
     return 1.0
 

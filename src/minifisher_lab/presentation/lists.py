@@ -145,7 +145,7 @@ def _arguments(choice: Choice) -> Iterator[dict[str, str]]:
     options = getattr(method, "options", None)
     if options:
         for option in options.values():
-            if option.init and option.name not in ("params", "lr"):
+            if option.init and option.name not in ("params", "model", "lr"):
                 yield _argument(option.name, option.default, option.range, option.meaning)
         return
     for name, parameter in inspect.signature(method).parameters.items():

@@ -1,0 +1,1 @@
+"""Callbacks for trainers: Lightning, transformers, accelerate. Each file imports its package."""

@@ -1,0 +1,55 @@
+"""The Trainer of transformers: `Trainer(..., callbacks=[MinifisherCallback()])`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from minifisher.integrations.outputs import draws_labels, flat_numbers, observe_outputs, unwrap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
+
+
+class MinifisherCallback(TrainerCallback):
+    """Draws labels where `fisher` takes them from the model, and logs `diagnostics(flat=True)`.
+
+    The numbers are added to each entry of `trainer.state.log_history`, as often as the trainer logs. `read`
+    gets the prediction out of what the model returns; None: its `logits`.
+    """
+
+    def __init__(
+        self, likelihood: str = "categorical", read: Callable[[Any], Tensor] | None = None, log: bool = True
+    ) -> None:
+        self.likelihood, self.read, self.log = likelihood, read, log
+        self._hook: RemovableHandle | None = None
+        self._numbers: Mapping[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Register the hook that draws labels."""
+        optimizer = unwrap(kwargs["optimizer"])
+        if draws_labels(optimizer):
+            self._hook = observe_outputs(kwargs["model"], optimizer, self.likelihood, self.read)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the diagnostics while the gradients are there."""
+        every = state.logging_steps
+        if self.log and every and (state.global_step + 1) % every == 0:
+            self._numbers = flat_numbers(unwrap(kwargs["optimizer"]))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add them to what is logged."""
+        kwargs["logs"].update(self._numbers)
+        if state.log_history:
+            state.log_history[-1].update(self._numbers)
+        self._numbers = {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the hook."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

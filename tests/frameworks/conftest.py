@@ -1,0 +1,18 @@
+"""The real packages: `make test-frameworks` installs them; a test whose package is missing is skipped."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+
+def needs(package: str) -> None:
+    """Skip the file that calls it, with the reason, unless the package can be imported."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a package may be installed and not fit this torch
+        pytest.skip(
+            f"{package} cannot be imported ({type(error).__name__}: {error}): make test-frameworks",
+            allow_module_level=True,
+        )
