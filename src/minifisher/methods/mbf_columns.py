@@ -11,7 +11,7 @@ from minifisher.curvature import Curvature
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -45,6 +45,15 @@ class ColumnBlocks(Curvature):
     def averages(self) -> tuple[str, ...] | None:
         """Those of the curvature of W^T."""
         return self.transposed.averages
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """Likewise."""
+        return self.transposed.recomputed
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """The blocks F_b of W^T."""
+        return self.transposed.matrices(state)
 
     def shard(self, shape: torch.Size) -> ColumnBlocks | None:
         """The same curvature of a piece: any number of whole columns, or of each column whole blocks."""

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minifisher.curvature import Measures
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
-from minifisher.step.first_order import GRAFTS
+from minifisher.step.first_order import GRAFTS, measure, norms
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
@@ -101,6 +102,15 @@ class LayerStack:
         """Whether the length of the direction depends on slopes."""
         by_descent = self.options["length"] != "norm" and self.graft.rescales
         return by_descent and self.curvature.needs is not None
+
+    def measured(self, step: Tensor, momentum: Tensor) -> Measures:
+        """What the rule of length reads of a step, [] or [layers, rows | 1, 1, ...]."""
+        numbers = (
+            measure(step, momentum, self.lengths)
+            if self.measures_slope
+            else Measures(norms(step, self.lengths))
+        )
+        return numbers.map(self.per_length)
 
     @cached_property
     def length_groups(self) -> tuple[Any, ...]:
@@ -221,7 +231,8 @@ class LayerStack:
 
         One record of 1e12 can be enough. Averages that ranks exchange are never so: the step is skipped.
         """
-        tensors = [t for name, t in self.state.items() if name not in PARAMETER_SHAPED]
+        names = self.curvature.averages or self.state.keys() - PARAMETER_SHAPED
+        tensors = [self.state[name] for name in names if name in self.state]
         if not self.placement.alone or all(bool(tensor.isfinite().all()) for tensor in tensors):
             return 0
         for name, tensor in self.curvature.init(self.layers[0]).items():
