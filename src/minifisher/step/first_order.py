@@ -179,12 +179,13 @@ def norms(stack: Tensor, lengths: int) -> Tensor:
 
 def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
     """Norm and slope of each of so many equal parts of a step, [lengths]."""
-    shape = lengths, step.numel() // max(1, lengths)
-    rows, m = step.reshape(shape), momentum.reshape(shape)
-    computed = norm_and_slope(rows, m)
+    computed = norm_and_slope(step, momentum, lengths)
     if computed is not None:
         return Measures(*computed)
-    slope: Tensor = torch.dot(m[0], rows[0]).view(1) if lengths == 1 else (m * rows).sum(1)
+    if lengths == 1:
+        slope = torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
+    else:
+        slope = (momentum * step).reshape(lengths, step.numel() // max(1, lengths)).sum(1)
     return Measures(norms(step, lengths), slope)
 
 
