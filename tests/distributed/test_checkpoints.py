@@ -19,7 +19,7 @@ from tests.distributed.processes import run
 FIRST, ALL = range(5), range(10)
 # Cut weights: kernels, whose rows are inputs times outputs, and rows that share.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "cut": ("cut", "mbf", {"conv_blocks": "kernel"}),
+    "cut": ("cut", "mbf", {"conv_blocks": "kernel", "output_power": 0.0}),
     "cut, two-sided": ("cut", "mbf", {"output_power": 0.5, "block_size": 1}),  # narrow: fits any pieces
     "copied": ("copied", "mbf", {"fisher": "empirical"}),
     "owned": ("copied", "kfac", {"shard_curvature": True, "fisher": "exact"}),

@@ -19,8 +19,9 @@ from tests.distributed import training
 from tests.distributed.processes import run
 
 Log = list[tuple[str, int]]  # each call with its numbers
-SHARED = {"block_size": 4, "statistics_every": 2}
-OWN_ROWS = {"share": "row", "conv_blocks": "kernel", "block_size": 4, "statistics_every": 2}
+NORM = {"graft": "adam", "length": "norm"}
+SHARED = {"block_size": 4, "statistics_every": 2, "output_power": 0.0, **NORM}
+OWN_ROWS = {"share": "row", "conv_blocks": "kernel", "block_size": 4, "statistics_every": 2, **NORM}
 RAW = {**OWN_ROWS, "relative_damping": False}
 CUT: dict[str, dict[str, Any]] = {
     "shared": SHARED,
