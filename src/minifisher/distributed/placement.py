@@ -133,7 +133,7 @@ def cost(layer: Layer, plan: Plan) -> float:
 
     `benchmarks/owner_cost.py` compares it with measured times.
     """
-    state = _meta_state(plan.curvature, layer).values()
+    state = meta_state(plan.curvature, layer).values()
     matrices = [tensor for tensor in state if tensor.ndim > 1 and tensor.shape[-2] == tensor.shape[-1] > 1]
     numbers = sum(tensor.numel() for tensor in state)
     widths = sum(tensor.shape[-1] for tensor in matrices)
@@ -165,14 +165,14 @@ def _placement(method: str, layer: Layer, plan: Plan, owner: int | None) -> Plac
 
 
 def _averages(curvature: Curvature, layer: Layer) -> tuple[str, ...]:
-    state = _meta_state(curvature, local_part(layer))
+    state = meta_state(curvature, local_part(layer))
     names = curvature.averages
     return tuple(
         name for name in state if state[name].is_floating_point() and (names is None or name in names)
     )
 
 
-def _meta_state(curvature: Curvature, layer: Layer) -> State:
+def meta_state(curvature: Curvature, layer: Layer) -> State:
     """A fresh state that has shapes but no memory."""
     return curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
 
@@ -235,7 +235,7 @@ def whole_shape(layer: Layer, plan: Plan, name: str) -> tuple[torch.Size, dict[i
     Rows that stand for kernels become two dimensions (out, in), because a weight is cut between its outputs.
     """
     curvature = shard("", layer, plan, layer.shape)
-    shape = _meta_state(curvature, local_part(layer))[name].shape
+    shape = meta_state(curvature, local_part(layer))[name].shape
     if plan.curvature.shard(layer.shape) is None:
         return shape, {}  # one process, and a method that needs the whole weight
     axes = {dimension: curvature.state_axes(dimension)[name] for dimension in cut_dimensions(layer.weight)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minifisher.callers import stacklevel_of_caller
+from minifisher.distributed.placement import meta_state
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Description:
 def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
     """One row of the description; no memory is allocated for it."""
     fell_back = fisher != "gradient" and plan.curvature.needs is BatchGradient
-    state = plan.curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
+    state = meta_state(plan.curvature, layer)
     return LayerDescription(
         name=layer.name,
         shape=tuple(layer.shape),
