@@ -166,7 +166,6 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 layers.setdefault(member.group["fisher"], []).append(layer)
         self._captures.release()
         self._captures = Captures(layers, self.defaults["statistics_memory"])
-        self._reads_samples = bool(self._captures)
 
     # ---- the step ----
 
@@ -190,11 +189,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 two_passes.first() if two_passes is not None else closure() if closure is not None else None
             )
         with torch.no_grad(), full_precision(self.param_groups):
-            samples = self._captures.collect(partial(loss_scale, self)) if self._reads_samples else {}
+            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
             taken = self._take_step(samples, adapts)
         if two_passes is not None and taken is not None:
             self._look_again(two_passes, loss, taken)
-        if self._reads_samples:
+        if self._captures:
             self._arm()
         return loss
 
@@ -335,13 +334,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the samples of the backward passes so far are forgotten with their gradients."""
         super().zero_grad(set_to_none)
-        if self._captures:
-            self._captures.forget_backward()
+        self._captures.forget_backward()
 
     def _arm(self, always: bool = False) -> None:
         """Switch hooks on where the coming step reads statistics, off where it does not."""
-        if self._captures:
-            self._captures.arm(lambda layer: always or self._statistics_due(layer))
+        self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
         taken: int = self._entry(layer).get("step", 0)
@@ -390,7 +387,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             self.observe(outputs, likelihood)
             loss(outputs, targets).backward()
         with full_precision(self.param_groups):
-            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
+            samples = self._captures.collect(partial(loss_scale, self))
             active = self._layers_with_gradients()
             finite = all_finite(active, samples.values())
             stacks = self._restack(active, samples)
