@@ -207,9 +207,7 @@ class HasOptions:
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """Raise ValueError for the first option of a parameter group that is out of its range."""
-        for name, declared in cls.options.items():
-            if name in group and name != "params":
-                declared.check(group[name])
+        check_options(cls.options, group)
 
     @classmethod
     def check_shared(cls, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -220,6 +218,13 @@ class HasOptions:
                     f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
                     f"{group[name]!r}: pass it to the optimizer"
                 )
+
+
+def check_options(options: Mapping[str, Option], group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a parameter group that is out of its range."""
+    for name, declared in options.items():
+        if name in group and name != "params":
+            declared.check(group[name])
 
 
 def options_table(options: Iterable[Option]) -> str:

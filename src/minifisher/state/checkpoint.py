@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minifisher.distributed.collectives import as_dtensor, is_distributed, local
 from minifisher.distributed.placement import whole_shape
+from minifisher.options import check_options
 from minifisher.step.layer_stack import PARAMETER_SHAPED, initial_state
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def merged_groups(
         for new, old in zip(saved, groups, strict=True)
     ]
     for group in merged:
-        for name in options.keys() & group.keys() - {"params"}:
-            options[name].check(group[name])
+        check_options(options, group)
     return merged
 
 
