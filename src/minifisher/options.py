@@ -64,7 +64,9 @@ class Option:
     per_group: bool = _UNSET
     """Whether parameter groups may differ in it."""
     fixed: bool = _UNSET
-    """Whether it cannot change once there is a state."""
+    """Whether it cannot change once the optimizer is made."""
+    every_step: bool = _UNSET
+    """Whether each step reads it, and nothing was planned by it: a schedule may change it at no cost."""
     kw_only: bool = _UNSET
     init: bool = _UNSET
     """Whether it is an argument; otherwise the method sets it, to the default."""
@@ -96,11 +98,10 @@ class Option:
         if value is None:
             return self.optional
         if self.is_count:
-            return isinstance(value, Integral) and int(value) >= (self.at_least or 0)
-        return (
-            _is_number(value)
-            and value < (math.inf if self.below is None else self.below)
-            and (value > self.above if self.above is not None else value >= (self.at_least or 0))
+            return isinstance(value, Integral) and (self.at_least or 0) <= int(value) <= sys.maxsize
+        number = _as_float(value)
+        return number < (math.inf if self.below is None else self.below) and (
+            number > self.above if self.above is not None else number >= (self.at_least or 0)
         )
 
     @property
@@ -138,6 +139,7 @@ _UNLESS_SET: dict[str, Any] = {
     "note": "",
     "per_group": True,
     "fixed": False,
+    "every_step": False,
     "kw_only": True,
     "init": True,
     "meaning": "",
@@ -154,6 +156,7 @@ def option(
     note: str = _UNSET,
     per_group: bool = _UNSET,
     fixed: bool = _UNSET,
+    every_step: bool = _UNSET,
     kw_only: bool = _UNSET,
     init: bool = _UNSET,
     meaning: str = _UNSET,
@@ -168,6 +171,7 @@ def option(
         note=note,
         per_group=per_group,
         fixed=fixed,
+        every_step=every_step,
         kw_only=kw_only,
         init=init,
         meaning=meaning,
@@ -296,43 +300,14 @@ def _way_out(name: str, names: Iterable[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-# ---- parameters ----
-
-
-def as_groups(params: Params) -> list[dict[str, Any]]:
-    """The parameter groups that `params` stands for."""
-    if isinstance(params, nn.Module):
-        if next(params.parameters(), None) is None:
-            raise ValueError(f"got no parameters: {type(params).__name__} has none, pass the module that has")
-        return [{"params": params}]
-    if isinstance(params, Tensor):
-        raise TypeError(
-            "params must be an iterable of tensors, groups or an nn.Module, got one tensor: put it in a list"
-        )
-    entries = list(params)
-    if not entries:
-        raise ValueError(
-            "got no parameters: the iterable is empty, or a generator that was used up before; "
-            "pass list(model.parameters()), or the module itself"
-        )
-    return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
-
-
-def check_parameter(name: str, parameter: Tensor) -> None:
-    """Raise TypeError for a parameter that is no tensor of real floating-point numbers."""
-    if parameter.is_complex():
-        raise TypeError(
-            f"{name} is complex ({parameter.dtype}): view it as real with torch.view_as_real, "
-            "or give it to torch.optim"
-        )
-    if not parameter.is_floating_point():
-        raise TypeError(
-            f"{name} has dtype {parameter.dtype}: only floating-point parameters have gradients, leave it out"
-        )
+def _as_float(value: Any) -> float:
+    """NaN, which is in no range, for what is no number or beyond any float."""
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        try:
+            return float(value)
+        except (OverflowError, RuntimeError):
+            return math.nan
+    return math.nan
 
 
 # ---- the options that all methods have ----
@@ -343,14 +318,23 @@ class CommonOptions(HasOptions):
 
     params: Params = option(kw_only=False, meaning="What torch.optim takes, or the nn.Module.")
     lr: float | Tensor = option(
-        default=1e-3, at_least=0, kw_only=False, meaning="Learning rate, in step lengths of `graft`."
+        default=1e-3,
+        at_least=0,
+        every_step=True,
+        kw_only=False,
+        meaning="Learning rate, in step lengths of `graft`.",
     )
-    momentum: float = option(default=0.9, at_least=0, below=1, meaning="mu of M <- mu M + D.")
+    momentum: float = option(
+        default=0.9, at_least=0, below=1, every_step=True, meaning="mu of M <- mu M + D."
+    )
     curvature_decay: float = option(
         default=0.95, at_least=0, below=1, meaning="beta of the running, bias-corrected averages."
     )
     damping: float = option(
-        default=0.1, at_least=0, meaning="lambda, or the fraction of the mean curvature that lambda is."
+        default=0.1,
+        at_least=0,
+        every_step=True,
+        meaning="lambda, or the fraction of the mean curvature that lambda is.",
     )
     relative_damping: bool = option(
         default=True, meaning="Whether `damping` is relative to the mean curvature of block and layer."
@@ -358,7 +342,9 @@ class CommonOptions(HasOptions):
     graft: Literal["adam", "adam-rows", "sgd"] | None = option(
         default="adam", meaning="Whose step length a weight, or each of its rows, gets; None: its own length."
     )
-    weight_decay: float = option(default=0.0, at_least=0, meaning="Decay of the weights; AdamW's is 0.01.")
+    weight_decay: float = option(
+        default=0.0, at_least=0, every_step=True, meaning="Decay of the weights; AdamW's is 0.01."
+    )
     decoupled_weight_decay: bool = option(
         default=True, meaning="W <- (1 - lr weight_decay) W, instead of weight_decay W in the gradient."
     )

@@ -111,13 +111,24 @@ def local_part(layer: Layer) -> Layer:
 
 
 def place_layers(
-    method: str, plans: Mapping[Layer, Plan], groups: Mapping[Layer, Any], shard_curvature: bool
+    method: str,
+    plans: Mapping[Layer, Plan],
+    groups: Mapping[Layer, Any],
+    shard_curvature: bool,
+    placed: Mapping[Layer, int | None],
 ) -> dict[Layer, Placement]:
-    """The placement of every layer; all ranks agree on the owners."""
-    owners: dict[Layer, int | None] = dict.fromkeys(plans)
-    # Group by group, so that a group that is added later moves no curvature that has a state already.
+    """The placement of every layer; all ranks agree on the owners.
+
+    `placed` has the owners of layers that may have a state already: they keep them.
+    """
+    owners: dict[Layer, int | None] = {layer: placed.get(layer) for layer in plans}
+    # Group by group, so that layers are owned alike however many groups were given at once.
     for group in {id(group): group for group in groups.values()}.values() if shard_curvature else ():
-        movable = [layer for layer in plans if groups[layer] is group and _can_move(layer, plans[layer])]
+        movable = [
+            layer
+            for layer in plans
+            if groups[layer] is group and layer not in placed and _can_move(layer, plans[layer])
+        ]
         costs = [cost(layer, plans[layer]) for layer in movable]
         owners.update(zip(movable, assign_owners(costs, world_size()), strict=True))
     return {layer: _placement(method, layer, plan, owners[layer]) for layer, plan in plans.items()}

@@ -51,6 +51,7 @@ class KroneckerBFGS(KroneckerCurvature):
 
     needs = Secant
     averages = ("input_moment", "input_mean", "gradient_moment")
+    recomputed = ("input_inverse",)
     structure: ClassVar[str] = "Kronecker BFGS"
 
     mu1: float = 0.2

@@ -45,6 +45,7 @@ class KroneckerFactors(KroneckerCurvature):
 
     needs = LayerSamples
     averages = ("input_factor", "gradient_factor", "eigenvalues")
+    recomputed = ("input_inverse", "gradient_inverse")
     structure: ClassVar[str] = "Kronecker factors"
 
     power: float = 1.0

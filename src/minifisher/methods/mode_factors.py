@@ -72,6 +72,11 @@ class ModeFactors(ModeCurvature):
         return tuple(f"factor_{mode}" for mode in range(self.reading.order))
 
     @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The inverses."""
+        return tuple(f"inverse_{mode}" for mode in range(self.reading.order))
+
+    @property
     def reads_mean_gradient(self) -> bool:
         """Whether samples count as their mean gradient."""
         return not self.per_sample

@@ -65,6 +65,7 @@ class Captures:
     """
 
     def __init__(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> None:
+        self._made_for = layers_by_estimator, memory
         self.by_estimator = {
             estimator: Capture(layers, memory, estimator in MODEL_LABEL_LOSSES)
             for estimator, layers in layers_by_estimator.items()
@@ -73,6 +74,10 @@ class Captures:
 
     def __bool__(self) -> bool:
         return bool(self.by_estimator)
+
+    def reads(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> bool:
+        """Whether it was made for these."""
+        return self._made_for == (layers_by_estimator, memory)
 
     def arm(self, is_due: Callable[[Layer], bool]) -> None:
         """Turn the hooks of an estimator on if statistics of one of its layers are due, else off."""

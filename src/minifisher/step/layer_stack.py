@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
+from minifisher.step.entries import Entry, StateOfStacks, has_memory, write
 from minifisher.step.first_order import GRAFTS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from minifisher.statistics.records import LayerSamples
 
     Options = dict[str, Any]
-    Entries = Mapping[Tensor, dict[str, Any]]
+    Entries = Mapping[Tensor, Entry]
     Samples = Mapping[Layer, LayerSamples]
 
 PARAMETER_SHAPED = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
@@ -61,7 +62,7 @@ class LayerStack:
     options: Options
     placement: Placement
     state: State
-    entries: list[list[dict[str, Any]]]
+    entries: list[list[Entry]]
     """The entries in the optimizer's state: of each layer's weight, and of its bias if it is folded in."""
     step: Any
     """Steps taken so far: an int, or with `capturable` a tensor []."""
@@ -148,10 +149,10 @@ class LayerStack:
     def keep_counts(self) -> None:
         """Write the counts into the optimizer's state."""
         for weight, *biases in self.entries:
-            weight["observations"] = self.observations
-            weight["step"] = self.step
+            write(weight, "observations", self.observations)
+            write(weight, "step", self.step)
             for bias in biases:
-                bias["step"] = self.step
+                write(bias, "step", self.step)
 
     # ---- statistics and curvature ----
 
@@ -227,6 +228,19 @@ class LayerStack:
         return any(present) and not all(present) and self.statistics_due
 
 
+def state_of_stacks(state: Mapping[Any, Any], stacks: Iterable[LayerStack]) -> StateOfStacks:
+    """The state that these stacks were just formed of.
+
+    Memory is watched of the first layer of each stack only: all of it would cost time in every step, and who
+    moves memory by hand moves that of every layer.
+    """
+    stacks = list(stacks)
+    entries = [entry for stack in stacks for of_layer in stack.entries for entry in of_layer]
+    first = [entry for stack in stacks if len(stack.parameters) > 1 for entry in stack.entries[0]]
+    views = [tensor for entry in first for tensor in tensors_of(entry).values() if has_memory(tensor)]
+    return StateOfStacks(state, entries, views)
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -235,7 +249,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 # ---- the state of a layer, and stacks made of it ----
 
 
-def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
+def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, Entry]:
     """The entries of a layer's parameters in the optimizer's state before the first step."""
     names = [*(["momentum"] if options["momentum"] else []), *GRAFTS[options["graft"]].state_names]
     entries: dict[Tensor, dict[str, Any]] = {
@@ -250,14 +264,21 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     entries[layer.weight].update(
         observations=_zero_count(layer.weight, options), **plan.curvature.init(local_part(layer))
     )
-    return entries
+    return {parameter: Entry(values, values) for parameter, values in entries.items()}
 
 
 def add_momentum(layer: Layer, entries: Entries) -> None:
     """M = 0 for a layer that had no momentum so far."""
     for parameter in layer.parameters:
-        zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
-        entries[parameter].setdefault("momentum", zeros)
+        entry = entries[parameter]
+        if "momentum" not in entry.names:
+            zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
+            entry.keep({"momentum": zeros}, {*entry.names, "momentum"})
+
+
+def tensors_of(entry: Entry) -> dict[str, Tensor]:
+    """What the engine keeps in an entry, counts apart."""
+    return {name: value for name, value in entry.items() if name in entry.names - _COUNTS}
 
 
 def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
@@ -276,13 +297,13 @@ def form_stacks(enrolled: Iterable[Enrolled], entries: Entries, samples: Samples
     return [_stack(equal, entries) for equal in members.values()]
 
 
-def _key(member: Enrolled, entry: dict[str, Any]) -> object:
+def _key(member: Enrolled, entry: Entry) -> object:
     layer, weight = member.layer, member.layer.weight
     if weight.numel() > _LARGEST_STACKED:
         return layer
     history = int(entry["step"]), int(entry["observations"])
     same_tensors = layer.shape, layer.bias is None, weight.dtype, weight.device
-    return member.placement, *same_tensors, id(member.group), history
+    return member.placement, *same_tensors, id(member.group), history, entry.names
 
 
 def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
@@ -295,14 +316,14 @@ def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
         c.clone() if isinstance(c, Tensor) else c for c in (entry["step"], entry["observations"])
     )
     stack = LayerStack(layers, first.group, first.placement, {}, of_layers, step, observations)
-    for name in entry:
+    for name in tensors_of(entry):
         if name in PARAMETER_SHAPED:
             stack.state[name] = stack.gather([entries[parameter][name] for parameter in stack.parameters])
             for parameter, view in zip(stack.parameters, stack.scatter(stack.state[name]), strict=True):
-                entries[parameter][name] = view
-        elif name not in _COUNTS:
+                write(entries[parameter], name, view)
+        else:
             tensors = [entries[layer.weight][name] for layer in layers]
             stack.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
             for index, layer in enumerate(layers):
-                entries[layer.weight][name] = stack.state_of(index, stack.state)[name]
+                write(entries[layer.weight], name, stack.state_of(index, stack.state)[name])
     return stack
