@@ -295,7 +295,31 @@ def test_lazy_modules_are_planned_when_they_have_a_shape(make):
     before = weights(module)
     train(module, optimizer, 2)
     assert not torch.equal(weights(module), before)
-    assert len(optimizer.describe().layers) == 4
+    assert optimizer.describe().parameters == weights(module).numel()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("fisher", ["gradient", "empirical"])
+def test_the_default_device_need_not_be_that_of_the_model(method, fisher):
+    module = network()
+    if fisher not in METHODS[method].estimators:
+        pytest.skip(f"{method} has no such estimator")
+    chosen = {"fisher": fisher} if METHODS[method].options["fisher"].init else {}
+    optimizer = METHODS[method](module, **chosen)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = module(INPUTS).square().mean()
+        loss.backward()
+        return loss
+
+    torch.set_default_device("meta")  # stands for a second device
+    try:
+        for _ in range(3):
+            optimizer.step(closure)
+    finally:
+        torch.set_default_device(None)
+    assert optimizer.state[module[0].weight]["observations"] > 0
 
 
 # ---- checkpoints ----
