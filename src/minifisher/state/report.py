@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.callers import stacklevel_of_caller
+from minifisher.callers import warn_caller
 from minifisher.distributed.placement import meta_state
 from minifisher.statistics.records import BatchGradient
 
@@ -134,7 +133,7 @@ class Counters:
         """Count a step that was not taken."""
         self.skipped += 1
         if self.skipped == 1:
-            _warn(
+            warn_caller(
                 "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
                 "optimizer.skipped_steps counts on, this warning is not repeated"
             )
@@ -142,12 +141,12 @@ class Counters:
     def add(self, fallbacks: int, frozen: int) -> None:
         """Count the layers of one step."""
         if fallbacks and not self.fallbacks:
-            _warn(
+            warn_caller(
                 "the direction of a layer was not finite: it took the first-order step; raise the damping. "
                 'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated'
             )
         if frozen and not self.frozen:
-            _warn(
+            warn_caller(
                 "neither the direction of a layer nor its first-order step was finite: its weights stay, and "
                 "its momentum is reset to zero; look for weights, or a weight_decay, out of range. "
                 'optimizer.diagnostics()["frozen_layers"] counts on, this warning is not repeated'
@@ -168,10 +167,6 @@ class Counters:
             "fallbacks": int(self.fallbacks),
             "frozen_layers": self.frozen,
         }
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
 
 
 def counts(entry: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._compile import _disable_dynamo  # the public one would import the compiler at once
 
-from minifisher.callers import stacklevel_of_caller
+from minifisher.callers import warn_caller
 from minifisher.statistics.calls import (
     CallsOfLayer,
     PendingCall,
@@ -263,7 +262,7 @@ class Capture:
             self._warned_of.update(missing)
             names = ", ".join(layer.name for layer in missing)
             message = _NO_SAMPLES.format(names, *_NO_SAMPLES_BECAUSE[self._model_labels])
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
+            warn_caller(message)
 
     def record_call(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Record a call of a module in eager mode."""
