@@ -67,7 +67,9 @@ class Option:
     per_group: bool = _UNSET
     """Whether parameter groups may differ in it."""
     fixed: bool = _UNSET
-    """Whether it cannot change once there is a state."""
+    """Whether it cannot change once the optimizer is made."""
+    every_step: bool = _UNSET
+    """Whether each step reads it, and nothing was planned by it: a schedule may change it at no cost."""
     kw_only: bool = _UNSET
     init: bool = _UNSET
     """Whether it is an argument; otherwise the method sets it, to the default."""
@@ -99,11 +101,10 @@ class Option:
         if value is None:
             return self.optional
         if self.is_count:
-            return isinstance(value, Integral) and int(value) >= (self.at_least or 0)
-        return (
-            _is_number(value)
-            and value < (math.inf if self.below is None else self.below)
-            and (value > self.above if self.above is not None else value >= (self.at_least or 0))
+            return isinstance(value, Integral) and (self.at_least or 0) <= int(value) <= sys.maxsize
+        number = _as_float(value)
+        return number < (math.inf if self.below is None else self.below) and (
+            number > self.above if self.above is not None else number >= (self.at_least or 0)
         )
 
     @property
@@ -141,6 +142,7 @@ _UNLESS_SET: dict[str, Any] = {
     "note": "",
     "per_group": True,
     "fixed": False,
+    "every_step": False,
     "kw_only": True,
     "init": True,
     "meaning": "",
@@ -157,6 +159,7 @@ def option(
     note: str = _UNSET,
     per_group: bool = _UNSET,
     fixed: bool = _UNSET,
+    every_step: bool = _UNSET,
     kw_only: bool = _UNSET,
     init: bool = _UNSET,
     meaning: str = _UNSET,
@@ -171,6 +174,7 @@ def option(
         note=note,
         per_group=per_group,
         fixed=fixed,
+        every_step=every_step,
         kw_only=kw_only,
         init=init,
         meaning=meaning,
@@ -212,9 +216,7 @@ class HasOptions:
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """Raise ValueError for the first option of a parameter group that is out of its range."""
-        for name, declared in cls.options.items():
-            if name in group and name not in NOT_IN_GROUPS:
-                declared.check(group[name])
+        check_options(cls.options, group)
 
     @classmethod
     def check_shared(cls, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -225,6 +227,13 @@ class HasOptions:
                     f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
                     f"{group[name]!r}: pass it to the optimizer"
                 )
+
+
+def check_options(options: Mapping[str, Option], group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a parameter group that is out of its range."""
+    for name, declared in options.items():
+        if name in group and name not in NOT_IN_GROUPS:
+            declared.check(group[name])
 
 
 def options_table(options: Iterable[Option]) -> str:
@@ -305,8 +314,14 @@ def _way_out(name: str, names: Iterable[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+def _as_float(value: Any) -> float:
+    """NaN, which is in no range, for what is no number or beyond any float."""
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        try:
+            return float(value)
+        except (OverflowError, RuntimeError):
+            return math.nan
+    return math.nan
 
 
 # ---- the options that all methods have ----
@@ -317,17 +332,26 @@ class CommonOptions(HasOptions):
 
     params: Params = option(kw_only=False, meaning="What torch.optim takes, or the nn.Module.")
     lr: float | Tensor = option(
-        default=1e-3, at_least=0, kw_only=False, meaning="Learning rate, in step lengths of `graft`."
+        default=1e-3,
+        at_least=0,
+        every_step=True,
+        kw_only=False,
+        meaning="Learning rate, in step lengths of `graft`.",
     )
     model: nn.Module | None = option(
         default=None, meaning="The module that the tensors in `params` belong to: their samples can be read."
     )
-    momentum: float = option(default=0.9, at_least=0, below=1, meaning="mu of M <- mu M + D.")
+    momentum: float = option(
+        default=0.9, at_least=0, below=1, every_step=True, meaning="mu of M <- mu M + D."
+    )
     curvature_decay: float = option(
         default=0.95, at_least=0, below=1, meaning="beta of the running, bias-corrected averages."
     )
     damping: float = option(
-        default=0.1, at_least=0, meaning="lambda, or the fraction of the mean curvature that lambda is."
+        default=0.1,
+        at_least=0,
+        every_step=True,
+        meaning="lambda, or the fraction of the mean curvature that lambda is.",
     )
     relative_damping: bool = option(
         default=True, meaning="Whether `damping` is relative to the mean curvature of block and layer."
@@ -338,13 +362,19 @@ class CommonOptions(HasOptions):
     )
     length: Literal["norm", "descent"] | None = option(
         default=None,
+        every_step=True,
         meaning='A step has the "norm" of the step of `graft`, or promises its "descent" of the loss; None: '
         '"descent" with a graft.',
     )
     length_limit: float = option(
-        default=4.0, at_least=1, meaning='With "descent": at most so many lengths of the step of `graft`.'
+        default=4.0,
+        at_least=1,
+        every_step=True,
+        meaning='With "descent": at most so many lengths of the step of `graft`.',
     )
-    weight_decay: float = option(default=0.0, at_least=0, meaning="Decay of the weights; AdamW's is 0.01.")
+    weight_decay: float = option(
+        default=0.0, at_least=0, every_step=True, meaning="Decay of the weights; AdamW's is 0.01."
+    )
     decoupled_weight_decay: bool = option(
         default=True, meaning="W <- (1 - lr weight_decay) W, instead of weight_decay W in the gradient."
     )
@@ -363,7 +393,9 @@ class CommonOptions(HasOptions):
         default=None, at_least=1, meaning="Steps between inverses (T2); None chooses what is cheap."
     )
     jitter: bool = option(
-        default=True, meaning="Draw the due step of every period T1 or T2; False: it is the first."
+        default=True,
+        every_step=True,
+        meaning="Draw the due step of every period T1 or T2; False: it is the first.",
     )
     fold_bias: bool = option(
         default=False, fixed=True, meaning="Read the bias of a layer as the weight of one more input."

@@ -46,6 +46,11 @@ class ColumnBlocks(Curvature):
         """Those of the curvature of W^T."""
         return self.transposed.averages
 
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """Those of the curvature of W^T."""
+        return self.transposed.recomputed
+
     def shard(self, shape: torch.Size) -> ColumnBlocks | None:
         """The same curvature of a piece: any number of whole columns, or of each column whole blocks."""
         piece = self.transposed.shard(transpose_of(shape))

@@ -85,6 +85,7 @@ class TwoSidedBlocks(Curvature):
     average over all pieces is the layer's."""
 
     averages = ("input_fisher", "output_fisher", "mean")
+    recomputed = ("input_inverse", "output_inverse")
 
     @property
     def capturable(self) -> bool:
@@ -145,7 +146,7 @@ class TwoSidedBlocks(Curvature):
 
         The groups of a convolution have different inputs; A is the mean over groups.
         """
-        input_sum = output_sum = torch.zeros(())
+        input_sum = output_sum = torch.zeros((), device="cpu")  # wherever torch.set_default_device points
         positions = 0
         for inputs, gradients in samples.chunks():
             groups = inputs.shape[1]

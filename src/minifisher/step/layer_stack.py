@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
+from minifisher.step.entries import Entry, StateOfStacks, has_memory, write
 from minifisher.step.first_order import GRAFTS
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from minifisher.step.first_order import Graft
 
     Options = dict[str, Any]
-    Entries = Mapping[Tensor, dict[str, Any]]
+    Entries = Mapping[Tensor, Entry]
     Samples = Mapping[Layer, LayerSamples]
 
 PARAMETER_SHAPED = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
@@ -43,7 +44,8 @@ SATURATED = 1_000_000
 # Stacking copies the gradients once. For a weight with more entries that costs more than a call of its own.
 _LARGEST_STACKED = 65_536
 
-_COUNTS = frozenset({"step", "observations", "missed"})
+COUNTS = frozenset({"step", "observations", "missed"})
+"""Numbers that the engine keeps: the first for every parameter, the others for every weight."""
 
 
 class Enrolled(NamedTuple):
@@ -70,7 +72,7 @@ class LayerStack:
     options: Options
     placement: Placement
     state: State
-    entries: list[list[dict[str, Any]]]
+    entries: list[list[Entry]]
     """The entries in the optimizer's state: of each layer's weight, and of its bias if it is folded in."""
     step: Any
     """Steps taken so far: an int, or with `capturable` a tensor []."""
@@ -163,11 +165,11 @@ class LayerStack:
     def keep_counts(self) -> None:
         """Write the counts into the optimizer's state."""
         for weight, *biases in self.entries:
-            weight["observations"] = self.observations
-            weight["missed"] = self.missed
-            weight["step"] = self.step
+            write(weight, "observations", self.observations)
+            write(weight, "missed", self.missed)
+            write(weight, "step", self.step)
             for bias in biases:
-                bias["step"] = self.step
+                write(bias, "step", self.step)
 
     # ---- statistics and curvature ----
 
@@ -276,6 +278,19 @@ class LayerStack:
         return len(kinds) > 1 and self.statistics_due
 
 
+def state_of_stacks(state: Mapping[Any, Any], stacks: Iterable[LayerStack]) -> StateOfStacks:
+    """The state that these stacks were just formed of.
+
+    Memory is watched of the first layer of each stack only: all of it would cost time in every step, and who
+    moves memory by hand moves that of every layer.
+    """
+    stacks = list(stacks)
+    entries = [entry for stack in stacks for of_layer in stack.entries for entry in of_layer]
+    first = [entry for stack in stacks if len(stack.parameters) > 1 for entry in stack.entries[0]]
+    views = [tensor for entry in first for tensor in tensors_of(entry).values() if has_memory(tensor)]
+    return StateOfStacks(state, entries, views)
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -304,7 +319,7 @@ def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
 # ---- the state of a layer, and stacks made of it ----
 
 
-def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
+def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, Entry]:
     """The entries of a layer's parameters in the optimizer's state before the first step."""
     names = [*(["momentum"] if options["momentum"] else []), *graft_of(plan, options).state_names]
     entries: dict[Tensor, dict[str, Any]] = {
@@ -319,14 +334,21 @@ def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, di
     entries[layer.weight].update(
         observations=_zero_count(layer.weight, options), missed=0, **plan.curvature.init(local_part(layer))
     )
-    return entries
+    return {parameter: Entry(values, values) for parameter, values in entries.items()}
 
 
 def add_momentum(layer: Layer, entries: Entries) -> None:
     """M = 0 for a layer that had no momentum so far."""
     for parameter in layer.parameters:
-        zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
-        entries[parameter].setdefault("momentum", zeros)
+        entry = entries[parameter]
+        if "momentum" not in entry.names:
+            zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
+            entry.keep({"momentum": zeros}, {*entry.names, "momentum"})
+
+
+def tensors_of(entry: Entry) -> dict[str, Tensor]:
+    """What the engine keeps in an entry, counts apart."""
+    return {name: value for name, value in entry.items() if name in entry.names - COUNTS}
 
 
 def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
@@ -348,9 +370,9 @@ def form_stacks(
     return [_stack(equal, entries) for equal in members.values()]
 
 
-def _key(member: Enrolled, entry: dict[str, Any]) -> object:
+def _key(member: Enrolled, entry: Entry) -> object:
     history = int(entry["step"]), int(entry["observations"]), entry["missed"]
-    return _alike(member.layer, member.group), member.placement, history
+    return _alike(member.layer, member.group), member.placement, history, entry.names
 
 
 def _alike(layer: Layer, group: Options) -> Hashable:
@@ -372,14 +394,14 @@ def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
     )
     counts = step, observations, entry["missed"]
     stack = LayerStack(layers, first.group, first.placement, {}, of_layers, *counts)
-    for name in entry:
+    for name in tensors_of(entry):
         if name in PARAMETER_SHAPED:
             stack.state[name] = stack.gather([entries[parameter][name] for parameter in stack.parameters])
             for parameter, view in zip(stack.parameters, stack.scatter(stack.state[name]), strict=True):
-                entries[parameter][name] = view
-        elif name not in _COUNTS:
+                write(entries[parameter], name, view)
+        else:
             tensors = [entries[layer.weight][name] for layer in layers]
             stack.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
             for index, layer in enumerate(layers):
-                entries[layer.weight][name] = stack.state_of(index, stack.state)[name]
+                write(entries[layer.weight], name, stack.state_of(index, stack.state)[name])
     return stack
