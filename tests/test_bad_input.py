@@ -21,7 +21,7 @@ OUT_OF_RANGE = [
     ({"power": 0.0}, "power must be > 0.*got 0.0"),
     ({"power": -1.0}, "power must be > 0.*got -1.0"),
     ({"length": "descent", "graft": None}, 'length="descent" promises the decrease of a first-order step'),
-    ({"length": "newton"}, "length must be one of 'norm', 'descent', got 'newton'"),
+    ({"length": "newton"}, "length must be one of 'norm', 'descent', None, got 'newton'"),
     ({"length_limit": 0.5}, "length_limit must be finite and >= 1, got 0.5"),
     ({"graft": "lion"}, "graft must be one of 'adam', 'adam-rows', 'sgd', None, got 'lion'"),
     ({"fisher": "true"}, "fisher .*must be one of .*'empirical'.*got 'true'"),

@@ -83,7 +83,7 @@ def test_the_formulas_count_what_torch_counts(name):
     method, options = CASES[name]
     torch.manual_seed(0)
     network = Network()
-    optimizer = minifisher.METHODS[method](network, **options)
+    optimizer = minifisher.METHODS[method](network, jitter=False, **options)
     group = optimizer.param_groups[0]
     layers = layers_of(network, optimizer.folds if group["fold_bias"] else ())
     plans = {layer: optimizer.plan(layer, group) for layer in layers}

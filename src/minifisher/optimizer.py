@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 from torch.optim import Optimizer
 
+from minifisher.common_options import CommonOptions
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import rank, world_size
 from minifisher.kernels.choose import compiled_kernels
-from minifisher.options import CommonOptions
 from minifisher.parameters import as_groups
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,

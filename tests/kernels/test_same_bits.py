@@ -17,7 +17,7 @@ WIDTHS = [2, 4, 8, 9, 16, 25, 49]
 CHILD = """
 import hashlib, sys
 import torch
-from minifisher.kernels import choose, packed
+from minifisher.kernels import choose, elementwise_cpu, packed
 from minifisher.linalg.blocks import BlockReading
 
 torch.set_num_threads(1)
@@ -53,8 +53,9 @@ for shape in ((1, 70_000), (3, 5_000)):
     norm, _ = choose.adam_step(gradient, momentum, moment.square_(), **decays, with_slope=False)
     _, slope = choose.adam_step(gradient, momentum, moment, **decays, with_slope=True)
     mean = choose.mean_square(gradient, shape[0])
+    measures = elementwise_cpu.norm_and_slope(gradient, momentum)
     choose.subtract_scaled(momentum, gradient, norm[0], 0.1)
-    told(f"elementwise {shape}", [momentum, moment, norm, slope, mean])
+    told(f"elementwise {shape}", [momentum, moment, norm, slope, mean, *measures])
 """
 
 
@@ -83,7 +84,7 @@ def test_no_kernel_calls_another_compiled_function():
         for value in vars(module).values()
         if hasattr(value, "py_func") and "inline" not in value.targetoptions
     ]
-    assert len(kernels) == 4
+    assert len(kernels) == 5
     for kernel in kernels:
         names = re.findall(r"\w+", " ".join(kernel.py_func.__code__.co_names))
         called = [kernel.py_func.__globals__.get(name) for name in names]

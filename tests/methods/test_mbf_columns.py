@@ -274,4 +274,4 @@ def test_vectors_that_take_adams_step_resume_and_say_so():
     assert torch.equal(other.state[bias]["second_moment"], opt.state[bias]["second_moment"])
     structures = {layer.name: layer.structure for layer in opt.describe().layers}
     assert structures["0.bias"] == structures["1.weight"] == "step of adam"
-    assert structures["4.weight"] == "blocks of shared rows"
+    assert structures["4.weight"] == "two-sided blocks"

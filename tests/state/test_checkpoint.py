@@ -171,7 +171,7 @@ def test_curvature_dtype_is_saved() -> None:
     train(network, optimizer, range(3))
     _, resumed = make(curvature_dtype=torch.bfloat16)
     resumed.load_state_dict(saved(optimizer))
-    assert resumed.state[resumed.param_groups[0]["params"][0]]["fisher"].dtype == torch.bfloat16
+    assert resumed.state[resumed.param_groups[0]["params"][0]]["input_fisher"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", METHODS)

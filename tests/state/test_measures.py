@@ -13,7 +13,7 @@ import minifisher
 KEYS = {
     "damping_min", "damping_max", "eigenvalue_min", "eigenvalue_max", "condition_max", "cosine_mean",
     "cosine_min", "step_ratio_mean", "step_ratio_max", "skipped_steps", "fallbacks", "frozen_layers",
-    "seconds_step", "seconds_statistics_step",
+    "renewed_curvatures", "seconds_step", "seconds_statistics_step",
 }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_eigenvalues_are_those_of_the_dense_blocks(options: dict[str, Any]) -> N
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(16, 6, dtype=torch.float64, generator=generator)
     targets = torch.randint(3, (16,), generator=generator)
-    optimizer = minifisher.MBF(network, lr=0.0, fisher="empirical", **options)
+    optimizer = minifisher.MBF(network, lr=0.0, fisher="empirical", output_power=0.0, **options)
     rows: dict[Tensor, list[Tensor]] = {p: [] for p in network.parameters()}
     for image, target in zip(inputs, targets, strict=True):
         loss = functional.cross_entropy(network(image[None]), target[None])
@@ -138,7 +138,7 @@ def test_of_many_wide_matrices_some_are_read_in_part() -> None:
 
 def test_inputs_that_are_always_zero_do_not_count() -> None:
     layer = nn.Linear(4, 8, bias=False)
-    optimizer = minifisher.MBF(layer, fisher="empirical")
+    optimizer = minifisher.MBF(layer, fisher="empirical", output_power=0.0)
     inputs = torch.randn(64, 4)
     inputs[:, 2] = 0
     layer(inputs).square().sum(1).mean().backward()
@@ -157,6 +157,7 @@ def test_what_is_not_known_is_nan() -> None:
     assert fresh.keys() == KEYS
     assert {key for key, value in fresh.items() if not math.isnan(value)} == {
         "damping_min", "damping_max", "skipped_steps", "fallbacks", "frozen_layers",
+        "renewed_curvatures",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def test_frozen_weights_are_left_out_of_shares_and_sums():
     network[0].requires_grad_(False)
     description = minifisher.MBF(network).describe()
     assert (description.parameters, description.frozen) == (36, 72)
-    assert description.coverage == {"blocks of shared rows": 32 / 36, "diagonal": 4 / 36}
+    assert description.coverage == {"two-sided blocks": 32 / 36, "diagonal": 4 / 36}
     assert description.state_bytes == sum(layer.state_bytes for layer in description.layers[2:])
     assert "36 parameters" in str(description)
     assert "72 frozen parameters are not counted" in str(description)

@@ -10,7 +10,7 @@ import minifisher
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("mbf", {}),
+        ("mbf", {"output_power": 0.0}),
         ("mbf", {"share": "row"}),
         ("tnt", {"per_sample": True}),
         ("shampoo", {}),

@@ -191,7 +191,7 @@ def test_autocast_trains(fisher: str, dtype: torch.dtype) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     state = optimizer.state[network.hidden.weight]
-    assert state["fisher"].dtype == torch.float32
+    assert state["input_fisher"].dtype == torch.float32
     assert optimizer.skipped_steps == 0
 
 

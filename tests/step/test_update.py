@@ -16,7 +16,7 @@ WARNED = "the direction of a layer was not finite"
 
 def after_one_step(**options):
     weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
-    opt = MBF([weight], lr=0.1, **options)
+    opt = MBF([weight], lr=0.1, output_power=0.0, **options)
     weight.grad = GRADIENTS[0].clone()
     opt.step()
     return weight, opt
@@ -54,7 +54,7 @@ def test_a_layer_whose_direction_is_not_finite_takes_the_first_order_step(graft,
 
 def test_only_the_layer_of_a_stack_whose_direction_is_not_finite_falls_back():
     weights = [nn.Parameter(torch.zeros(3, 4, dtype=torch.float64)) for _ in range(2)]
-    opt = MBF(weights, lr=0.1)
+    opt = MBF(weights, lr=0.1, output_power=0.0)
     for weight in weights:
         weight.grad = GRADIENTS[0].clone()
     opt.step()

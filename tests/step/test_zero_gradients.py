@@ -62,7 +62,7 @@ def test_a_head_is_observed_at_its_first_gradient_and_nothing_falls_back(method)
 
 
 def test_what_was_missed_is_observed_at_the_next_gradient_and_inverted_at_once():
-    module, optimizer = make("mbf", statistics_every=8, jitter=False)
+    module, optimizer = make("mbf", statistics_every=8, jitter=False, output_power=0.0)
     train(module, optimizer, [1] + [0] * 8)
     state = optimizer.state[module.heads[1].weight]
     fisher, inverse = state["fisher"].clone(), state["inverse"].clone()

@@ -125,13 +125,13 @@ def mean_square(gradient: Tensor, layers: int) -> Tensor:
     return norm.square() / rows.shape[1]
 
 
-def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor] | None:
-    """|x| and <M, x> in one pass, [layers], of x and M [layers, entries]; None where torch computes them."""
+def norm_and_slope(step: Tensor, momentum: Tensor, layers: int) -> tuple[Tensor, Tensor] | None:
+    """|x| and <M, x> in one pass, [layers], of stacks x and M; None where torch is to compute them."""
     if step.numel() < LEAST_ENTRIES or not suits_numba(step, momentum):
         return None
     from minifisher.kernels import elementwise_cpu
 
-    return elementwise_cpu.norm_and_slope(step, momentum)
+    return elementwise_cpu.norm_and_slope(step.view(layers, -1), momentum.view(layers, -1))
 
 
 def subtract_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:

@@ -11,7 +11,7 @@ from minifisher.curvature import Curvature
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -48,8 +48,12 @@ class ColumnBlocks(Curvature):
 
     @property
     def recomputed(self) -> tuple[str, ...]:
-        """Those of the curvature of W^T."""
+        """Likewise."""
         return self.transposed.recomputed
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """The blocks F_b of W^T."""
+        return self.transposed.matrices(state)
 
     def shard(self, shape: torch.Size) -> ColumnBlocks | None:
         """The same curvature of a piece: any number of whole columns, or of each column whole blocks."""

@@ -27,6 +27,8 @@ from minifisher.linalg.dense import working_dtype
 from minifisher.statistics.records import BatchGradient, LayerSamples, Statistics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from minifisher.curvature import State
@@ -111,6 +113,10 @@ class TwoSidedBlocks(Curvature):
         cut = "output" if dimension == 0 else "input"
         names = (f"{side}_{kind}" for side in ("input", "output") for kind in ("fisher", "inverse"))
         return {"mean": None, **{name: 1 if name.startswith(cut) else None for name in names}}
+
+    def matrices(self, state: State) -> Sequence[Tensor]:
+        """A and G."""
+        return state["input_fisher"], state["output_fisher"]
 
     def init(self, layer: Layer) -> State:
         """The averages A [1, in / b_in, b_in, b_in] and G [1, out / b_out, b_out, b_out], and the inverses.

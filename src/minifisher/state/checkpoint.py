@@ -12,7 +12,7 @@ from torch import Tensor
 from minifisher.distributed.collectives import as_dtensor, is_distributed, local
 from minifisher.distributed.placement import whole_shape
 from minifisher.options import check_options
-from minifisher.step.layer_stack import PARAMETER_SHAPED, tensors_of
+from minifisher.step.entries import PARAMETER_SHAPED, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,9 +17,9 @@ from minifisher.state.reading import begin_anew, complete_entries, keep
 from minifisher.statistics.estimators import check_estimators
 from minifisher.statistics.layers import Layer, layers_of_tensors
 from minifisher.step.captured import check_capturable
-from minifisher.step.entries import has_memory, pointers
-from minifisher.step.first_order import check_length
-from minifisher.step.layer_stack import Enrolled, graft_of, tensors_of, with_schedules
+from minifisher.step.entries import has_memory, pointers, tensors_of
+from minifisher.step.first_order import check_length, graft_of
+from minifisher.step.layer_stack import Enrolled, with_schedules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from minifisher.distributed.collectives import is_distributed, local
-from minifisher.step.entries import Entry
-from minifisher.step.layer_stack import COUNTS, PARAMETER_SHAPED, add_momentum, initial_state
+from minifisher.step.entries import COUNTS, PARAMETER_SHAPED, Entry, add_momentum, initial_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

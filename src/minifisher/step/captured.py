@@ -15,8 +15,7 @@ from torch import Tensor
 
 from minifisher.curvature import Measures, NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import graft_length
-from minifisher.step.layer_stack import graft_of
+from minifisher.step.first_order import graft_length, norms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -44,8 +43,6 @@ def _obstacle(plan: Plan, options: Mapping[str, Any]) -> str:
         return f'a recorded step reads gradients alone, got fisher={options["fisher"]!r}: use "gradient"'
     if options["adaptive_damping"]:
         return "adaptive_damping=True compares losses on the host: set one of the two to False"
-    if graft_of(plan, options).by_rows:
-        return f'a recorded step has one length a layer, got graft={options["graft"]!r}: use "adam" or "sgd"'
     if plan.statistics_every != 1 or plan.inverse_every != 1:
         return (
             f"a recorded step has no schedule, got statistics_every={plan.statistics_every} and "
@@ -71,8 +68,8 @@ def take_captured_step(
     """
     if scale is not None:
         gradients = [gradient / scale for gradient in gradients]
-    norms = torch.stack([_norm(gradient, 1).float() for gradient in gradients])
-    usable = torch.isfinite(norms.square()).all()
+    of_gradients = torch.stack([norms(gradient, 1).float() for gradient in gradients])
+    usable = torch.isfinite(of_gradients.square()).all()
     if overflow is not None:
         usable = usable & (overflow.sum() == 0)
     fallbacks = [_step(stack, gradient, usable) for stack, gradient in zip(stacks, gradients, strict=True)]
@@ -105,7 +102,7 @@ def _directions(
         curvature.observe(stack.state, BatchGradient(gradient), 1 - share)
         curvature.refresh(stack.state, options["damping"])
     gradient = stack.with_decay(gradient)
-    graft.update(stack.state, gradient, len(stack.layers), taken, mu, with_slope=False)
+    graft.update(stack.state, gradient, stack.lengths, taken, mu, with_slope=False)
     momentum = stack.state["momentum"] if mu else gradient
     first_order = graft.step(stack.state, momentum, taken, mu)
     if curvature.needs is None:
@@ -123,24 +120,16 @@ def _with_length(
     # Where the first-order step is not finite either the layer stays, and counts as a fallback, too.
     fallback = torch.where(torch.isfinite(of_first_order.norm), first_order, 0)
     update = torch.where(usable, direction * length, fallback)
-    return update, (~usable & (of_first_order.norm != 0)).sum()
+    fallen = ~usable & (of_first_order.norm != 0)
+    return update, fallen.view(len(stack.layers), -1).any(1).sum()
 
 
 def _measures(stack: LayerStack, step: Tensor, momentum: Tensor) -> Measures:
-    layers = len(stack.layers)
-    if not stack.measures_slope:
-        return Measures(_norm(step, layers))
-    products = momentum * step
-    axes = tuple(range(1 if layers > 1 else 0, step.ndim))
-    return Measures(_norm(step, layers), products.sum(axes, keepdim=layers > 1))
-
-
-def _norm(stack: Tensor, layers: int) -> Tensor:
-    """Of every layer, [] or [layers, 1, ...]."""
-    norm: Tensor = torch.linalg.vector_norm(
-        stack, dim=tuple(range(1, stack.ndim)) if layers > 1 else None, keepdim=layers > 1
-    )
-    return norm
+    """Of every length, [] or [layers, rows | 1, 1, ...]."""
+    lengths = stack.lengths
+    # Not `measure`, whose compiled loops no graph can record.
+    slope = (momentum * step).reshape(lengths, -1).sum(1) if stack.measures_slope else None
+    return Measures(norms(step, lengths), slope).map(stack.per_length)
 
 
 def _apply(stack: LayerStack, update: Tensor, usable: Tensor) -> None:

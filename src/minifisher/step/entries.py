@@ -6,10 +6,26 @@ from collections.abc import MutableMapping
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from minifisher.distributed.collectives import local
+from minifisher.distributed.placement import local_part
+from minifisher.step.first_order import GRAFTS, graft_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from minifisher.curvature import Plan
+    from minifisher.statistics.layers import Layer
+
+    Options = dict[str, Any]
+
+PARAMETER_SHAPED = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
+"""Tensors of the state that the engine keeps for every parameter; all others are the curvature's."""
+
+COUNTS = frozenset({"step", "observations", "missed"})
+"""Numbers that the engine keeps: the first for every parameter, the others for every weight."""
 
 
 class Entry(dict[str, Any]):
@@ -93,3 +109,47 @@ def has_memory(tensor: Tensor) -> bool:
 def pointers(tensors: Iterable[Tensor]) -> list[int]:
     """Where the memory of each tensor begins; another assignment to `.data` changes it."""
     return list(map(Tensor.data_ptr, tensors))
+
+
+# ---- the entries of one layer ----
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, Entry]:
+    """The entries of a layer's parameters in the optimizer's state before the first step."""
+    names = [*(["momentum"] if options["momentum"] else []), *graft_of(plan, options).state_names]
+    entries: dict[Tensor, dict[str, Any]] = {
+        parameter: {
+            "step": _zero_count(parameter, options),
+            **{
+                name: torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype)) for name in names
+            },
+        }
+        for parameter in layer.parameters
+    }
+    entries[layer.weight].update(
+        observations=_zero_count(layer.weight, options), missed=0, **plan.curvature.init(local_part(layer))
+    )
+    return {parameter: Entry(values, values) for parameter, values in entries.items()}
+
+
+def add_momentum(layer: Layer, entries: Mapping[Tensor, Entry]) -> None:
+    """M = 0 for a layer that had no momentum so far."""
+    for parameter in layer.parameters:
+        entry = entries[parameter]
+        if "momentum" not in entry.names:
+            zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
+            entry.keep({"momentum": zeros}, {*entry.names, "momentum"})
+
+
+def tensors_of(entry: Entry) -> dict[str, Tensor]:
+    """What the engine keeps in an entry, counts apart."""
+    return {name: value for name, value in entry.items() if name in entry.names - COUNTS}
+
+
+def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
+    return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from minifisher.curvature import Plan
+
     State = dict[str, Tensor]
 
 ADAM_DECAY = 0.999  # beta_2 of torch.optim.AdamW, so that its learning rate carries over
@@ -145,6 +147,11 @@ def equal_descent(descent: Tensor, length: Tensor, limit: float) -> Tensor:
     return torch.where(descent > 0, torch.minimum(descent, limit * length), length)
 
 
+def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
+    """The first-order method that a layer takes its step, or the length of it, from."""
+    return GRAFTS[plan.first_order or options["graft"]]
+
+
 def check_length(options: Mapping[str, Any]) -> None:
     """Raise ValueError where a length is asked for that no first-order step gives."""
     if options["length"] == "descent" and options["graft"] is None:
@@ -179,12 +186,13 @@ def norms(stack: Tensor, lengths: int) -> Tensor:
 
 def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
     """Norm and slope of each of so many equal parts of a step, [lengths]."""
-    shape = lengths, step.numel() // max(1, lengths)
-    rows, m = step.reshape(shape), momentum.reshape(shape)
-    computed = norm_and_slope(rows, m)
+    computed = norm_and_slope(step, momentum, lengths)
     if computed is not None:
         return Measures(*computed)
-    slope: Tensor = torch.dot(m[0], rows[0]).view(1) if lengths == 1 else (m * rows).sum(1)
+    if lengths == 1:
+        slope = torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
+    else:
+        slope = (momentum * step).reshape(lengths, step.numel() // max(1, lengths)).sum(1)
     return Measures(norms(step, lengths), slope)
 
 

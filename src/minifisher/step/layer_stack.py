@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minifisher.curvature import Measures
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
-from minifisher.step.entries import Entry, StateOfStacks, has_memory, write
-from minifisher.step.first_order import GRAFTS
+from minifisher.step.entries import (
+    PARAMETER_SHAPED,
+    Entry,
+    StateOfStacks,
+    has_memory,
+    state_dtype,
+    tensors_of,
+    write,
+)
+from minifisher.step.first_order import graft_of, measure, norms
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
@@ -29,23 +38,16 @@ if TYPE_CHECKING:
     from minifisher.distributed.placement import Placement
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
-    from minifisher.step.first_order import Graft
 
     Options = dict[str, Any]
     Entries = Mapping[Tensor, Entry]
     Samples = Mapping[Layer, LayerSamples]
-
-PARAMETER_SHAPED = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
-"""Tensors of the state that the engine keeps for every parameter; all others are the curvature's."""
 
 SATURATED = 1_000_000
 """So many observations stand for a finished average, as after a warm start: no bias is corrected any more."""
 
 # Stacking copies the gradients once. For a weight with more entries that costs more than a call of its own.
 _LARGEST_STACKED = 65_536
-
-COUNTS = frozenset({"step", "observations", "missed"})
-"""Numbers that the engine keeps: the first for every parameter, the others for every weight."""
 
 
 class Enrolled(NamedTuple):
@@ -103,6 +105,15 @@ class LayerStack:
         """Whether the length of the direction depends on slopes."""
         by_descent = self.options["length"] != "norm" and self.graft.rescales
         return by_descent and self.curvature.needs is not None
+
+    def measured(self, step: Tensor, momentum: Tensor) -> Measures:
+        """What the rule of length reads of a step, [] or [layers, rows | 1, 1, ...]."""
+        numbers = (
+            measure(step, momentum, self.lengths)
+            if self.measures_slope
+            else Measures(norms(step, self.lengths))
+        )
+        return numbers.map(self.per_length)
 
     @cached_property
     def length_groups(self) -> tuple[Any, ...]:
@@ -223,7 +234,8 @@ class LayerStack:
 
         One record of 1e12 can be enough. Averages that ranks exchange are never so: the step is skipped.
         """
-        tensors = [t for name, t in self.state.items() if name not in PARAMETER_SHAPED]
+        names = self.curvature.averages or self.state.keys() - PARAMETER_SHAPED
+        tensors = [self.state[name] for name in names if name in self.state]
         if not self.placement.alone or all(bool(tensor.isfinite().all()) for tensor in tensors):
             return 0
         for name, tensor in self.curvature.init(self.layers[0]).items():
@@ -291,11 +303,6 @@ def state_of_stacks(state: Mapping[Any, Any], stacks: Iterable[LayerStack]) -> S
     return StateOfStacks(state, entries, views)
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def with_schedules(
     placements: Mapping[Layer, Placement], groups: Mapping[Layer, Options]
 ) -> dict[Layer, Placement]:
@@ -311,48 +318,7 @@ def with_schedules(
     }
 
 
-def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
-    """The first-order method that a layer takes its step, or the length of it, from."""
-    return GRAFTS[plan.first_order or options["graft"]]
-
-
-# ---- the state of a layer, and stacks made of it ----
-
-
-def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, Entry]:
-    """The entries of a layer's parameters in the optimizer's state before the first step."""
-    names = [*(["momentum"] if options["momentum"] else []), *graft_of(plan, options).state_names]
-    entries: dict[Tensor, dict[str, Any]] = {
-        parameter: {
-            "step": _zero_count(parameter, options),
-            **{
-                name: torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype)) for name in names
-            },
-        }
-        for parameter in layer.parameters
-    }
-    entries[layer.weight].update(
-        observations=_zero_count(layer.weight, options), missed=0, **plan.curvature.init(local_part(layer))
-    )
-    return {parameter: Entry(values, values) for parameter, values in entries.items()}
-
-
-def add_momentum(layer: Layer, entries: Entries) -> None:
-    """M = 0 for a layer that had no momentum so far."""
-    for parameter in layer.parameters:
-        entry = entries[parameter]
-        if "momentum" not in entry.names:
-            zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
-            entry.keep({"momentum": zeros}, {*entry.names, "momentum"})
-
-
-def tensors_of(entry: Entry) -> dict[str, Tensor]:
-    """What the engine keeps in an entry, counts apart."""
-    return {name: value for name, value in entry.items() if name in entry.names - COUNTS}
-
-
-def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
-    return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
+# ---- stacks are formed ----
 
 
 def form_stacks(

@@ -9,7 +9,7 @@ import torch
 
 from minifisher.curvature import Measures
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import graft_length, measure, norms
+from minifisher.step.first_order import graft_length
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,10 +48,7 @@ class Update:
 
     def measured(self) -> Measures:
         """What is measured of the direction, [] or [layers, rows | 1, 1, ...]."""
-        lengths = self.stack.lengths
-        if self.first_order.slope is None:
-            return Measures(self.stack.per_length(norms(self.direction, lengths)))
-        return measure(self.direction, self.accumulated, lengths).map(self.stack.per_length)
+        return self.stack.measured(self.direction, self.accumulated)
 
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
@@ -96,7 +93,10 @@ class Update:
                 parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
     def divergence(self) -> Tensor:
-        """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step."""
+        """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step.
+
+        Where rows have lengths of their own and P mixes rows it is an estimate.
+        """
         if not self.stack.observations:
             return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
         rate = float(self.stack.options["lr"])
