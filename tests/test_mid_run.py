@@ -61,15 +61,6 @@ def test_half_of_a_folded_layer_stays_when_it_is_frozen(method, half):
         assert torch.equal(parameter, old) == (parameter is frozen)
 
 
-def test_parameters_put_into_a_group_by_hand_are_noticed():
-    module = network()
-    optimizer = MBF(module)
-    train(module, optimizer, 1)
-    module[0].weight = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(8, 6))
-    with pytest.raises(RuntimeError, match=r"hold 1 parameters .* miss 1 .*add_param_group"):
-        train(module, optimizer, 1)
-
-
 def test_a_refused_group_is_not_enrolled():
     first, second = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
     optimizer = MBF([first], capturable=True, statistics_every=1, inverse_every=1)
@@ -95,7 +86,7 @@ def test_a_learning_rate_that_became_nan_reaches_no_weight():
     train(module, optimizer, 1)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     optimizer.param_groups[0]["lr"] = math.nan
-    with pytest.raises(ValueError, match="lr must be finite, got nan"):
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, got nan"):
         train(module, optimizer, 1)
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
 

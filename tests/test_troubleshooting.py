@@ -53,7 +53,7 @@ def messages():
     """Where a message is -> its template."""
     for path in sorted(CORE.rglob("*.py")):
         tree = ast.parse(path.read_text())
-        assigned, warning = assignments(tree), {"warnings.warn", *warners(tree)}
+        assigned, warning = assignments(tree), {"warnings.warn", "warn_caller", *warners(tree)}
         for node in ast.walk(tree):
             made = node.exc if isinstance(node, ast.Raise) else node
             is_warning = isinstance(made, ast.Call) and ast.unparse(made.func) in warning

@@ -55,6 +55,11 @@ class Curvature(ABC):
     """
 
     @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The tensors that `refresh` computes from the others alone: NaN where it failed, until the next."""
+        return ()
+
+    @property
     def capturable(self) -> bool:
         """Whether a CUDA graph can record it: no verb reads a number from the device.
 

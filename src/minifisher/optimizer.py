@@ -11,40 +11,38 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 from torch.optim import Optimizer
 
+from minifisher.common_options import CommonOptions
 from minifisher.curvature import Plan
-from minifisher.distributed.collectives import is_distributed, rank, world_size
-from minifisher.distributed.placement import place_layers, with_piece_units
+from minifisher.distributed.collectives import rank, world_size
 from minifisher.kernels.choose import compiled_kernels
-from minifisher.options import CommonOptions
-from minifisher.parameters import as_groups, check_parameter
+from minifisher.parameters import as_groups
 from minifisher.state.checkpoint import (
     FORMAT_VERSION,
-    merged_groups,
-    parameter_keys,
-    read_entries,
-    whole_entries,
+    check_form,
+    pack,
     without_stacks,
 )
+from minifisher.state.enrolment import Enrolment, enrol, placed
+from minifisher.state.groups import check_group
+from minifisher.state.loading import Loaded, read_state_dict
 from minifisher.state.measures import StepClock, measures
+from minifisher.state.reading import complete_entries
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
-from minifisher.statistics.estimators import check_estimators
 from minifisher.statistics.labels import begin_labels, next_generator
-from minifisher.statistics.layers import Layer, layers_of_tensors, parameters_of
+from minifisher.statistics.layers import Layer, parameters_of
 from minifisher.statistics.likelihood import drawn_labels
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass, refuse_missing_closure
 from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
-from minifisher.step.captured import check_capturable, take_captured_step
-from minifisher.step.first_order import check_length
+from minifisher.step.captured import take_captured_step
+from minifisher.step.entries import StateOfStacks, write
 from minifisher.step.layer_stack import (
     SATURATED,
     Enrolled,
     LayerStack,
-    add_momentum,
     form_stacks,
-    initial_state,
-    with_schedules,
+    state_of_stacks,
 )
 from minifisher.step.loss_scale import DrivenByScaler
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
@@ -52,10 +50,10 @@ from minifisher.step.recipe import Alone, StepTaken, take_step
 from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from collections.abc import Set as AbstractSet
 
-Samples = dict[Layer, LayerSamples]
+    Samples = dict[Layer, LayerSamples]
 
 
 class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
@@ -82,20 +80,21 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         """Returns the scale of the loss, for "empirical" where no torch.amp.GradScaler drives the step."""
         self._counters, self._clock = Counters(), StepClock()
         self._enrolled: dict[Layer, Enrolled] = {}
+        self._given: dict[int, nn.Module] = {}
+        """The modules that new groups were given as, by the id of the group."""
         self._stacks: list[LayerStack] = []
         self._stacked: list[Layer] | None = None
         """The layers of the stacks; None where stacks must be formed anew."""
+        self._state_of_stacks = StateOfStacks({}, (), ())
         self._captures = Captures({}, 0)
-        self.modules: list[nn.Module] = []
-        """The modules that were given; a second pass restores their buffers."""
         self._complete = False
         values = self.bind(arguments, options)
-        params, self._model = values.pop("params"), values.pop("model")
+        params, self._enrolment = values.pop("params"), Enrolment(model=values.pop("model"))
         self.check(values)
-        Optimizer.__init__(self, as_groups(params), {**values, "format_version": FORMAT_VERSION})
+        signed = {**values, "format_version": FORMAT_VERSION, "method": type(self).__name__}
+        Optimizer.__init__(self, as_groups(params), signed)
+        self._enrol()
         self._complete = True
-        self._check_estimators({layer: member.group for layer, member in self._enrolled.items()})
-        self._arm()
 
     @abstractmethod
     def plan(self, layer: Layer, options: dict[str, Any]) -> Plan:
@@ -105,78 +104,55 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its "params" may be a module, and options may differ from those of other groups."""
-        options = {**self.defaults, **param_group}
-        self.check(options)
+        check_group(self, {**self.defaults, **param_group})
         self.check_shared(param_group, self.defaults)
-        check_length(options)
-        if options["fisher"] not in self.estimators:
-            raise ValueError(
-                f"fisher of {type(self).__name__} must be one of {', '.join(map(repr, self.estimators))}, "
-                f"got {options['fisher']!r}"
-            )
         source = param_group["params"]
-        model = source if isinstance(source, nn.Module) else self._model
         if isinstance(source, nn.Module):
             param_group = {**param_group, "params": list(parameters_of(source).values())}
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        layers = layers_of_tensors(self._named(group), model, self.folds if options["fold_bias"] else ())
-        try:
-            self._enrol(dict.fromkeys(map(with_piece_units, layers), group))
-        except (TypeError, ValueError):
-            self.param_groups.pop()  # a group that was refused leaves no trace
-            raise
-        if model is not None and model not in self.modules:
-            self.modules.append(model)
+        if isinstance(source, nn.Module):
+            self._given[id(self.param_groups[-1])] = source
+        if self._complete:  # those of the constructor are enrolled together
+            try:
+                self._enrol()
+            except (TypeError, ValueError):
+                self.param_groups.pop()  # a group that was refused leaves no trace
+                raise
 
-    def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        place = f"of group {len(self.param_groups) - 1}"
-        names = group.get("param_names") or [
-            f"parameter {index} {place}" for index in range(len(group["params"]))
-        ]
-        return zip(names, group["params"], strict=True)
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that were given; a second pass restores their buffers."""
+        return self._enrolment.modules
 
-    def _enrol(self, layers: dict[Layer, dict[str, Any]]) -> None:
-        """Plan and place more layers, each with its group."""
-        for layer in layers:
-            for parameter in layer.parameters:
-                check_parameter(layer.name, parameter)
-        groups = {**{layer: member.group for layer, member in self._enrolled.items()}, **layers}
-        if self._complete:  # the groups of the constructor are checked together
-            self._check_estimators(groups)
-        plans = {layer: member.plan for layer, member in self._enrolled.items()}
-        plans.update({layer: self.plan(layer, group) for layer, group in layers.items()})
-        enrolled = self._placed(plans, groups)
-        if self.defaults["capturable"]:
-            for group in {id(group): group for group in layers.values()}.values():
-                check_capturable(enrolled.values(), group)
-        self._take_over(enrolled)
+    def _notice(self) -> None:
+        """Look at what the groups hold by now; ValueError, and nothing changed, for what they must not."""
+        if not self._enrolment.is_current(self.param_groups, self.options, not self.defaults["capturable"]):
+            self._enrol()
+
+    def _enrol(self) -> None:
+        """Plan and place the layers of the groups, as far as they are new or changed."""
+        given, self._given = self._given, {}
+        self._take_over(enrol(self, self.param_groups, self._enrolment, self.state, given))
         begin_labels(self.param_groups)
-        if self._complete:
-            self._arm()
 
-    def _check_estimators(self, groups: dict[Layer, dict[str, Any]]) -> None:
-        asked = ((layer, group["fisher"]) for layer, group in groups.items())
-        check_estimators(type(self).__name__, self.estimators, asked)
-
-    def _placed(self, plans: dict[Layer, Plan], groups: dict[Layer, dict[str, Any]]) -> dict[Layer, Enrolled]:
-        placements = place_layers(type(self).__name__, plans, groups, self.defaults["shard_curvature"])
-        placements = with_schedules(placements, groups)
-        return {layer: Enrolled(layer, groups[layer], plans[layer], placements[layer]) for layer in plans}
-
-    def _take_over(self, enrolled: dict[Layer, Enrolled]) -> None:
-        """These layers from now on: stacks and hooks are made anew."""
-        self._enrolled, self._stacks, self._stacked = enrolled, [], None
-        self._parameters = {id(parameter) for layer in enrolled for parameter in layer.parameters}
-        self._alone = all(member.placement.alone for member in enrolled.values())
-        self._secant_layers = [layer for layer in enrolled if enrolled[layer].plan.curvature.needs is Secant]
+    def _take_over(self, enrolment: Enrolment) -> None:
+        """These layers from now on: stacks are made anew, and hooks where other samples are read."""
+        self._enrolment, self._enrolled = enrolment, enrolment.members
+        self._stacks, self._stacked = [], None
+        self.defaults.update(enrolment.shared)
+        members = self._enrolled.items()
+        self._alone = all(member.placement.alone for _, member in members)
+        self._secant_layers = [layer for layer, member in members if member.plan.curvature.needs is Secant]
         layers: dict[str, list[Layer]] = {}
-        for layer, member in enrolled.items():
+        for layer, member in members:
             if member.plan.curvature.needs not in (None, BatchGradient):
                 layers.setdefault(member.group["fisher"], []).append(layer)
-        self._captures.release()
-        self._captures = Captures(layers, self.defaults["statistics_memory"])
-        self._reads_samples = bool(self._captures)
+        if not self._captures.reads(layers, self.defaults["statistics_memory"]):
+            self._captures.release()
+            self._captures = Captures(layers, self.defaults["statistics_memory"])
+        with torch.no_grad(), full_precision(self.param_groups):
+            enrolment.adapt(self.state)
+        self._arm()
 
     # ---- the step ----
 
@@ -192,6 +168,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     # Traced, it would be compiled piece by piece, for every kind of layer and every phase of the schedule.
     @_disable_dynamo
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        if closure is not None:
+            self._notice()
         adaptive = [group for group in self.param_groups if group["adaptive_damping"]]
         adapts = bool(adaptive) and self._steps_taken() % ADAPT_EVERY == 0
         two_passes = self._two_passes(closure, adapts) if adaptive or self._secant_layers else None
@@ -200,11 +178,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 two_passes.first() if two_passes is not None else closure() if closure is not None else None
             )
         with torch.no_grad(), full_precision(self.param_groups), self._clock.timing(self._stacks):
-            samples = self._captures.collect(partial(loss_scale, self)) if self._reads_samples else {}
+            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
             taken = self._take_step(samples, adapts)
         if two_passes is not None and taken is not None:
             self._look_again(two_passes, loss, taken)
-        if self._reads_samples:
+        if self._captures:
             self._arm()
         return loss
 
@@ -256,33 +234,21 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         return [stack.gradient() for stack in self._restack(self._layers_with_gradients(), {})]
 
     def _layers_with_gradients(self) -> list[Layer]:
-        for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor) and not abs(group["lr"]) < float("inf"):
-                raise ValueError(
-                    f"lr must be finite, got {group['lr']!r}: look at what sets it, a scheduler?"
-                )
-        present = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        if present != self._parameters:
-            raise RuntimeError(
-                f"param_groups hold {len(present - self._parameters)} parameters that no curvature was "
-                f"planned for, and miss {len(self._parameters - present)} that it was: pass new ones to "
-                "add_param_group, and make a new optimizer after parameters were replaced or pruned"
-            )
+        self._notice()
         return [layer for layer in self._enrolled if any(p.grad is not None for p in layer.parameters)]
 
     def _restack(
         self, active: list[Layer], samples: Samples, zero: AbstractSet[Layer] = frozenset()
     ) -> list[LayerStack]:
-        """The stacks of the layers with gradients; formed anew where those, or their samples, change."""
-        has_state = all(self.state.get(layer.weight) for layer in active)  # a user may empty it to begin anew
+        """The stacks of the layers with gradients; formed anew where those, state or samples change."""
         if (
             active != self._stacked
-            or not has_state
+            or not self._state_of_stacks.still_is(self.state)
             or any(stack.must_be_rebuilt(samples, zero) for stack in self._stacks)
         ):
             self._initialise(active)
             self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples, zero)
-            self._stacked = active
+            self._stacked, self._state_of_stacks = active, state_of_stacks(self.state, self._stacks)
             if self.defaults["capturable"]:
                 for stack in self._stacks:
                     stack.keep_counts()
@@ -290,13 +256,9 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         return self._stacks
 
     def _initialise(self, layers: Iterable[Layer]) -> None:
-        """Make the state of layers that have none."""
+        """Make the state of layers that have none, and read what others have written into it."""
         for layer in layers:
-            member = self._enrolled[layer]
-            if not self._entry(layer):
-                self.state.update(initial_state(layer, member.placement.plan, member.group))
-            elif member.group["momentum"]:
-                add_momentum(layer, self.state)
+            complete_entries(self._enrolled[layer], self.state)
 
     def _entry(self, layer: Layer) -> dict[str, Any]:
         entry: dict[str, Any] = self.state.get(layer.weight, {})  # indexing would make an empty one
@@ -352,13 +314,13 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the samples of the backward passes so far are forgotten with their gradients."""
         super().zero_grad(set_to_none)
-        if self._captures:
+        if self._captures:  # which an option may turn on or off for the coming pass
+            self._notice()
             self._captures.forget_backward()
 
     def _arm(self, always: bool = False) -> None:
         """Switch hooks on where the coming step reads statistics, off where it does not."""
-        if self._captures:
-            self._captures.arm(lambda layer: always or self._statistics_due(layer))
+        self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
         return self._enrolled[layer].statistics_due(self._entry(layer))
@@ -398,7 +360,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         for layer in self._enrolled:
             entry = self._entry(layer)
             if entry.get("observations"):
-                entry["observations"] = 0 * entry["observations"] + number
+                write(entry, "observations", 0 * entry["observations"] + number)
         self._stacked = None
 
     def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str, draws: bool) -> bool:
@@ -435,6 +397,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     def describe(self) -> Description:
         """What was chosen for every weight and why, and the share of the parameters each structure covers."""
+        self._notice()
         members = self._enrolled.values()
         rows = (describe_layer(member.layer, member.plan, member.group["fisher"]) for member in members)
         devices = dict.fromkeys(member.layer.weight.device.type for member in members)
@@ -447,50 +410,69 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         each. Call it between `step` and `zero_grad`. It costs about as much as a step without statistics.
         """
         if flat:
+            self._notice()
             step = measures(self._stacks, self.param_groups)
             return {**step, **self._counters.report(), **self._clock.seconds}
-        named = layers_by_name(self._enrolled.values(), self.param_groups)
+        groups = [seen.group for seen in self._enrolment.seen]
+        named = layers_by_name(self._enrolled.values(), groups)
         weights = {name: counts(self._entry(layer)) for name, layer in named}
         return {**self._counters.report(), "weights": weights}
 
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with an entry for every trainable parameter, also if it had no gradient so far."""
-        self._initialise(layer for layer in self._enrolled if any(p.requires_grad for p in layer.parameters))
-        packed = super().state_dict()
-        keys = parameter_keys(self.param_groups, packed)
-        for layer, member in self._enrolled.items():
-            if layer.weight in self.state and is_distributed(layer.weight):
-                whole = whole_entries(layer, member.plan, self.state)
-                packed["state"].update({keys[parameter]: entry for parameter, entry in whole.items()})
-        return packed
+        """As torch's, with an entry for every parameter, also if it had no gradient so far."""
+        self._notice()
+        self._initialise(
+            layer
+            for layer in self._enrolled
+            if self._entry(layer) or any(parameter.requires_grad for parameter in layer.parameters)
+        )
+        members, groups = self._enrolled.values(), self.param_groups
+        # Before the hooks of others, which then see all that will be saved.
+        hook = self.register_state_dict_post_hook(
+            lambda _, packed: pack(packed, members, groups, self.state), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; ValueError, and nothing changed, if it does not fit."""
-        groups = merged_groups(self.param_groups, state_dict, self.defaults, self.options)
-        renewed = {id(old): new for old, new in zip(self.param_groups, groups, strict=True)}
-        options = {layer: renewed[id(member.group)] for layer, member in self._enrolled.items()}
-        enrolled = self._placed({layer: self.plan(layer, group) for layer, group in options.items()}, options)
-        entries = read_entries(enrolled.values(), state_dict["state"], parameter_keys(groups, state_dict))
-        # Without the state, which torch would cast to the parameter's dtype.
-        super().load_state_dict({**state_dict, "state": {}})
-        self.param_groups[:] = groups
-        self.state.update(entries)
-        self._take_over(enrolled)
-        self._arm()
+        check_form(state_dict)
+        read: list[Loaded] = []
+        # Pre hooks of others may change what is read, and post hooks find it in place.
+        before = self.register_load_state_dict_pre_hook(lambda _, given: self._read(given, read))
+        after = self.register_load_state_dict_post_hook(lambda _: self._take_over_saved(*read), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _read(self, saved: dict[str, Any], read: list[Loaded]) -> dict[str, Any]:
+        """Read it; what is left for torch has no state that it would cast."""
+        read.append(read_state_dict(self, saved, self._enrolment))
+        return {**saved, "state": read[0].others}
+
+    def _take_over_saved(self, loaded: Loaded) -> None:
+        self.param_groups[:] = loaded.groups
+        self.state.update(loaded.entries)
+        self._take_over(loaded.enrolment)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_clock", "_complete", "_counters", "_model", "modules", "loss_scale")
-        kept = {name: getattr(self, name) for name in names}
+        kept = {name: getattr(self, name) for name in ("_clock", "_complete", "_counters", "loss_scale")}
         plans = [(layer, member.group, member.plan) for layer, member in self._enrolled.items()]
-        return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_plans": plans}
+        copied = (plans, self._enrolment.seen, self._enrolment.model)
+        return {**super().__getstate__(), **kept, "state": without_stacks(self.state), "_copied": copied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plans = state.pop("_plans", None)
+        copied = state.pop("_copied", None)
         super().__setstate__(state)
-        if plans is not None:  # a copy, not torch's load_state_dict
-            self._captures = Captures({}, 0)
+        if copied is not None:  # a copy, not torch's load_state_dict
+            plans, seen, model = copied
+            self._captures, self._given = Captures({}, 0), {}
             groups = {layer: group for layer, group, _ in plans}
-            self._take_over(self._placed({layer: plan for layer, _, plan in plans}, groups))
-            self._arm()
+            members = placed(self, {layer: plan for layer, _, plan in plans}, groups, {})
+            self._take_over(Enrolment(members, seen, model=model))

@@ -19,7 +19,6 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -67,7 +66,9 @@ class Option:
     per_group: bool = _UNSET
     """Whether parameter groups may differ in it."""
     fixed: bool = _UNSET
-    """Whether it cannot change once there is a state."""
+    """Whether it cannot change once the optimizer is made."""
+    every_step: bool = _UNSET
+    """Whether each step reads it, and nothing was planned by it: a schedule may change it at no cost."""
     kw_only: bool = _UNSET
     init: bool = _UNSET
     """Whether it is an argument; otherwise the method sets it, to the default."""
@@ -99,11 +100,10 @@ class Option:
         if value is None:
             return self.optional
         if self.is_count:
-            return isinstance(value, Integral) and int(value) >= (self.at_least or 0)
-        return (
-            _is_number(value)
-            and value < (math.inf if self.below is None else self.below)
-            and (value > self.above if self.above is not None else value >= (self.at_least or 0))
+            return isinstance(value, Integral) and (self.at_least or 0) <= int(value) <= sys.maxsize
+        number = _as_float(value)
+        return number < (math.inf if self.below is None else self.below) and (
+            number > self.above if self.above is not None else number >= (self.at_least or 0)
         )
 
     @property
@@ -141,6 +141,7 @@ _UNLESS_SET: dict[str, Any] = {
     "note": "",
     "per_group": True,
     "fixed": False,
+    "every_step": False,
     "kw_only": True,
     "init": True,
     "meaning": "",
@@ -157,6 +158,7 @@ def option(
     note: str = _UNSET,
     per_group: bool = _UNSET,
     fixed: bool = _UNSET,
+    every_step: bool = _UNSET,
     kw_only: bool = _UNSET,
     init: bool = _UNSET,
     meaning: str = _UNSET,
@@ -171,6 +173,7 @@ def option(
         note=note,
         per_group=per_group,
         fixed=fixed,
+        every_step=every_step,
         kw_only=kw_only,
         init=init,
         meaning=meaning,
@@ -212,9 +215,7 @@ class HasOptions:
     @classmethod
     def check(cls, group: Mapping[str, Any]) -> None:
         """Raise ValueError for the first option of a parameter group that is out of its range."""
-        for name, declared in cls.options.items():
-            if name in group and name not in NOT_IN_GROUPS:
-                declared.check(group[name])
+        check_options(cls.options, group)
 
     @classmethod
     def check_shared(cls, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -225,6 +226,13 @@ class HasOptions:
                     f"{name} is one for all parameter groups, {defaults[name]!r}, and a group asked for "
                     f"{group[name]!r}: pass it to the optimizer"
                 )
+
+
+def check_options(options: Mapping[str, Option], group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a parameter group that is out of its range."""
+    for name, declared in options.items():
+        if name in group and name not in NOT_IN_GROUPS:
+            declared.check(group[name])
 
 
 def options_table(options: Iterable[Option]) -> str:
@@ -305,87 +313,11 @@ def _way_out(name: str, names: Iterable[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-
-
-# ---- the options that all methods have ----
-
-
-class CommonOptions(HasOptions):
-    """The options of all methods; a method changes defaults and adds its own."""
-
-    params: Params = option(kw_only=False, meaning="What torch.optim takes, or the nn.Module.")
-    lr: float | Tensor = option(
-        default=1e-3, at_least=0, kw_only=False, meaning="Learning rate, in step lengths of `graft`."
-    )
-    model: nn.Module | None = option(
-        default=None, meaning="The module that the tensors in `params` belong to: their samples can be read."
-    )
-    momentum: float = option(default=0.9, at_least=0, below=1, meaning="mu of M <- mu M + D.")
-    curvature_decay: float = option(
-        default=0.95, at_least=0, below=1, meaning="beta of the running, bias-corrected averages."
-    )
-    damping: float = option(
-        default=0.1, at_least=0, meaning="lambda, or the fraction of the mean curvature that lambda is."
-    )
-    relative_damping: bool = option(
-        default=True, meaning="Whether `damping` is relative to the mean curvature of block and layer."
-    )
-    graft: Literal["adam", "adam-rows", "sgd"] | None = option(
-        default="adam-rows",
-        meaning="Whose step length a weight, or each of its rows, gets; None: its own length.",
-    )
-    length: Literal["norm", "descent"] | None = option(
-        default=None,
-        meaning='A step has the "norm" of the step of `graft`, or promises its "descent" of the loss; None: '
-        '"descent" with a graft.',
-    )
-    length_limit: float = option(
-        default=4.0, at_least=1, meaning='With "descent": at most so many lengths of the step of `graft`.'
-    )
-    weight_decay: float = option(default=0.0, at_least=0, meaning="Decay of the weights; AdamW's is 0.01.")
-    decoupled_weight_decay: bool = option(
-        default=True, meaning="W <- (1 - lr weight_decay) W, instead of weight_decay W in the gradient."
-    )
-    adaptive_damping: bool = option(
-        default=False, meaning="Adapt `damping` in every fifth step; `step` then needs a closure."
-    )
-    fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(
-        default="gradient",
-        meaning="What the curvature is made of: the gradient of the mini-batch; or samples, with the labels "
-        "of the data, with labels drawn from the model, or with all labels.",
-    )
-    statistics_every: int | None = option(
-        default=None, at_least=1, meaning="Steps between statistics (T1); None chooses what is cheap."
-    )
-    inverse_every: int | None = option(
-        default=None, at_least=1, meaning="Steps between inverses (T2); None chooses what is cheap."
-    )
-    jitter: bool = option(
-        default=True, meaning="Draw the due step of every period T1 or T2; False: it is the first."
-    )
-    fold_bias: bool = option(
-        default=False, fixed=True, meaning="Read the bias of a layer as the weight of one more input."
-    )
-    curvature_dtype: torch.dtype | None = option(
-        default=None,
-        choices=(None, torch.float32, torch.float64, torch.bfloat16),
-        meaning="In which dtype the curvature is kept; None: as the weight, at least float32.",
-    )
-    maximize: bool = option(default=False, meaning="Maximise the loss.")
-    capturable: bool = option(
-        default=False,
-        fixed=True,
-        per_group=False,
-        init=False,
-        meaning="Let a CUDA graph record the step; it then has no schedule.",
-    )
-    shard_curvature: bool = option(
-        default=False,
-        per_group=False,
-        meaning="Spread the curvature over the ranks of DistributedDataParallel.",
-    )
-    statistics_memory: int = option(
-        default=256 * 2**20, at_least=1, per_group=False, meaning="Bytes for samples that are read at once."
-    )
+def _as_float(value: Any) -> float:
+    """NaN, which is in no range, for what is no number or beyond any float."""
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
+        try:
+            return float(value)
+        except (OverflowError, RuntimeError):
+            return math.nan
+    return math.nan

@@ -117,13 +117,24 @@ def with_piece_units(layer: Layer) -> Layer:
 
 
 def place_layers(
-    method: str, plans: Mapping[Layer, Plan], groups: Mapping[Layer, Any], shard_curvature: bool
+    method: str,
+    plans: Mapping[Layer, Plan],
+    groups: Mapping[Layer, Any],
+    shard_curvature: bool,
+    placed: Mapping[Layer, int | None],
 ) -> dict[Layer, Placement]:
-    """The placement of every layer; all ranks agree on the owners."""
-    owners: dict[Layer, int | None] = dict.fromkeys(plans)
-    # Group by group, so that a group that is added later moves no curvature that has a state already.
+    """The placement of every layer; all ranks agree on the owners.
+
+    `placed` has the owners of layers that may have a state already: they keep them.
+    """
+    owners: dict[Layer, int | None] = {layer: placed.get(layer) for layer in plans}
+    # Group by group, so that layers are owned alike however many groups were given at once.
     for group in {id(group): group for group in groups.values()}.values() if shard_curvature else ():
-        movable = [layer for layer in plans if groups[layer] is group and _can_move(layer, plans[layer])]
+        movable = [
+            layer
+            for layer in plans
+            if groups[layer] is group and layer not in placed and _can_move(layer, plans[layer])
+        ]
         costs = [cost(layer, plans[layer]) for layer in movable]
         owners.update(zip(movable, assign_owners(costs, world_size()), strict=True))
     return {layer: _placement(method, layer, plan, owners[layer]) for layer, plan in plans.items()}
@@ -139,7 +150,7 @@ def cost(layer: Layer, plan: Plan) -> float:
 
     `benchmarks/owner_cost.py` compares it with measured times.
     """
-    state = _meta_state(plan.curvature, layer).values()
+    state = meta_state(plan.curvature, layer).values()
     matrices = [tensor for tensor in state if tensor.ndim > 1 and tensor.shape[-2] == tensor.shape[-1] > 1]
     numbers = sum(tensor.numel() for tensor in state)
     widths = sum(tensor.shape[-1] for tensor in matrices)
@@ -171,14 +182,14 @@ def _placement(method: str, layer: Layer, plan: Plan, owner: int | None) -> Plac
 
 
 def _averages(curvature: Curvature, layer: Layer) -> tuple[str, ...]:
-    state = _meta_state(curvature, local_part(layer))
+    state = meta_state(curvature, local_part(layer))
     names = curvature.averages
     return tuple(
         name for name in state if state[name].is_floating_point() and (names is None or name in names)
     )
 
 
-def _meta_state(curvature: Curvature, layer: Layer) -> State:
+def meta_state(curvature: Curvature, layer: Layer) -> State:
     """A fresh state that has shapes but no memory."""
     return curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
 
@@ -241,7 +252,7 @@ def whole_shape(layer: Layer, plan: Plan, name: str) -> tuple[torch.Size, dict[i
     Rows that stand for kernels become two dimensions (out, in), because a weight is cut between its outputs.
     """
     curvature = shard("", layer, plan, layer.shape)
-    shape = _meta_state(curvature, local_part(layer))[name].shape
+    shape = meta_state(curvature, local_part(layer))[name].shape
     if plan.curvature.shard(layer.shape) is None:
         return shape, {}  # one process, and a method that needs the whole weight
     axes = {dimension: curvature.state_axes(dimension)[name] for dimension in cut_dimensions(layer.weight)}

@@ -53,6 +53,7 @@ class KroneckerBFGS(KroneckerCurvature):
 
     needs = Secant
     averages = ("input_moment", "input_mean", "gradient_moment")
+    recomputed = ("input_inverse",)
     structure: ClassVar[str] = "Kronecker BFGS"
 
     mu1: float = 0.2
@@ -94,7 +95,7 @@ class KroneckerBFGS(KroneckerCurvature):
             self._observe_secant(state, statistics, decay)
 
     def _observe_samples(self, state: State, samples: LayerSamples, decay: float) -> None:
-        moment = mean = square = torch.zeros(())
+        moment = mean = square = torch.zeros((), device="cpu")  # wherever torch.set_default_device points
         positions = 0
         for inputs, gradients in samples.chunks():
             a = inputs.transpose(0, 1).flatten(1, 2)  # [groups, n s, in]

@@ -45,6 +45,7 @@ class KroneckerFactors(KroneckerCurvature):
 
     needs = LayerSamples
     averages = ("input_factor", "gradient_factor", "eigenvalues")
+    recomputed = ("input_inverse", "gradient_inverse")
     structure: ClassVar[str] = "Kronecker factors"
 
     power: float = 1.0
@@ -68,7 +69,7 @@ class KroneckerFactors(KroneckerCurvature):
     def observe(self, state: State, statistics: Statistics, decay: float) -> None:
         """A <- decay A + (1 - decay) A_new, and G likewise."""
         assert isinstance(statistics, LayerSamples)
-        input_sum = gradient_sum = torch.zeros(())
+        input_sum = gradient_sum = torch.zeros((), device="cpu")  # wherever torch.set_default_device points
         positions = 0
         for a, g in self._chunks(statistics):
             a, g = (part.transpose(0, 1).flatten(1, 2) for part in (a, g))  # [groups, n s, in | out]
@@ -138,7 +139,7 @@ class CorrectedFactors(KroneckerFactors):
         super().observe(state, statistics, decay)
         assert isinstance(statistics, LayerSamples)
         bases = _widened(state["input_basis"]), _widened(state["gradient_basis"])
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")  # likewise
         for inputs, gradients in statistics.chunks():
             rotated = inputs @ bases[0].to(inputs.dtype), gradients @ bases[1].to(gradients.dtype)
             total = total + _sum_of_squares(*rotated)

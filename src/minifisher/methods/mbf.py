@@ -76,6 +76,7 @@ class MiniBlocks(Curvature):
     because only its average over all pieces is the layer's."""
 
     averages = ("fisher", "mean")
+    recomputed = ("inverse",)
 
     @property
     def capturable(self) -> bool:

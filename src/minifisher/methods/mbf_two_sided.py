@@ -86,8 +86,8 @@ class TwoSidedBlocks(Curvature):
     """Whether the weight may be a piece of the layer's weight. The state then holds f, because only its
     average over all pieces is the layer's."""
 
-    recomputed = ("input_inverse", "output_inverse")
     averages = ("input_fisher", "output_fisher", "mean")
+    recomputed = ("input_inverse", "output_inverse")
 
     @property
     def capturable(self) -> bool:
@@ -152,7 +152,7 @@ class TwoSidedBlocks(Curvature):
 
         The groups of a convolution have different inputs; A is the mean over groups.
         """
-        input_sum = output_sum = torch.zeros(())
+        input_sum = output_sum = torch.zeros((), device="cpu")  # wherever torch.set_default_device points
         positions = 0
         for inputs, gradients in samples.chunks():
             groups = inputs.shape[1]

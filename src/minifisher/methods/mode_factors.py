@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from minifisher.curvature import Curvature, Plan, no_curvature
 from minifisher.linalg.damping import curvature_scale
@@ -20,8 +21,6 @@ from minifisher.statistics.records import BatchGradient, LayerSamples, Statistic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
 
     from minifisher.curvature import State
     from minifisher.statistics.layers import Layer
@@ -76,6 +75,11 @@ class ModeFactors(ModeCurvature):
         return tuple(f"factor_{mode}" for mode in range(self.reading.order))
 
     @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The inverses."""
+        return tuple(f"inverse_{mode}" for mode in range(self.reading.order))
+
+    @property
     def reads_mean_gradient(self) -> bool:
         """Whether samples count as their mean gradient."""
         return not self.per_sample
@@ -118,7 +122,7 @@ class ModeFactors(ModeCurvature):
         totals: list[Tensor | float] = [0.0] * self.reading.order
         for moments in self._chunk_moments(samples):
             totals = [total + moment for total, moment in zip(totals, moments, strict=True)]
-        return [torch.as_tensor(total) / samples.count for total in totals]
+        return [total / samples.count for total in totals if isinstance(total, Tensor)]
 
     def _chunk_moments(self, samples: LayerSamples) -> Iterator[list[Tensor]]:
         if all(self._is_outer_product(*chunk) for chunk in samples.chunks()):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minifisher.callers import stacklevel_of_caller
+from minifisher.callers import warn_caller
+from minifisher.distributed.placement import meta_state
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Description:
 def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
     """One row of the description; no memory is allocated for it."""
     fell_back = fisher != "gradient" and plan.curvature.needs is BatchGradient
-    state = plan.curvature.init(replace(layer, weight=layer.weight.detach().to("meta")))
+    state = meta_state(plan.curvature, layer)
     return LayerDescription(
         name=layer.name,
         shape=tuple(layer.shape),
@@ -150,7 +150,7 @@ class Counters:
         """Count a step that was not taken."""
         self.skipped += 1
         if self.skipped == 1:
-            _warn(
+            warn_caller(
                 "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
                 "optimizer.skipped_steps counts on, this warning is not repeated"
             )
@@ -158,17 +158,17 @@ class Counters:
     def add(self, fallbacks: int, frozen: int, renewed: int = 0) -> None:
         """Count the layers of one step."""
         if renewed and not self.renewed:
-            _warn(
+            warn_caller(
                 "the averages of a layer's curvature overflowed: they begin anew; look for huge data. "
                 'optimizer.diagnostics()["renewed_curvatures"] counts on, this warning is not repeated'
             )
         elif fallbacks and not self.fallbacks:
-            _warn(
+            warn_caller(
                 "the direction of a layer was not finite: it took the first-order step; raise the damping. "
                 'optimizer.diagnostics()["fallbacks"] counts on, this warning is not repeated'
             )
         if frozen and not self.frozen:
-            _warn(
+            warn_caller(
                 "neither the direction of a layer nor its first-order step was finite: its weights stay, and "
                 "its momentum is reset to zero; look for weights, or a weight_decay, out of range. "
                 'optimizer.diagnostics()["frozen_layers"] counts on, this warning is not repeated'
@@ -191,10 +191,6 @@ class Counters:
             "frozen_layers": self.frozen,
             "renewed_curvatures": self.renewed,
         }
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
 
 
 def counts(entry: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._compile import _disable_dynamo  # the public one would import the compiler at once
 
-from minifisher.callers import stacklevel_of_caller
+from minifisher.callers import warn_caller
 from minifisher.statistics.calls import (
     CallsOfLayer,
     PendingCall,
@@ -24,9 +23,8 @@ from minifisher.statistics.calls import (
 from minifisher.statistics.compiled_hooks import (
     discard_compiled_code,
     no_donated_buffers,
-    number_of,
-    record,
 )
+from minifisher.statistics.forward_hooks import ForwardHook, Switch, put_on
 from minifisher.statistics.likelihood import MODEL_LABEL_LOSSES
 from minifisher.statistics.positions import with_sample_dimension
 from minifisher.statistics.samples import Call, CapturedSamples
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from minifisher.statistics.likelihood import NextGenerator
     from minifisher.statistics.records import LayerSamples
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # new in torch 2.7
-
 _NO_LABELS = (
     'fisher="{}" takes its labels from the model, but none were drawn: call optimizer.observe(outputs) '
     "between the forward pass and loss.backward()"
@@ -49,7 +45,8 @@ _NO_LABELS = (
 _NO_SAMPLES = (
     "{} got a gradient, but no call of its module {}. Without samples its curvature is not updated. Call the "
     'module itself instead of torch.nn.functional with its weight, {}; or use fisher="gradient" if the '
-    "method offers it. This warning is shown once for each weight"
+    "method offers it. A forward hook of somebody else that returns no tensor hides a call, too. This "
+    "warning is shown once for each weight"
 )
 _NO_SAMPLES_BECAUSE = {
     False: ("took part in loss.backward()", "and let loss.backward() fill .grad"),
@@ -66,6 +63,7 @@ class Captures:
     """
 
     def __init__(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> None:
+        self._made_for = layers_by_estimator, memory
         self.by_estimator = {
             estimator: Capture(layers, memory, estimator in MODEL_LABEL_LOSSES)
             for estimator, layers in layers_by_estimator.items()
@@ -74,6 +72,10 @@ class Captures:
 
     def __bool__(self) -> bool:
         return bool(self.by_estimator)
+
+    def reads(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> bool:
+        """Whether it was made for these."""
+        return self._made_for == (layers_by_estimator, memory)
 
     def arm(self, is_due: Callable[[Layer], bool]) -> None:
         """Turn the hooks of an estimator on if statistics of one of its layers are due, else off."""
@@ -151,14 +153,13 @@ class Capture:
         self._is_differentiating = False
         self._warned_of: set[Layer] = set()
         self._calls: dict[Layer, CallsOfLayer] = {}
-        self._switch = _Switch()
+        self._switch = Switch()
         self._compiled_calls: weakref.WeakValueDictionary[int, PendingCall] = weakref.WeakValueDictionary()
         self._numbers = count()
         hooks = ExitStack()
         hooks.callback(self._switch.turn_off)
         for module in self._layer_of:
-            hook = _ForwardHook(self, module, self._switch)
-            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            hooks.callback(put_on(module, ForwardHook(self, module, self._switch)))
         if self._layer_of:
             discard_compiled_code()
         # Runs also when the optimizer is deleted while the hooks are on.
@@ -267,7 +268,7 @@ class Capture:
             self._warned_of.update(missing)
             names = ", ".join(layer.name for layer in missing)
             message = _NO_SAMPLES.format(names, *_NO_SAMPLES_BECAUSE[self._model_labels])
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_caller())
+            warn_caller(message)
 
     def record_call(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Record a call of a module in eager mode."""
@@ -311,67 +312,6 @@ class Capture:
     def _forget(self) -> None:
         self._calls.clear()
         self._compiled_calls.clear()
-
-
-class _Switch:
-    """Tells every hook of one capture, eager or compiled, whether to record."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.settings = ExitStack()
-        """Settings of the process that hold while it is on."""
-
-    def turn_off(self) -> None:
-        self.on = False
-        self.settings.close()
-
-
-class _ForwardHook:
-    """The hook that is registered on a module; the hook of a copied or unpickled module does nothing."""
-
-    def __init__(
-        self, capture: Capture | None = None, module: nn.Module | None = None, switch: _Switch | None = None
-    ) -> None:
-        self._capture = weakref.ref(capture) if capture is not None else None
-        self._module = weakref.ref(module) if module is not None else None
-        self._switch = switch or _Switch()
-        self._number = number_of(self)
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        if not self._switch.on:
-            return None
-        inputs = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling():
-            needed = output.requires_grad and module.weight.requires_grad and not _is_exporting()
-            return record(output, inputs.detach().to(output.dtype), self._number) if needed else None
-        capture = self._capture() if self._capture is not None else None
-        if capture is not None:
-            capture.record_call(module, inputs, output)
-        return None
-
-    def receive_input(self, inputs: Tensor) -> tuple[int, object]:
-        """Called by compiled code in the forward pass."""
-        capture, module = self._capture and self._capture(), self._module and self._module()
-        call = capture.record_compiled_call(module, inputs) if capture and module else None
-        return -1 if call is None else call.number, call
-
-    def receive_gradient(self, call: int, gradients: Tensor) -> None:
-        """Called by compiled code in the backward pass."""
-        capture = self._capture and self._capture()
-        if capture:
-            capture.record_compiled_gradient(call, gradients)
-
-    @property
-    def __name__(self) -> str:
-        raise AttributeError(
-            "torch.jit.script cannot compile the forward hooks of an optimizer: script a fresh model with "
-            "the same state_dict, or use torch.export"
-        )
-
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
-        return (_ForwardHook, ())
 
 
 def _has_gradient(weight: Tensor) -> bool:

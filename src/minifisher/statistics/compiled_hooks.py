@@ -42,7 +42,7 @@ def number_of(receiver: Receiver) -> Tensor:  # []
     """
     number = next(_numbers)
     _RECEIVERS[number] = receiver
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")  # wherever torch.set_default_device points
 
 
 def record(output: Tensor, inputs: Tensor, receiver: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _record_gradient(gradients: Tensor, call: Tensor, receiver: Tensor) -> Tenso
 
 
 def _record_input_shapes(output: Tensor, inputs: Tensor, receiver: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(output), torch.empty(1, dtype=torch.int64)
+    return torch.empty_like(output), torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _record_gradient_shapes(gradients: Tensor, call: Tensor, receiver: Tensor) -> Tensor:

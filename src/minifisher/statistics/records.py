@@ -81,4 +81,5 @@ def mean_gradient(samples: LayerSamples, shape: torch.Size) -> Tensor:
         gradients.transpose(0, 1).flatten(1, 2).mT @ inputs.transpose(0, 1).flatten(1, 2)
         for inputs, gradients in samples.chunks()
     )
-    return torch.as_tensor(total).reshape(shape) / samples.count
+    assert isinstance(total, torch.Tensor)  # there is at least one chunk
+    return total.reshape(shape) / samples.count

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from minifisher.curvature import Plan
+
     State = dict[str, Tensor]
 
 ADAM_DECAY = 0.999  # beta_2 of torch.optim.AdamW, so that its learning rate carries over
@@ -143,6 +145,11 @@ def equal_descent(descent: Tensor, length: Tensor, limit: float) -> Tensor:
     is then |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
     """
     return torch.where(descent > 0, torch.minimum(descent, limit * length), length)
+
+
+def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
+    """The first-order method that a layer takes its step, or the length of it, from."""
+    return GRAFTS[plan.first_order or options["graft"]]
 
 
 def check_length(options: Mapping[str, Any]) -> None:

@@ -18,7 +18,16 @@ from minifisher.curvature import Measures
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
-from minifisher.step.first_order import GRAFTS, measure, norms
+from minifisher.step.entries import (
+    PARAMETER_SHAPED,
+    Entry,
+    StateOfStacks,
+    has_memory,
+    state_dtype,
+    tensors_of,
+    write,
+)
+from minifisher.step.first_order import graft_of, measure, norms
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
@@ -29,22 +38,16 @@ if TYPE_CHECKING:
     from minifisher.distributed.placement import Placement
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.records import LayerSamples
-    from minifisher.step.first_order import Graft
 
     Options = dict[str, Any]
-    Entries = Mapping[Tensor, dict[str, Any]]
+    Entries = Mapping[Tensor, Entry]
     Samples = Mapping[Layer, LayerSamples]
-
-PARAMETER_SHAPED = frozenset({"momentum", *(name for graft in GRAFTS.values() for name in graft.state_names)})
-"""Tensors of the state that the engine keeps for every parameter; all others are the curvature's."""
 
 SATURATED = 1_000_000
 """So many observations stand for a finished average, as after a warm start: no bias is corrected any more."""
 
 # Stacking copies the gradients once. For a weight with more entries that costs more than a call of its own.
 _LARGEST_STACKED = 65_536
-
-_COUNTS = frozenset({"step", "observations", "missed"})
 
 
 class Enrolled(NamedTuple):
@@ -71,7 +74,7 @@ class LayerStack:
     options: Options
     placement: Placement
     state: State
-    entries: list[list[dict[str, Any]]]
+    entries: list[list[Entry]]
     """The entries in the optimizer's state: of each layer's weight, and of its bias if it is folded in."""
     step: Any
     """Steps taken so far: an int, or with `capturable` a tensor []."""
@@ -173,11 +176,11 @@ class LayerStack:
     def keep_counts(self) -> None:
         """Write the counts into the optimizer's state."""
         for weight, *biases in self.entries:
-            weight["observations"] = self.observations
-            weight["missed"] = self.missed
-            weight["step"] = self.step
+            write(weight, "observations", self.observations)
+            write(weight, "missed", self.missed)
+            write(weight, "step", self.step)
             for bias in biases:
-                bias["step"] = self.step
+                write(bias, "step", self.step)
 
     # ---- statistics and curvature ----
 
@@ -287,9 +290,17 @@ class LayerStack:
         return len(kinds) > 1 and self.statistics_due
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, but float32 for float16, which cannot hold the square of a gradient."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def state_of_stacks(state: Mapping[Any, Any], stacks: Iterable[LayerStack]) -> StateOfStacks:
+    """The state that these stacks were just formed of.
+
+    Memory is watched of the first layer of each stack only: all of it would cost time in every step, and who
+    moves memory by hand moves that of every layer.
+    """
+    stacks = list(stacks)
+    entries = [entry for stack in stacks for of_layer in stack.entries for entry in of_layer]
+    first = [entry for stack in stacks if len(stack.parameters) > 1 for entry in stack.entries[0]]
+    views = [tensor for entry in first for tensor in tensors_of(entry).values() if has_memory(tensor)]
+    return StateOfStacks(state, entries, views)
 
 
 def with_schedules(
@@ -307,41 +318,7 @@ def with_schedules(
     }
 
 
-def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
-    """The first-order method that a layer takes its step, or the length of it, from."""
-    return GRAFTS[plan.first_order or options["graft"]]
-
-
-# ---- the state of a layer, and stacks made of it ----
-
-
-def initial_state(layer: Layer, plan: Plan, options: Options) -> dict[Tensor, dict[str, Any]]:
-    """The entries of a layer's parameters in the optimizer's state before the first step."""
-    names = [*(["momentum"] if options["momentum"] else []), *graft_of(plan, options).state_names]
-    entries: dict[Tensor, dict[str, Any]] = {
-        parameter: {
-            "step": _zero_count(parameter, options),
-            **{
-                name: torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype)) for name in names
-            },
-        }
-        for parameter in layer.parameters
-    }
-    entries[layer.weight].update(
-        observations=_zero_count(layer.weight, options), missed=0, **plan.curvature.init(local_part(layer))
-    )
-    return entries
-
-
-def add_momentum(layer: Layer, entries: Entries) -> None:
-    """M = 0 for a layer that had no momentum so far."""
-    for parameter in layer.parameters:
-        zeros = torch.zeros_like(local(parameter), dtype=state_dtype(parameter.dtype))
-        entries[parameter].setdefault("momentum", zeros)
-
-
-def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:
-    return torch.zeros((), dtype=torch.int64, device=parameter.device) if options["capturable"] else 0
+# ---- stacks are formed ----
 
 
 def form_stacks(
@@ -359,9 +336,9 @@ def form_stacks(
     return [_stack(equal, entries) for equal in members.values()]
 
 
-def _key(member: Enrolled, entry: dict[str, Any]) -> object:
+def _key(member: Enrolled, entry: Entry) -> object:
     history = int(entry["step"]), int(entry["observations"]), entry["missed"]
-    return _alike(member.layer, member.group), member.placement, history
+    return _alike(member.layer, member.group), member.placement, history, entry.names
 
 
 def _alike(layer: Layer, group: Options) -> Hashable:
@@ -383,14 +360,14 @@ def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
     )
     counts = step, observations, entry["missed"]
     stack = LayerStack(layers, first.group, first.placement, {}, of_layers, *counts)
-    for name in entry:
+    for name in tensors_of(entry):
         if name in PARAMETER_SHAPED:
             stack.state[name] = stack.gather([entries[parameter][name] for parameter in stack.parameters])
             for parameter, view in zip(stack.parameters, stack.scatter(stack.state[name]), strict=True):
-                entries[parameter][name] = view
-        elif name not in _COUNTS:
+                write(entries[parameter], name, view)
+        else:
             tensors = [entries[layer.weight][name] for layer in layers]
             stack.state[name] = torch.stack(tensors) if len(tensors) > 1 else tensors[0]
             for index, layer in enumerate(layers):
-                entries[layer.weight][name] = stack.state_of(index, stack.state)[name]
+                write(entries[layer.weight], name, stack.state_of(index, stack.state)[name])
     return stack

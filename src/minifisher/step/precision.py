@@ -104,6 +104,6 @@ def full_precision(groups: Iterable[Mapping[str, Any]]) -> ExitStack:
     """
     stack = ExitStack()
     for kind in {parameter.device.type for group in groups for parameter in group["params"]}:
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # which knows no autocast
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack
