@@ -208,7 +208,7 @@ def test_the_rule_changes_in_the_middle_of_a_run_and_travels_with_the_state_dict
     assert (again.length, again.length_limit) == ("descent", 3.0)
     del saved["param_groups"][0]["length"], saved["param_groups"][0]["length_limit"]
     again.load_state_dict(saved)  # as of a version without the option
-    assert (again.length, again.length_limit) == ("norm", 10.0)
+    assert (again.length, again.length_limit) == ("norm", 4.0)
 
 
 def test_soap_has_no_first_order_step_unless_one_is_named():

@@ -29,13 +29,21 @@ FORMAT_VERSION = 1
 """Of the state dict. It is stored in every parameter group, because distributed checkpoints keep those."""
 
 
+EARLIER = {"length": "norm", "jitter": False, "output_power": 0.0}
+"""Options that format 1 had not at first, and what was done then: such a run goes on as it began."""
+
+
 def merged_groups(
     groups: Sequence[Group],
     state_dict: Mapping[str, Any],
     defaults: Mapping[str, Any],
     method: type[HasOptions],
 ) -> list[Group]:
-    """The present parameters with the saved options; an option that was not saved has its default."""
+    """The present parameters with the saved options.
+
+    An option that was not saved is as in `EARLIER`, or has its default.
+    """
+    earlier = {name: value for name, value in EARLIER.items() if name in defaults}
     saved = _saved_groups(state_dict)
     if len(saved) != len(groups):
         raise ValueError(f"the saved state has {len(saved)} parameter groups, the optimizer {len(groups)}")
@@ -56,7 +64,12 @@ def merged_groups(
     # Where curvatures live is a choice of this run.
     kept = ("params", "param_names", "shard_curvature")
     merged = [
-        {**defaults, **copy.deepcopy(_options(new)), **{name: old[name] for name in kept if name in old}}
+        {
+            **defaults,
+            **earlier,
+            **copy.deepcopy(_options(new)),
+            **{name: old[name] for name in kept if name in old},
+        }
         for new, old in zip(saved, groups, strict=True)
     ]
     for group in merged:

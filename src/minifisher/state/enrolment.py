@@ -267,7 +267,7 @@ def placed(
     owners = {layer: member.placement.owner for layer, member in members.items()}
     shards = method.defaults["shard_curvature"]
     placements = place_layers(type(method).__name__, plans, groups, shards, owners)
-    placements = with_schedules(placements, groups)
+    placements = with_schedules(placements)
     return {layer: Enrolled(layer, groups[layer], plans[layer], placements[layer]) for layer in plans}
 
 

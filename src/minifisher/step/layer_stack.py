@@ -303,11 +303,9 @@ def state_of_stacks(state: Mapping[Any, Any], stacks: Iterable[LayerStack]) -> S
     return StateOfStacks(state, entries, views)
 
 
-def with_schedules(
-    placements: Mapping[Layer, Placement], groups: Mapping[Layer, Options]
-) -> dict[Layer, Placement]:
+def with_schedules(placements: Mapping[Layer, Placement]) -> dict[Layer, Placement]:
     """The placements with plans whose phases spread the work; equal small layers have one phase."""
-    alike = {layer: _alike(layer, groups[layer]) for layer in placements}
+    alike = {layer: _alike(layer) for layer in placements}
     entries: dict[Hashable, int] = defaultdict(int)
     for layer, key in alike.items():
         entries[key] += layer.weight.numel()
@@ -338,15 +336,15 @@ def form_stacks(
 
 def _key(member: Enrolled, entry: Entry) -> object:
     history = int(entry["step"]), int(entry["observations"]), entry["missed"]
-    return _alike(member.layer, member.group), member.placement, history, entry.names
+    return _alike(member.layer), id(member.group), member.placement, history, entry.names
 
 
-def _alike(layer: Layer, group: Options) -> Hashable:
-    """Equal for layers that can be stacked where placement and history are the same, too."""
+def _alike(layer: Layer) -> Hashable:
+    """Equal for layers that can be stacked where group, placement and history are the same, too."""
     weight = layer.weight
     if weight.numel() > _LARGEST_STACKED:
         return layer
-    return layer.shape, layer.bias is None, weight.dtype, weight.device, id(group)
+    return layer.shape, layer.bias is None, weight.dtype, weight.device
 
 
 def _stack(members: list[Enrolled], entries: Entries) -> LayerStack:
