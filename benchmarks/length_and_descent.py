@@ -86,7 +86,7 @@ def adam_step(state: dict[str, Any], steps: int) -> Tensor:
 
 
 def rows_of_a_step(trainer: Trainer, spent: float, steps: int, limit: float) -> dict[str, dict[str, float]]:
-    """Take a step. For every matrix: medians over its rows, and the share of rows that the limit shortened.
+    """Take a step. For every matrix: medians over its rows, and the shares that are limited or that ascend.
 
     Without weight decay the change of a row has the direction of P M, whatever its length is.
     """
@@ -98,13 +98,15 @@ def rows_of_a_step(trainer: Trainer, spent: float, steps: int, limit: float) -> 
         state = trainer.optimizer.state[weight]
         of_adam = cosines(state["momentum"], adam_step(state, steps))
         of_mbf = cosines(state["momentum"], before[name] - weight.detach())
-        factor = of_adam / of_mbf
+        ascends = of_mbf <= 0  # the length of Adam's step then
+        factor = (of_adam / of_mbf).masked_fill(ascends, 1)
         shape = " x ".join(map(str, weight.shape))
         found[f"{name.removesuffix('.weight')}: {shape}"] = {
             "cosine of s": round(float(of_adam.median()), 4),
             "cosine of P M": round(float(of_mbf.median()), 4),
             "factor": round(float(factor.median()), 3),
             "limited": round(float((factor > limit).double().mean()), 3),
+            "ascending": round(float(ascends.double().mean()), 3),
         }
     return found
 
@@ -172,7 +174,9 @@ def draw_directions(path: Path) -> None:
         "equal descent": r"$-PM\,\langle M,s\rangle/\langle M,PM\rangle$: equal descent",
         "equal length": r"$-PM\,|s|/|PM|$: equal length",
     }
-    for colour, (name, label) in zip(("#555555", *COLOURS[:3]), labels.items(), strict=True):
+    for colour, (name, label) in zip(
+        ("#555555", COLOURS[0], COLOURS[2], COLOURS[1]), labels.items(), strict=True
+    ):
         # The shorter of the two along P M lies on the longer one.
         style = {"color": colour, "label": label, "width": 0.011 if name == "equal length" else 0.006}
         axes.quiver(*point, *-found[name], angles="xy", scale_units="xy", scale=1, zorder=3, **style)
@@ -182,7 +186,9 @@ def draw_directions(path: Path) -> None:
     label = "steps that promise the decrease of $s$"
     axes.plot(ends[:, 0], ends[:, 1], color="black", linestyle="--", linewidth=1, label=label)
     axes.plot(0, 0, marker="*", markersize=11, color="black", linestyle="none", label="the minimum")
-    axes.set(xlim=(-1.6, 5.2), ylim=(-1.8, 1.9), aspect="equal", xlabel="first weight", ylabel="second weight")
+    axes.set(
+        xlim=(-1.6, 5.2), ylim=(-1.8, 1.9), aspect="equal", xlabel="first weight", ylabel="second weight"
+    )
     axes.legend(frameon=True, fontsize=8, loc="upper left")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -259,11 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of all problems, instead of each one's own")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, help="draw this file's numbers, and measure nothing")
     parser.add_argument("--plot", type=Path, help="draw into this folder")
     parser.add_argument("--kinds", nargs="+", default=["svg"], help="kinds of pictures: svg, png")
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(chosen.threads)
     result = json.loads(chosen.results.read_text()) if chosen.results else measure(chosen)
     if not chosen.results:
         print(json.dumps(result, indent=1))
