@@ -1,9 +1,9 @@
 """How long a preconditioned step should be: what docs/why.md says about length and descent. Prints JSON.
 
-    python benchmarks/length_and_descent.py --plot docs/images > benchmarks/results/length_and_descent.json
-    python benchmarks/length_and_descent.py --results benchmarks/results/length_and_descent.json --plot docs/images
+    python benchmarks/length_and_descent.py > benchmarks/results/length_and_descent.json
 
-The first command takes some ten minutes on one thread; the second draws what the first has measured.
+This takes some ten minutes on one thread. With `--results` and that file, and `--plot docs/images`, it draws
+what was measured.
 """
 
 from __future__ import annotations
