@@ -120,7 +120,7 @@ def alone() -> dict[str, dict[str, Tensor]]:
     """Of every case and number of pieces: blocks over outputs end where a piece ends."""
     results = {}
     for pieces in {shape[-1] for shapes in MESHES.values() for shape in shapes}:
-        with patch("minifisher.optimizer.with_piece_units", partial(cut_between_outputs, pieces)):
+        with patch("minifisher.state.enrolment.with_piece_units", partial(cut_between_outputs, pieces)):
             results.update(
                 {f"{kind.__name__} {name} {pieces}": trained(kind, OPTIONS[name]) for kind, name in CASES}
             )

@@ -20,7 +20,7 @@ from minifisher.statistics.labels import DRAWS, SEED, mixed, next_generator
 def make(seed: int = 0, **options: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    return network, minifisher.MBF(network, fisher="sampled", statistics_every=2, **options)
+    return network, minifisher.MBF(network, fisher="sampled", statistics_every=2, jitter=False, **options)
 
 
 def train(network: nn.Module, optimizer: Any, steps: range) -> None:
