@@ -326,6 +326,7 @@ CASES |= {
     "mbf capturable": case(capturable=True, **EVERY_STEP),
     "mbf capturable kernels, no graft": case(capturable=True, graft=None, conv_blocks="kernel", **EVERY_STEP),
     "mbf adaptive damping": case(**ADAPTIVE),
+    "mbf one-sided": case(output_power=0.0),
     "mbf two-sided": case(output_power=0.5),
     "mbf two-sided, resumed": case(output_power=0.5, half_way=resumed),
     "mbf two-sided, copied": case(output_power=0.5, half_way=copied),
