@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from minifisher.random_bits import random_bits
 from minifisher.statistics.records import BatchGradient
 
 if TYPE_CHECKING:
@@ -52,19 +53,8 @@ def is_due(step: int, every: int, phase: int | None) -> bool:
 
 @lru_cache(maxsize=2**14)
 def _due_step(period: int, every: int, phase: int | None) -> int:
-    drawn = 0 if phase is None or not period else (_random(period) + phase) % _TURN * every // _TURN
+    drawn = 0 if phase is None or not period else (random_bits(0, period) + phase) % _TURN * every // _TURN
     return period * every + drawn
-
-
-def _random(number: int) -> int:
-    """64 random bits that depend on `number` alone: SplitMix64.
-
-    Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
-    """
-    bits = number * 0x9E3779B97F4A7C15 % _TURN
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % _TURN
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % _TURN
-    return bits ^ bits >> 31
 
 
 def spread_phases(entries: Mapping[Hashable, int]) -> dict[Hashable, int]:
