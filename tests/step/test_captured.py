@@ -186,6 +186,24 @@ def test_a_step_that_is_not_finite_changes_no_bit(change):
         )
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
+@pytest.mark.parametrize("graft", ["adam", "adam-rows"])
+def test_parameters_without_entries_stop_nothing(graft, shape):
+    moved = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 3))]
+        options = {"graft": graft, "output_power": 0.0, "capturable": capturable, **EVERY_STEP}
+        opt = MBF(parameters, lr=1e-2, **options)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            opt.step()
+        assert opt.diagnostics()["fallbacks"] == 0
+        moved.append(parameters[1].detach())
+    torch.testing.assert_close(*moved)
+
+
 def test_a_matrix_without_an_inverse_takes_the_first_order_step():
     weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     options = {"damping": 0.0, "relative_damping": False, "momentum": 0.0, "share": "row", "block_size": 2}

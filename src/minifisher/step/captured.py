@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minifisher.curvature import Measures, NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import graft_length, norms
+from minifisher.step.first_order import graft_length, norms, slopes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -128,7 +128,7 @@ def _measures(stack: LayerStack, step: Tensor, momentum: Tensor) -> Measures:
     """Of every length, [] or [layers, rows | 1, 1, ...]."""
     lengths = stack.lengths
     # Not `measure`, whose compiled loops no graph can record.
-    slope = (momentum * step).reshape(lengths, -1).sum(1) if stack.measures_slope else None
+    slope = slopes(step, momentum, lengths) if stack.measures_slope else None
     return Measures(norms(step, lengths), slope).map(stack.per_length)
 
 

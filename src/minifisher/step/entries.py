@@ -148,7 +148,8 @@ def add_momentum(layer: Layer, entries: Mapping[Tensor, Entry]) -> None:
 
 def tensors_of(entry: Entry) -> dict[str, Tensor]:
     """What the engine keeps in an entry, counts apart."""
-    return {name: value for name, value in entry.items() if name in entry.names - COUNTS}
+    names = entry.names - COUNTS
+    return {name: value for name, value in entry.items() if name in names}
 
 
 def _zero_count(parameter: Tensor, options: Options) -> int | Tensor:

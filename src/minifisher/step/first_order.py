@@ -180,8 +180,15 @@ def norms(stack: Tensor, lengths: int) -> Tensor:
     if lengths == 1:
         norm = torch.linalg.vector_norm(stack)
         return norm.view(1)
-    norm = torch.linalg.vector_norm(stack.reshape(lengths, stack.numel() // max(1, lengths)), dim=1)
+    norm = torch.linalg.vector_norm(_parts(stack, lengths), dim=1)
     return norm
+
+
+def slopes(step: Tensor, momentum: Tensor, lengths: int) -> Tensor:
+    """<M, x> of each of so many equal parts of a step x, [lengths]."""
+    if lengths == 1:
+        return torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
+    return _parts(momentum * step, lengths).sum(1)
 
 
 def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
@@ -189,11 +196,12 @@ def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
     computed = norm_and_slope(step, momentum, lengths)
     if computed is not None:
         return Measures(*computed)
-    if lengths == 1:
-        slope = torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
-    else:
-        slope = (momentum * step).reshape(lengths, step.numel() // max(1, lengths)).sum(1)
-    return Measures(norms(step, lengths), slope)
+    return Measures(norms(step, lengths), slopes(step, momentum, lengths))
+
+
+def _parts(stack: Tensor, lengths: int) -> Tensor:
+    """[lengths, entries of a part]; a weight without rows has no part."""
+    return stack.reshape(lengths, stack.numel() // max(1, lengths))
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:
