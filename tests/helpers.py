@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,39 @@ from torch.nn import functional
 
 import minifisher
 from minifisher.statistics.layers import Layer
+from minifisher.step.entries import tensors_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Closure = Callable[[], Tensor]
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean over samples; whatever a sample's output looks like, its entries are the classes."""
     return functional.cross_entropy(outputs.flatten(1), targets)
+
+
+def closure_of(model: Callable[[Tensor], Tensor], optimizer: Any, inputs: Tensor, targets: Tensor) -> Closure:
+    """What `optimizer.step` takes of one batch of a classifier; labels are drawn where that is due."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        optimizer.observe(outputs)
+        loss = functional.cross_entropy(outputs, targets)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train_on_batches(model: nn.Module, optimizer: Any, steps: range) -> None:
+    """Steps on batches [8, 5] of three classes; a step always has the same batch and random numbers."""
+    for step in steps:
+        data = torch.Generator().manual_seed(step)
+        inputs = torch.randn(8, 5, dtype=torch.float64, generator=data)
+        targets = torch.randint(3, (8,), generator=data)
+        torch.manual_seed(step)
+        optimizer.step(closure_of(model, optimizer, inputs, targets))
 
 
 @dataclass(frozen=True)
@@ -242,6 +269,27 @@ def dense_preconditioner(curvature: object, state: dict[str, Tensor], layer: Lay
     units = torch.eye(size, dtype=next(iter(state.values())).dtype)
     columns = [curvature.precondition(state, unit.reshape(layer.shape), damping).flatten() for unit in units]
     return torch.stack(columns, dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The curvature of one layer and its state."""
+
+    layer: Layer
+    curvature: Any
+    state: dict[str, Tensor]
+
+    def preconditioner(self, damping: float) -> Tensor:
+        return dense_preconditioner(self.curvature, self.state, self.layer, damping)
+
+
+def read_layers(optimizer: Any, kind: type, reading: type[Read]) -> list[Any]:
+    """Every layer whose curvature is of this kind."""
+    return [
+        reading(layer, member.plan.curvature, tensors_of(optimizer.state[layer.weight]))
+        for layer, member in optimizer._enrolled.items()
+        if isinstance(member.plan.curvature, kind)
+    ]
 
 
 @contextmanager

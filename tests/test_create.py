@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 import minifisher
-from tests.test_groups import network, train
+from tests.helpers import train_on_batches
+from tests.test_groups import network
 
 
 @pytest.mark.parametrize("method", minifisher.METHODS)
@@ -16,7 +17,7 @@ def test_words_of_no_decay_are_looked_for_in_names_and_classes(method: str) -> N
     assert decayed["param_names"] == ["0.weight", "3.weight"]
     assert spared["param_names"] == ["0.bias", "1.weight", "1.bias", "3.bias"]
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    train(model, optimizer, range(2))
+    train_on_batches(model, optimizer, range(2))
     if optimizer.estimators != ("gradient",):
         assert optimizer.diagnostics()["weights"]["3.weight"]["observations"] > 0
 

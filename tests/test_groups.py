@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 import minifisher
+from tests.helpers import train_on_batches
 
 
 def network() -> nn.Sequential:
@@ -23,24 +23,6 @@ def decayed_and_not(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-
-
-def train(model: nn.Module, optimizer: Any, steps: range = range(5)) -> None:
-    for step in steps:
-        data = torch.Generator().manual_seed(step)
-        inputs = torch.randn(8, 5, dtype=torch.float64, generator=data)
-        targets = torch.randint(3, (8,), generator=data)
-
-        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            optimizer.zero_grad()
-            outputs = model(inputs)
-            optimizer.observe(outputs)
-            loss = functional.cross_entropy(outputs, targets)
-            loss.backward()
-            return loss
-
-        torch.manual_seed(step)
-        optimizer.step(closure)
 
 
 @pytest.mark.parametrize("method", minifisher.METHODS)
@@ -61,7 +43,7 @@ def test_groups_read_the_samples_that_the_module_reads(method: str) -> None:
         }
         optimizer = cls(groups, model=model, **options) if grouped else cls(model, **options)
         assert "1.weight" in {layer.name for layer in optimizer.describe().layers}
-        train(model, optimizer)
+        train_on_batches(model, optimizer, range(5))
         results.append(list(model.parameters()))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
@@ -98,20 +80,20 @@ def test_a_group_that_is_added_later_is_read_too() -> None:
     model = network()
     optimizer = minifisher.KFAC([{"params": list(model[0].parameters())}], model=model)
     optimizer.add_param_group({"params": list(model[3].parameters())})
-    train(model, optimizer, range(2))
+    train_on_batches(model, optimizer, range(2))
     assert optimizer.diagnostics()["weights"]["3.weight"]["observations"] == 1
 
 
 def test_groups_resume_and_are_copied() -> None:
     model = network()
     optimizer = minifisher.KFAC(decayed_and_not(model), model=model, fisher="empirical")
-    train(model, optimizer, range(3))
+    train_on_batches(model, optimizer, range(3))
     twin, copied = copy.deepcopy((model, optimizer))
     again = copy.deepcopy(model)
     resumed = minifisher.KFAC(decayed_and_not(again), model=again, fisher="empirical")
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for run in ((model, optimizer), (twin, copied), (again, resumed)):
-        train(*run, range(3, 6))
+        train_on_batches(*run, range(3, 6))
         torch.testing.assert_close(list(run[0].parameters()), list(model.parameters()), rtol=0, atol=0)
 
 

@@ -16,6 +16,7 @@ from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
 from minifisher.kernels import choose
 from minifisher.methods.kfac import KroneckerFactors
 from minifisher.step.update import clip_divergence
+from tests.helpers import closure_of
 
 INPUTS = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.arange(16) % 3
@@ -27,21 +28,9 @@ def network():
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def closure_of(module, optimizer):
-    def closure():
-        optimizer.zero_grad()
-        outputs = module(INPUTS)
-        optimizer.observe(outputs)
-        loss = functional.cross_entropy(outputs, TARGETS)
-        loss.backward()
-        return loss
-
-    return closure
-
-
 def train(module, optimizer, steps):
     for _ in range(steps):
-        optimizer.step(closure_of(module, optimizer))
+        optimizer.step(closure_of(module, optimizer, INPUTS, TARGETS))
 
 
 # ---- parameters ----
@@ -171,7 +160,9 @@ def test_a_step_under_autocast_computes_in_full_precision(make):
         torch.manual_seed(0)
         for _ in range(4):
             with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
-                optimizer.step(torch.autocast("cpu", enabled=False)(closure_of(module, optimizer)))
+                optimizer.step(
+                    torch.autocast("cpu", enabled=False)(closure_of(module, optimizer, INPUTS, TARGETS))
+                )
         ends.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
     assert torch.equal(*ends)
 

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import minifisher
 from minifisher.statistics.layers import layers_of
-from tests.helpers import OwnLinear, TransposedLinear
+from tests.helpers import OwnLinear, TransposedLinear, train_on_batches
 
 CASES = [(method, fisher) for method, cls in minifisher.METHODS.items() for fisher in cls.estimators]
 
@@ -29,24 +28,6 @@ def network(kind: type[nn.Module]) -> nn.Sequential:
             layer.bias.copy_(linear.bias)
         layers += [layer, nn.Tanh()]
     return nn.Sequential(*layers[:-1]).double()
-
-
-def train(module: nn.Module, optimizer: Any, steps: range = range(6)) -> None:
-    for step in steps:
-        data = torch.Generator().manual_seed(step)
-        inputs = torch.randn(8, 5, dtype=torch.float64, generator=data)
-        targets = torch.randint(3, (8,), generator=data)
-
-        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            optimizer.zero_grad()
-            outputs = module(inputs)
-            optimizer.observe(outputs)
-            loss = functional.cross_entropy(outputs, targets)
-            loss.backward()
-            return loss
-
-        torch.manual_seed(step)
-        optimizer.step(closure)
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -70,7 +51,7 @@ def test_every_method_trains_as_with_linear_layers(
     for layer_kind in (nn.Linear, kind):
         module = network(layer_kind)
         optimizer = minifisher.METHODS[method](module, lr=1e-2, inverse_every=2, **options)
-        train(module, optimizer)
+        train_on_batches(module, optimizer, range(6))
         results.append(weights(module))
         assert optimizer.diagnostics()["fallbacks"] == 0
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
@@ -80,12 +61,12 @@ def test_every_method_trains_as_with_linear_layers(
 def test_a_transposed_layer_resumes_to_the_last_bit(fold_bias: bool) -> None:
     module = network(TransposedLinear)
     optimizer = minifisher.MBF(module, lr=1e-2, fisher="empirical", fold_bias=fold_bias)
-    train(module, optimizer, range(3))
+    train_on_batches(module, optimizer, range(3))
     again = copy.deepcopy(module)
     resumed = minifisher.MBF(again, lr=1e-2, fisher="empirical", fold_bias=fold_bias)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for run in ((module, optimizer), (again, resumed)):
-        train(*run, range(3, 6))
+        train_on_batches(*run, range(3, 6))
     torch.testing.assert_close(list(again.parameters()), list(module.parameters()), rtol=0, atol=0)
 
 

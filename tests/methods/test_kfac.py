@@ -14,32 +14,26 @@ from minifisher import KFAC
 from minifisher.methods.kfac import CorrectedFactors, KroneckerFactors
 from minifisher.statistics.layers import Layer
 from minifisher.statistics.records import LayerSamples
+from tests import helpers
 from tests.helpers import (
     Problem,
     dense_empirical_fisher,
     dense_exact_fisher,
     dense_preconditioner,
     problem,
+    read_layers,
 )
 from tests.methods.samples import calls, patches, places
 
 
-@dataclass(frozen=True, eq=False)
-class Read:
-    """The curvature and the state of one layer after a step with lr=0, and their dense matrices."""
-
-    layer: Layer
-    curvature: KroneckerFactors
-    state: dict[str, Tensor]
+class Read(helpers.Read):
+    """One layer after a step with lr=0, and its dense matrices."""
 
     @property
     def dense(self) -> Tensor:
         """A (x) G, [d, d], in the order of `weight.flatten()`."""
         pairs = zip(self.state["gradient_factor"], self.state["input_factor"], strict=True)
         return torch.block_diag(*(torch.kron(gradient, inputs) for gradient, inputs in pairs))
-
-    def preconditioner(self, damping: float) -> Tensor:
-        return dense_preconditioner(self.curvature, self.state, self.layer, damping)
 
 
 def read(case: Problem, likelihood: str = "categorical", steps: int = 1, **options) -> list[Read]:
@@ -52,13 +46,7 @@ def read(case: Problem, likelihood: str = "categorical", steps: int = 1, **optio
         opt.observe(outputs, likelihood)
         case.loss(outputs, case.targets).backward()
         opt.step()
-    return [
-        Read(
-            layer, plan.curvature, {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)}
-        )
-        for layer, (_, _, plan, _) in opt._enrolled.items()
-        if isinstance(plan.curvature, KroneckerFactors)
-    ]
+    return read_layers(opt, KroneckerFactors, Read)
 
 
 SHARED = [

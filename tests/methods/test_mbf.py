@@ -453,9 +453,12 @@ def test_with_large_damping_the_direction_is_the_momentum(name):
         torch.testing.assert_close(old - parameter.detach(), parameter.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_a_dead_unit_does_not_move_and_is_damped_like_its_layer():
+@pytest.mark.parametrize(
+    "options", [{"share": "row", "block_size": 3}, {"output_power": 1.0, "block_size": 1}], ids=str
+)
+def test_a_dead_unit_does_not_move_and_is_damped_like_its_layer(options):
     weight = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
-    opt = MBF([weight], share="row", block_size=3, lr=1.0, graft=None)
+    opt = MBF([weight], lr=1.0, graft=None, **options)
     weight.grad = torch.randn(4, 3, dtype=torch.float64)
     weight.grad[2] = 0
     opt.step()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,31 +11,24 @@ from torch import Tensor, nn
 from minifisher import MBF
 from minifisher.methods.mbf_two_sided import TwoSidedBlocks
 from minifisher.statistics.layers import Layer, layer_of
+from tests import helpers
 from tests.helpers import (
     NETS,
     Problem,
     dense_empirical_fisher,
     dense_exact_fisher,
-    dense_preconditioner,
     problem,
+    read_layers,
 )
 from tests.methods.samples import calls, patches, places
 
 
-@dataclass(frozen=True, eq=False)
-class Read:
-    """One layer after a step with lr=0: curvature and state."""
-
-    layer: Layer
-    curvature: TwoSidedBlocks
-    state: dict[str, Tensor]
+class Read(helpers.Read):
+    """One layer after a step with lr=0."""
 
     @property
     def widths(self) -> tuple[int, int]:
         return self.curvature.outputs.width, self.curvature.inputs.width
-
-    def preconditioner(self, damping: float) -> Tensor:
-        return dense_preconditioner(self.curvature, self.state, self.layer, damping)
 
 
 def read(case: Problem, likelihood: str = "categorical", **options) -> list[Read]:
@@ -48,15 +39,7 @@ def read(case: Problem, likelihood: str = "categorical", **options) -> list[Read
     opt.observe(outputs, likelihood)
     case.loss(outputs, case.targets).backward()
     opt.step()
-    return [
-        Read(
-            layer,
-            member.plan.curvature,
-            {k: v for k, v in opt.state[layer.weight].items() if isinstance(v, Tensor)},
-        )
-        for layer, member in opt._enrolled.items()
-        if isinstance(member.plan.curvature, TwoSidedBlocks)
-    ]
+    return read_layers(opt, TwoSidedBlocks, Read)
 
 
 # ---- dense matrices ----
@@ -388,18 +371,6 @@ def test_half_precision_averages_give_nearly_the_direction_of_float32():
             opt.step()
         directions.append(weight.detach().flatten())
     assert torch.cosine_similarity(*directions, dim=0) > 0.999
-
-
-def test_a_dead_output_does_not_move_and_is_damped_like_its_layer():
-    weight = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
-    opt = MBF([weight], output_power=1.0, block_size=1, lr=1.0, graft=None)
-    weight.grad = torch.randn(4, 3, dtype=torch.float64)
-    weight.grad[2] = 0
-    opt.step()
-    assert torch.equal(weight[2], torch.ones(3, dtype=torch.float64))
-    weight.grad[2] = 1e-3  # its first gradient comes before the next statistics
-    opt.step()
-    assert (weight[2] - 1).abs().max() < 1
 
 
 @pytest.mark.parametrize("output_power", [0.5, 1.0])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import minifisher
+from tests.helpers import closure_of
 
 KEYS = {
     "damping_min", "damping_max", "eigenvalue_min", "eigenvalue_max", "condition_max", "cosine_mean",
@@ -24,20 +25,11 @@ def trained(method: str = "mbf", steps: int = 3, **options: Any) -> tuple[nn.Mod
     network = nn.Sequential(*layers).double()
     optimizer = minifisher.METHODS[method](network, **{"lr": 1e-2, **options})
     before: list[Tensor] = []
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        outputs = network(inputs)
-        optimizer.observe(outputs)
-        loss = functional.cross_entropy(outputs, targets)
-        loss.backward()
-        return loss
-
     for step in range(steps):
         torch.manual_seed(step)
         inputs, targets = torch.randn(16, 6, dtype=torch.float64), torch.randint(3, (16,))
         before = [parameter.detach().clone() for parameter in network.parameters()]
-        optimizer.step(closure)
+        optimizer.step(closure_of(network, optimizer, inputs, targets))
     return network, optimizer, before
 
 

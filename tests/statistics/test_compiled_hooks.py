@@ -18,7 +18,7 @@ import minifisher
 from minifisher.statistics.calls import PendingCall
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import EVERY_KIND, layers_of
-from tests.helpers import NETS, joined, per_sample_gradients, problem
+from tests.helpers import NETS, closure_of, joined, per_sample_gradients, problem
 
 LARGE = 1 << 30
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -242,16 +242,7 @@ def train(module, model, optimizer, steps):
     for _ in range(steps):
         images = torch.randn(12, 1, 4, 4, generator=generator, dtype=torch.float64)
         targets = images.flatten(1)[:, :3].argmax(1)
-
-        def closure(images=images, targets=targets):
-            optimizer.zero_grad()
-            outputs = model(images)
-            optimizer.observe(outputs)
-            loss = functional.cross_entropy(outputs, targets)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, images, targets))
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
