@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from minifisher_lab.comparison.summary import rows
 
@@ -172,11 +172,16 @@ def _frame(axes: Axes, bottom: float, top: float, right: float) -> None:
     axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
     axes.set_yscale("log")
     axes.set_xlim(0, right)
-    wide = top > 10 * bottom
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(axes.yaxis, most=7, wide=top > 10 * bottom)
     _plain(axes)
+
+
+def plain_ticks(axis: mpl.axis.Axis, most: int, *, wide: bool) -> None:
+    """At most so many round numbers, each with its own digits; `wide`: a logarithmic axis of some decades."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(most, steps=[1, 2, 5, 10]))
+    # A ScalarFormatter gives all numbers the same decimals: 0.0002 and 0.0005 would both be 0.000.
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plain(axes: Axes) -> None:

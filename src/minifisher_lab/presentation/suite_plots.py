@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
-from minifisher_lab.presentation.plots import band, limits, spaced
+from minifisher_lab.presentation.plots import band, limits, plain_ticks, spaced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -102,7 +102,7 @@ def profile_plot(ratios: Mapping[str, Sequence[float]], names: Sequence[str], pr
     axes.set_xscale("log")
     axes.set_xlim(1, right)
     axes.set_ylim(-0.02, 1.04)
-    _plain_ticks(axes.xaxis, wide=right > 10)
+    plain_ticks(axes.xaxis, most=6, wide=right > 10)
     _label_ends(axes, ends, look)
     return _svg(figure)
 
@@ -132,7 +132,7 @@ def _curves(
         bottom, top = limits([result.row for result in results], means)
         axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis, wide=top > 10 * bottom)
+        plain_ticks(axes.yaxis, most=6, wide=top > 10 * bottom)
     axes.set_xlim(0, right)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     _label_ends(axes, ends, look)
@@ -162,12 +162,6 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.tick_params(which="both", length=0)
     return figure, axes
-
-
-def _plain_ticks(axis: mpl.axis.Axis, *, wide: bool) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _label_ends(

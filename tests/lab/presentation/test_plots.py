@@ -48,6 +48,17 @@ def test_the_axis_ends_at_the_lowest_positive_loss() -> None:
     assert 5 < top < 9
 
 
+def test_every_number_on_an_axis_keeps_its_digits() -> None:
+    axes = Figure().add_subplot()
+    axes.set_ylim(1e-4, 2.0)
+    axes.set_yscale("log")
+    plots.plain_ticks(axes.yaxis, most=7, wide=True)
+    places = [float(place) for place in axes.get_yticks()]
+    labels = axes.yaxis.get_major_formatter().format_ticks(places)
+    assert len(places) > 10
+    assert [float(label) for label in labels] == pytest.approx(places)
+
+
 SEEN_WITHOUT_GREEN = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
 """Linear RGB as a deuteranope sees it (Machado, Oliveira, Fernandes 2009)."""
 
