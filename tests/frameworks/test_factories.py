@@ -69,11 +69,11 @@ def test_lightning_cli() -> None:
             super().__init__()
             self.net = network()
 
-    words = ["--optimizer", "minifisher.MBF", "--optimizer.lr", "0.01", "--optimizer.graft", "adam-rows"]
+    words = ["--optimizer", "minifisher.MBF", "--optimizer.lr", "0.01", "--optimizer.graft", "adam"]
     cli = LightningCLI(Module, args=words, run=False, save_config_callback=None)
     optimizer: Any = cli.model.configure_optimizers()
     assert type(optimizer) is minifisher.MBF
-    assert (optimizer.lr, optimizer.graft, optimizer.damping) == (0.01, "adam-rows", 0.1)
+    assert (optimizer.lr, optimizer.graft, optimizer.damping) == (0.01, "adam", 0.1)
 
 
 def test_pytorch_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +153,11 @@ def test_what_is_not_known_is_nan() -> None:
         "damping_min", "damping_max", "skipped_steps", "fallbacks", "frozen_layers",
         "renewed_curvatures",
     }  # fmt: skip
+
+
+def test_the_documentation_explains_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text()
+    assert {key for key in re.findall(r"`(\w+)`", page) if key in KEYS} == KEYS
 
 
 def test_the_damping_in_force_is_that_of_the_groups() -> None:
