@@ -66,6 +66,15 @@ def test_links_lead_somewhere(page):
 
 
 @every_page
+def test_no_formula_is_taken_for_html(page):
+    """A browser shows nothing of <M, x> outside of code."""
+    text = re.sub(
+        r"```.*?```|^    .*?$|`[^`]*`|<!--.*?-->", "", page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    assert re.findall(r"<[A-Za-z/][^>]*>?", text) == []
+
+
+@every_page
 def test_paths_exist(page):
     text = re.sub(r"> \S+", "", paragraphs(page))  # what a command would write
     rooted = re.findall(r"(?:src|tests|benchmarks|docs|examples)/[\w./*-]*[\w*]", text)
