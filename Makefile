@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/minifisher demo
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
 # Lightning, transformers, accelerate and others, in a virtual environment of their own.
 test-frameworks:

@@ -346,7 +346,7 @@ def test_the_next_fetch_deletes_what_a_killed_download_left(tmp_path, monkeypatc
         ("x~another-machine~1.part", 7200, False),
         ("x.part", 10, True),
         ("x.part", 7200, False),
-        (f"x{files.part_ending()}", 7200, True),
+        pytest.param(f"x{files.part_ending()}", 7200, True, id="of this process"),
     ],
 )
 def test_a_part_whose_process_cannot_be_asked_is_deleted_after_an_hour(name, age, kept, tmp_path):
