@@ -105,17 +105,12 @@ CASES = [
 ]
 
 
-REPLICATED = ("default", "kernels", "columns", "descent by row", "two-sided")
-
-
 def train_all(shapes: list[tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
     """On every mesh, whose last dimension is the one of pieces."""
     results = {}
     for shape in shapes:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "pieces")[-len(shape) :])
-        # Replicas of pieces only add an average, which is the same for all options: some are enough.
-        cases = [case for case in CASES if len(shape) == 1 or case[1] in REPLICATED]
-        for kind, name in cases:
+        for kind, name in CASES:
             results[f"{kind.__name__} {name} {shape}"] = trained(kind, OPTIONS[name], mesh)
     return results
 
