@@ -178,11 +178,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
                 two_passes.first() if two_passes is not None else closure() if closure is not None else None
             )
         with torch.no_grad(), full_precision(self.param_groups), self._clock.timing(self._stacks):
-            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
+            samples = self._captures.collect(partial(loss_scale, self)) if self._captures.by_estimator else {}
             taken = self._take_step(samples, adapts)
         if two_passes is not None and taken is not None:
             self._look_again(two_passes, loss, taken)
-        if self._captures:
+        if self._captures.by_estimator:
             self._arm()
         return loss
 
@@ -244,7 +244,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         if (
             active != self._stacked
             or not self._state_of_stacks.still_is(self.state)
-            or any(stack.must_be_rebuilt(samples, zero) for stack in self._stacks)
+            or any(s.options["momentum"] and "momentum" not in s.state for s in self._stacks)
+            or ((samples or zero) and any(stack.parts(samples, zero) for stack in self._stacks))
         ):
             self._initialise(active)
             self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples, zero)
@@ -314,7 +315,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the samples of the backward passes so far are forgotten with their gradients."""
         super().zero_grad(set_to_none)
-        if self._captures:  # which an option may turn on or off for the coming pass
+        if self._captures.by_estimator:  # which an option may turn on or off for the coming pass
             self._notice()
             self._captures.forget_backward()
 
@@ -373,7 +374,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             self.observe(outputs, likelihood)
             loss(outputs, drawn_labels(outputs, likelihood) if draws else targets).backward()
         with full_precision(self.param_groups):
-            samples = self._captures.collect(partial(loss_scale, self)) if self._captures else {}
+            samples = self._captures.collect(partial(loss_scale, self)) if self._captures.by_estimator else {}
             active, zero = self._layers_with_gradients(), set[Layer]()
             finite = all_finite(active, samples.values(), zero)
             zero = {layer for layer in zero if not self._enrolled[layer].placement.cuts}

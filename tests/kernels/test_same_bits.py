@@ -50,8 +50,8 @@ for dtype in (torch.float32, torch.bfloat16):
 for shape in ((1, 70_000), (3, 5_000)):
     gradient, momentum, moment = (torch.randn(shape, generator=generator) for _ in range(3))
     decays = dict(momentum_decay=0.9, moment_decay=0.999, epsilon=1e-8)
-    norm, _ = choose.adam_step(gradient, momentum, moment.square_(), **decays, with_slope=False)
-    _, slope = choose.adam_step(gradient, momentum, moment, **decays, with_slope=True)
+    norm, _ = elementwise_cpu.adam_step(gradient, momentum, moment.square_(), **decays, with_slope=False)
+    _, slope = elementwise_cpu.adam_step(gradient, momentum, moment, **decays, with_slope=True)
     mean = choose.mean_square(gradient, shape[0])
     measures = elementwise_cpu.norm_and_slope(gradient, momentum)
     choose.subtract_scaled(momentum, gradient, norm[0], 0.1)

@@ -193,7 +193,7 @@ def test_kernels_and_reference_take_the_same_steps(options, graft, monkeypatch):
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
     compiled = trained()
-    for place in ("minifisher.step.first_order", "minifisher.kernels.packed", "minifisher.kernels.choose"):
+    for place in ("minifisher.kernels.packed", "minifisher.kernels.choose"):
         monkeypatch.setattr(f"{place}.suits_numba", lambda *tensors, **options: False)
     torch.testing.assert_close(compiled, trained(), rtol=1e-3, atol=1e-4)
 

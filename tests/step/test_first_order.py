@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from minifisher.curvature import Measures
-from minifisher.step.first_order import GRAFTS, graft_length, measure
+from minifisher.step.first_order import GRAFTS, graft_length, measure, usable_and_frozen
 
 
 def test_a_length_that_is_not_finite_is_not_used():
     direction = Measures(torch.tensor([2.0, 1e-30, torch.inf, torch.nan]))
     first_order = Measures(torch.tensor([1.0, 1e30, 1.0, torch.inf]))
-    length, usable, frozen = graft_length(direction, first_order, rescales=True, limit=10.0)
+    length = graft_length(direction, first_order, rescales=True, limit=10.0)
+    usable, frozen = usable_and_frozen(direction, first_order, length)
     assert usable.tolist() == [True, False, False, False]
     assert frozen.tolist() == [False, False, False, True]
     assert length[0] == 0.5
@@ -21,7 +22,8 @@ def test_a_length_that_is_not_finite_is_not_used():
 
 def test_without_a_graft_the_direction_keeps_its_length():
     direction, first_order = Measures(torch.tensor([2.0, torch.nan])), Measures(torch.ones(2))
-    length, usable, _ = graft_length(direction, first_order, rescales=False, limit=10.0)
+    length = graft_length(direction, first_order, rescales=False, limit=10.0)
+    usable, _ = usable_and_frozen(direction, first_order, length)
     assert length[0] == 1
     assert usable.tolist() == [True, False]
 
@@ -38,16 +40,16 @@ def test_the_factor_of_equal_descent_in_every_case():
     }
     norm, slope, of_s, slope_of_s, expected = torch.tensor(list(cases.values())).unbind(1)
     direction, first_order = Measures(norm, slope), Measures(of_s, slope_of_s)
-    length, usable, _ = graft_length(direction, first_order, rescales=True, limit=10.0)
+    length = graft_length(direction, first_order, rescales=True, limit=10.0)
     assert dict(zip(cases, length.tolist(), strict=True)) == dict(zip(cases, expected.tolist(), strict=True))
-    assert usable.all()
-    length, _, _ = graft_length(direction, first_order, rescales=False, limit=10.0)
+    length = graft_length(direction, first_order, rescales=False, limit=10.0)
     assert (length == 1).all()
 
 
 def test_without_a_gradient_no_slope_makes_a_length_usable():
     nothing = Measures(torch.zeros(1), torch.zeros(1))
-    _, usable, frozen = graft_length(nothing, nothing, rescales=True, limit=10.0)
+    length = graft_length(nothing, nothing, rescales=True, limit=10.0)
+    usable, frozen = usable_and_frozen(nothing, nothing, length)
     assert not usable.any()
     assert not frozen.any()
 

@@ -8,14 +8,14 @@ from torch import nn
 
 import minifisher
 from minifisher.curvature import NoCurvature, Plan
-from minifisher.step.schedule import is_due, refresh_due, spread_phases, statistics_due
+from minifisher.step.schedule import due_step, refresh_due, spread_phases, statistics_due
 
 PERIODS = range(2, 17)  # of batches in turn
 TURN = 2**64
 
 
 def due_steps(every, steps, phase=0):
-    return [step for step in range(steps) if is_due(step, every, phase)]
+    return [step for step in range(steps) if step == due_step(step // every, every, phase)]
 
 
 # ---- one layer ----

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,18 @@ def suits_numba(*tensors: Tensor, bfloat16: bool = False, device: str = "cpu") -
 
     With `bfloat16` that dtype is accepted too.
     """
-    return (
-        (NUMBA_INSTALLED or device != "cpu")
-        and not torch.compiler.is_compiling()
-        and all(
+    if torch.compiler.is_compiling() or (device == "cpu" and not NUMBA_INSTALLED):
+        return False
+    for tensor in tensors:
+        if not (
             type(tensor) in _PLAIN
             and (tensor.dtype == torch.float32 or (bfloat16 and tensor.dtype == torch.bfloat16))
             and tensor.device.type == device
             and tensor.is_contiguous()
             and tensor.numel() > 0
-            for tensor in tensors
-        )
-        and (device != "cpu" or _numba_works())
-    )
+        ):
+            return False
+    return device != "cpu" or _numba_works()
 
 
 def compiled_kernels(device: str) -> str:
@@ -86,28 +86,13 @@ def suits_triton(*tensors: Tensor, bfloat16: bool = False) -> bool:
     return TRITON_INSTALLED and suits_numba(*tensors, bfloat16=bfloat16, device="cuda")
 
 
-# elementwise_cpu is imported only when it is used: importing numba takes most of a second.
+def elementwise(*tensors: Tensor) -> ModuleType | None:
+    """The compiled operations of `minifisher.kernels.elementwise_cpu`, where they take these tensors."""
+    if not suits_numba(*tensors):
+        return None
+    from minifisher.kernels import elementwise_cpu  # here, since importing numba takes most of a second
 
-
-def adam_step(
-    gradient: Tensor,
-    momentum: Tensor,
-    moment: Tensor,
-    *,
-    momentum_decay: float,
-    moment_decay: float,
-    epsilon: float,
-    with_slope: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2 in place; of s = M / (sqrt(V) + epsilon) |s| and <M, s>.
-
-    mu is `momentum_decay`, beta `moment_decay`. The tensors D, M and V are [layers, entries] and such that
-    `suits_numba`. The results are [layers]; the second is None without `with_slope`.
-    """
-    from minifisher.kernels import elementwise_cpu
-
-    numbers = momentum_decay, moment_decay, epsilon
-    return elementwise_cpu.adam_step(gradient, momentum, moment, *numbers, with_slope=with_slope)
+    return elementwise_cpu
 
 
 LEAST_ENTRIES = 65_536
@@ -116,30 +101,19 @@ LEAST_ENTRIES = 65_536
 
 def mean_square(gradient: Tensor, layers: int) -> Tensor:
     """The mean of D^2 in every layer, [layers], of a contiguous gradient."""
-    if layers == 1 and gradient.numel() >= LEAST_ENTRIES and suits_numba(gradient):
-        from minifisher.kernels import elementwise_cpu
-
-        return gradient.new_tensor([elementwise_cpu.sum_of_squares(gradient) / gradient.numel()])
+    compiled = elementwise(gradient) if layers == 1 and gradient.numel() >= LEAST_ENTRIES else None
+    if compiled is not None:
+        return gradient.new_tensor([compiled.sum_of_squares(gradient) / gradient.numel()])
     rows = gradient.reshape(layers, -1)
     norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norm.square() / rows.shape[1]
 
 
-def norm_and_slope(step: Tensor, momentum: Tensor, layers: int) -> tuple[Tensor, Tensor] | None:
-    """|x| and <M, x> in one pass, [layers], of stacks x and M; None where torch is to compute them."""
-    if step.numel() < LEAST_ENTRIES or not suits_numba(step, momentum):
-        return None
-    from minifisher.kernels import elementwise_cpu
-
-    return elementwise_cpu.norm_and_slope(step.view(layers, -1), momentum.view(layers, -1))
-
-
 def subtract_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:
     """W <- W - rate length direction, in place; `length` is []."""
-    if weight.numel() >= LEAST_ENTRIES and suits_numba(weight, direction, length):
-        from minifisher.kernels import elementwise_cpu
-
-        elementwise_cpu.add_scaled(weight, direction, -rate * float(length))
+    compiled = elementwise(weight, direction, length) if weight.numel() >= LEAST_ENTRIES else None
+    if compiled is not None:
+        compiled.add_scaled(weight, direction, -rate * float(length))
         # Autograd must notice that the weight changed, as it does with torch's own in-place operations.
         torch.autograd.graph.increment_version(weight)
     else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from minifisher.distributed.placement import meta_state, place_layers, with_piece_units
@@ -17,14 +17,12 @@ from minifisher.state.reading import begin_anew, complete_entries, keep
 from minifisher.statistics.estimators import check_estimators
 from minifisher.statistics.layers import Layer, layers_of_tensors
 from minifisher.step.captured import check_capturable
-from minifisher.step.entries import has_memory, pointers, tensors_of
+from minifisher.step.entries import has_memory, tensors_of
 from minifisher.step.first_order import check_length, graft_of
 from minifisher.step.layer_stack import Enrolled, with_schedules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    from torch import Tensor
 
     from minifisher.curvature import Plan
     from minifisher.options import Option
@@ -55,7 +53,7 @@ class Enrolment:
         """Parameters of lazy modules, which have no shape so far."""
         parameters = [p for layer in self.members for p in layer.parameters]
         self._parameters = list(filter(has_memory, parameters))
-        self._pointers = pointers(self._parameters)
+        self._pointers = list(map(Tensor.data_ptr, self._parameters))
         self.forms: dict[Layer, Form] = {layer: form(layer) for layer in self.members}
 
     def adapt(self, state: dict[Any, Any]) -> None:
@@ -89,7 +87,9 @@ class Enrolment:
             if seen.tensors and reads_tensors:
                 for name, value in seen.tensors.items():
                     options[name].check(value)
-        return self._same_forms()
+        # Other memory, as after an assignment to `.data`, may be of another form.
+        pointers = list(map(Tensor.data_ptr, self._parameters))
+        return pointers == self._pointers or self._same_forms(pointers)
 
     def _follow(self, seen: SeenGroup, group: Group, options: Mapping[str, Option]) -> bool:
         """Take new values of options that each step reads anew; False if something else was changed."""
@@ -106,12 +106,9 @@ class Enrolment:
         seen.look()
         return True
 
-    def _same_forms(self) -> bool:
+    def _same_forms(self, pointers: list[int]) -> bool:
         """Whether every weight has the shape, dtype and device that it was planned with."""
-        found = pointers(self._parameters)
-        if found == self._pointers:
-            return True
-        self._pointers = found  # other memory alone changes nothing
+        self._pointers = pointers  # other memory alone changes nothing
         return all(form(layer) == known for layer, known in self.forms.items())
 
 

@@ -47,10 +47,11 @@ class SeenGroup:
 
     def still_is(self, group: Group) -> bool:
         """Whether this is the group, with the very parameters and values."""
+        params = group["params"]
         return (
             group is self.group
-            and all(map(is_, map(group.get, self._names), self._values))
-            and self.holds(group["params"])
+            and len(params) == len(self.parameters)
+            and all(map(is_, (*map(group.get, self._names), *params), (*self._values, *self.parameters)))
         )
 
     def changes(self, group: Group) -> dict[str, tuple[Any, Any]]:

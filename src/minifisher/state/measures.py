@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.step.first_order import graft_length, newest_share, norms
+from minifisher.step.first_order import graft_length, measure, newest_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,7 +79,9 @@ def _steps(stack: LayerStack) -> Iterator[tuple[float, float]]:
     gradient, weights, layers = stack.gradient(), stack.weights(), len(stack.layers)
     step = _step(stack, gradient)
     inner = (gradient * step).reshape(layers, -1).sum(1)
-    step_norm, slope, size = (norms(tensor, layers).double() for tensor in (step, gradient, weights))
+    step_norm, slope, size = (
+        measure(tensor, None, layers).norm.double() for tensor in (step, gradient, weights)
+    )
     cosines = (inner / (step_norm * slope)).tolist()
     ratios = (float(stack.options["lr"]) * step_norm / size).tolist()
     yield from zip(cosines, ratios, strict=True)
@@ -96,9 +98,10 @@ def _step(stack: LayerStack, gradient: Tensor) -> Tensor:
     if curvature.averages_momentum:
         momentum = momentum * newest_share(mu, stack.step)
     direction = curvature.precondition(state, momentum, options["damping"])
-    of_step, of_first_order = (stack.measured(step, accumulated) for step in (direction, first_order))
-    length, *_ = graft_length(of_step, of_first_order, stack.graft.rescales, options["length_limit"])
-    return direction * length
+    sloped = accumulated if stack.measures_slope else None
+    of_step, of_first_order = (measure(step, sloped, stack.lengths) for step in (direction, first_order))
+    length = graft_length(of_step, of_first_order, stack.graft.rescales, options["length_limit"])
+    return direction * length.view(stack.length_shape)
 
 
 def _eigenvalue_ranges(stack: LayerStack) -> Iterator[tuple[float, float, float]]:

@@ -70,9 +70,6 @@ class Captures:
             if any(layer.reads_samples for layer in layers)
         }
 
-    def __bool__(self) -> bool:
-        return bool(self.by_estimator)
-
     def reads(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> bool:
         """Whether it was made for these."""
         return self._made_for == (layers_by_estimator, memory)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.curvature import Measures, NoCurvature
+from minifisher.curvature import NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import graft_length, norms, slopes
+from minifisher.step.first_order import graft_length, measure, usable_and_frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -68,7 +68,7 @@ def take_captured_step(
     """
     if scale is not None:
         gradients = [gradient / scale for gradient in gradients]
-    of_gradients = torch.stack([norms(gradient, 1).float() for gradient in gradients])
+    of_gradients = torch.stack([torch.linalg.vector_norm(gradient).float() for gradient in gradients])
     usable = torch.isfinite(of_gradients.square()).all()
     if overflow is not None:
         usable = usable & (overflow.sum() == 0)
@@ -114,22 +114,21 @@ def _with_length(
     stack: LayerStack, direction: Tensor, first_order: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The direction with its length, or the first-order step if that is not finite; and how many layers."""
-    measures, of_first_order = (_measures(stack, step, momentum) for step in (direction, first_order))
+    sloped, lengths = momentum if stack.measures_slope else None, stack.lengths
+    # By torch: no graph can record compiled loops.
+    measures, of_first_order = (
+        measure(step, sloped, lengths, by_torch=True) for step in (direction, first_order)
+    )
     rescales = stack.curvature.needs is not None and stack.graft.rescales
-    length, usable, _ = graft_length(measures, of_first_order, rescales, stack.options["length_limit"])
-    # Where the first-order step is not finite either the layer stays, and counts as a fallback, too.
-    fallback = torch.where(torch.isfinite(of_first_order.norm), first_order, 0)
-    update = torch.where(usable, direction * length, fallback)
+    length = graft_length(measures, of_first_order, rescales, stack.options["length_limit"])
+    usable, _ = usable_and_frozen(measures, of_first_order, length)
     fallen = ~usable & (of_first_order.norm != 0)
+    # Where the first-order step is not finite either the layer stays, and counts as a fallback, too.
+    finite, length, usable = (
+        numbers.view(stack.length_shape) for numbers in (torch.isfinite(of_first_order.norm), length, usable)
+    )
+    update = torch.where(usable, direction * length, torch.where(finite, first_order, 0))
     return update, fallen.view(len(stack.layers), -1).any(1).sum()
-
-
-def _measures(stack: LayerStack, step: Tensor, momentum: Tensor) -> Measures:
-    """Of every length, [] or [layers, rows | 1, 1, ...]."""
-    lengths = stack.lengths
-    # Not `measure`, whose compiled loops no graph can record.
-    slope = slopes(step, momentum, lengths) if stack.measures_slope else None
-    return Measures(norms(step, lengths), slope).map(stack.per_length)
 
 
 def _apply(stack: LayerStack, update: Tensor, usable: Tensor) -> None:

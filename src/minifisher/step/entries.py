@@ -88,7 +88,7 @@ class StateOfStacks:
     def __init__(self, state: Mapping[Any, Any], entries: Iterable[Entry], views: Iterable[Tensor]) -> None:
         self._keys, self._values = list(state), list(state.values())
         self._entries, self._views = list(entries), list(views)
-        self._pointers = pointers(self._views)
+        self._pointers = list(map(Tensor.data_ptr, self._views))
 
     def still_is(self, state: Mapping[Any, Any]) -> bool:
         """Whether nobody has assigned another state, entry or tensor, nor other memory to a tensor."""
@@ -97,18 +97,14 @@ class StateOfStacks:
             and all(map(is_, state, self._keys))  # without hashing a tensor, which takes longer
             and all(map(is_, state.values(), self._values))
             and not any(map(_is_written, self._entries))
-            and pointers(self._views) == self._pointers
+            # another assignment to `.data` changes where the memory of a tensor begins
+            and list(map(Tensor.data_ptr, self._views)) == self._pointers
         )
 
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has memory to look at, which one on meta and a fake or distributed one have not."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-
-
-def pointers(tensors: Iterable[Tensor]) -> list[int]:
-    """Where the memory of each tensor begins; another assignment to `.data` changes it."""
-    return list(map(Tensor.data_ptr, tensors))
 
 
 # ---- the entries of one layer ----

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minifisher.curvature import FirstOrderStep, Measures
-from minifisher.kernels.choose import adam_step, norm_and_slope, suits_numba
+from minifisher.kernels.choose import LEAST_ENTRIES, elementwise
 from minifisher.kernels.scratch import scratch_like
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Graft:
         self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float, with_slope: bool
     ) -> Measures:
         """Update M and the graft's averages in place; returns what is measured of the first-order step."""
-        norm = norms(update_momentum(state, gradient, momentum), lengths)
+        norm = measure(update_momentum(state, gradient, momentum), None, lengths).norm
         return Measures(norm, norm.square() if with_slope else None)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
@@ -77,17 +77,18 @@ class AdamGraft(Graft):
         """Also V <- beta_2 V + (1 - beta_2) D^2."""
         scale, epsilon = _corrections(count, momentum)
         tensors = (gradient, state.get("momentum", gradient), state["second_moment"])
-        if momentum and isinstance(count, int) and suits_numba(*tensors):
+        compiled = elementwise(*tensors) if momentum and isinstance(count, int) else None
+        if compiled is not None:
             d, m, v = (tensor.view(lengths, -1) for tensor in tensors)
-            decays = {"momentum_decay": momentum, "moment_decay": ADAM_DECAY}
-            norm, slope = adam_step(d, m, v, **decays, epsilon=epsilon, with_slope=with_slope)
-            return Measures(norm.mul_(scale), None if slope is None else slope.mul_(scale))
-        direction = update_momentum(state, gradient, momentum)
-        moment = state["second_moment"].mul_(ADAM_DECAY).addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
-        denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
-        step = torch.div(direction, denominator, out=denominator)
-        measures = measure(step, direction, lengths) if with_slope else Measures(norms(step, lengths))
-        return measures.map(lambda number: number.mul_(scale))
+            norm, slope = compiled.adam_step(d, m, v, momentum, ADAM_DECAY, epsilon, with_slope)
+        else:
+            direction = update_momentum(state, gradient, momentum)
+            moment = state["second_moment"].mul_(ADAM_DECAY)
+            moment.addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
+            denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
+            step = torch.div(direction, denominator, out=denominator)
+            norm, slope = measure(step, direction if with_slope else None, lengths)
+        return Measures(norm.mul_(scale), None if slope is None else slope.mul_(scale))
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
@@ -120,31 +121,32 @@ GRAFTS: dict[str | None, Graft] = {
 }
 
 
-def graft_length(
-    direction: Measures, first_order: Measures, rescales: bool, limit: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor of a direction P M: |s| / |P M|, or that of `equal_descent` where slopes were measured.
+def graft_length(direction: Measures, first_order: Measures, rescales: bool, limit: float) -> Tensor:
+    """The factor of a direction P M, [lengths]: |s| / |P M|, or that of equal descent; 1 without `rescales`.
 
-    Returns it with two masks of its shape. Where it is not `usable`, the layer takes the first-order step s;
-    where that is not finite either, the layer is `frozen`.
+    Equal descent, where slopes were measured: <M, s> / <M, P M>, at most `limit` times |s| / |P M|. Both
+    steps then promise the same decrease: a step x changes the loss by -lr <gradient, x> to first order, and M
+    stands for the gradient. Where the quotient is not positive, no factor of P M promises what s does: a row
+    of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor is then
+    |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
     """
-    norm, first_order_norm = direction.norm, first_order.norm
-    length = first_order_norm / norm if rescales else torch.ones_like(norm)
-    if rescales and direction.slope is not None and first_order.slope is not None:
-        length = equal_descent(first_order.slope / direction.slope, length, limit)
-    usable = torch.isfinite(norm + length)
-    return length, usable, ~(usable | torch.isfinite(first_order_norm))
-
-
-def equal_descent(descent: Tensor, length: Tensor, limit: float) -> Tensor:
-    """The factor <M, s> / <M, P M>, at most `limit` times |s| / |P M|: both steps promise the same decrease.
-
-    Given are both quotients, `descent` and `length`. A step x changes the loss by -lr <gradient, x> to first
-    order, and M stands for the gradient. Where the quotient is not positive, no factor of P M promises what s
-    does: a row of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor
-    is then |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
-    """
+    if not rescales:
+        return torch.ones_like(direction.norm)
+    length = first_order.norm / direction.norm
+    if direction.slope is None or first_order.slope is None:
+        return length
+    descent = first_order.slope / direction.slope
     return torch.where(descent > 0, torch.minimum(descent, limit * length), length)
+
+
+def usable_and_frozen(direction: Measures, first_order: Measures, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Two masks, [lengths]: where a direction has a finite length, and where nothing has.
+
+    Where it is not `usable`, the layer takes the first-order step s; where that is not finite either, the
+    layer is `frozen`.
+    """
+    usable = torch.isfinite(direction.norm + length)
+    return usable, ~(usable | torch.isfinite(first_order.norm))
 
 
 def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:
@@ -174,34 +176,20 @@ def newest_share(momentum: float, count: Any) -> Any:
     return (1 - momentum) / (1 - momentum**count)
 
 
-def norms(stack: Tensor, lengths: int) -> Tensor:
-    """The norm of each of so many equal parts of a contiguous stack, [lengths]."""
-    norm: Tensor
+def measure(step: Tensor, momentum: Tensor | None, lengths: int, *, by_torch: bool = False) -> Measures:
+    """|x| and <M, x> of each of so many equal parts of a step x, [lengths]; without M the norm alone."""
+    shape = lengths, step.numel() // max(1, lengths)  # a weight without rows has no part
+    if momentum is not None and step.numel() >= LEAST_ENTRIES and not by_torch:
+        compiled = elementwise(step, momentum)
+        if compiled is not None:
+            return Measures(*compiled.norm_and_slope(step.view(shape), momentum.view(shape)))
     if lengths == 1:
-        norm = torch.linalg.vector_norm(stack)
-        return norm.view(1)
-    norm = torch.linalg.vector_norm(_parts(stack, lengths), dim=1)
-    return norm
-
-
-def slopes(step: Tensor, momentum: Tensor, lengths: int) -> Tensor:
-    """<M, x> of each of so many equal parts of a step x, [lengths]."""
-    if lengths == 1:
-        return torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
-    return _parts(momentum * step, lengths).sum(1)
-
-
-def measure(step: Tensor, momentum: Tensor, lengths: int) -> Measures:
-    """Norm and slope of each of so many equal parts of a step, [lengths]."""
-    computed = norm_and_slope(step, momentum, lengths)
-    if computed is not None:
-        return Measures(*computed)
-    return Measures(norms(step, lengths), slopes(step, momentum, lengths))
-
-
-def _parts(stack: Tensor, lengths: int) -> Tensor:
-    """[lengths, entries of a part]; a weight without rows has no part."""
-    return stack.reshape(lengths, stack.numel() // max(1, lengths))
+        norm = torch.linalg.vector_norm(step).view(1)
+        slope = None if momentum is None else torch.dot(momentum.reshape(-1), step.reshape(-1)).view(1)
+    else:
+        norm = torch.linalg.vector_norm(step.reshape(shape), dim=1)
+        slope = None if momentum is None else (momentum * step).reshape(shape).sum(1)
+    return Measures(norm, slope)
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:

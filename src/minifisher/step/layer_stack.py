@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minifisher.curvature import Measures
 from minifisher.distributed.collectives import local
 from minifisher.distributed.placement import local_part
 from minifisher.statistics.records import BatchGradient, Secant
@@ -23,11 +22,10 @@ from minifisher.step.entries import (
     Entry,
     StateOfStacks,
     has_memory,
-    state_dtype,
     tensors_of,
     write,
 )
-from minifisher.step.first_order import graft_of, measure, norms
+from minifisher.step.first_order import graft_of
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
@@ -94,6 +92,10 @@ class LayerStack:
         self.rows = shape[0] if self.graft.by_rows and shape else None
         self.lengths = len(self.layers) * (1 if self.rows is None else self.rows)
         """How many lengths a graft gives: one for each layer, or one for each row."""
+        self.length_shape = _length_shape(len(self.layers), self.rows, len(shape))
+        """[] or [layers, rows | 1, 1, ...]: one number for each length, as a factor of the stack."""
+        self.is_plain = all(piece.bias is None and not piece.transposed for piece in self.pieces)
+        """Whether each layer is one parameter, read as it is stored."""
 
     @property
     def parameter_shaped(self) -> frozenset[str]:
@@ -106,15 +108,6 @@ class LayerStack:
         by_descent = self.options["length"] != "norm" and self.graft.rescales
         return by_descent and self.curvature.needs is not None
 
-    def measured(self, step: Tensor, momentum: Tensor) -> Measures:
-        """What the rule of length reads of a step, [] or [layers, rows | 1, 1, ...]."""
-        numbers = (
-            measure(step, momentum, self.lengths)
-            if self.measures_slope
-            else Measures(norms(step, self.lengths))
-        )
-        return numbers.map(self.per_length)
-
     @cached_property
     def length_groups(self) -> tuple[Any, ...]:
         """The ranks that hold the other pieces of what has one length."""
@@ -126,15 +119,16 @@ class LayerStack:
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor a parameter -> the stack; for a single layer without folded bias no copy."""
         held = [tensor if type(tensor) is Tensor else local(tensor) for tensor in tensors]
-        if len(held) == 1:
-            return self.layers[0].join(held)
-        iterator = iter(held)
-        joined = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
-        return torch.stack(joined) if len(joined) > 1 else joined[0]
+        if not self.is_plain:
+            iterator = iter(held)
+            held = [layer.join([next(iterator) for _ in layer.parameters]) for layer in self.layers]
+        return torch.stack(held) if len(held) > 1 else held[0]
 
-    def scatter(self, stack: Tensor) -> list[Tensor]:
+    def scatter(self, stack: Tensor) -> Sequence[Tensor]:
         """The inverse of `gather`, as views: one tensor a parameter."""
         parts = stack.unbind() if len(self.layers) > 1 else (stack,)
+        if self.is_plain:
+            return parts
         return [t for piece, part in zip(self.pieces, parts, strict=True) for t in piece.split(part)]
 
     def weights(self) -> Tensor:
@@ -144,34 +138,23 @@ class LayerStack:
     def gradient(self) -> Tensor:
         """D of what is minimised; zero where only the weight or only the bias of a layer has a gradient."""
         gradient = self.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
-        gradient = gradient.to(state_dtype(gradient.dtype))
+        if gradient.dtype == torch.float16:  # which cannot hold the square of a gradient
+            gradient = gradient.float()
         gradient = -gradient if self.options["maximize"] else gradient
         return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
-    @property
-    def coupled_decay(self) -> float:
-        """The weight decay that joins the gradient; 0 if it is decoupled."""
-        return 0.0 if self.options["decoupled_weight_decay"] else float(self.options["weight_decay"])
-
     def with_decay(self, gradient: Tensor) -> Tensor:
         """D + weight_decay W, unless the decay is decoupled."""
-        decay = self.coupled_decay
-        return gradient + decay * self.weights() if decay else gradient
+        decay = float(self.options["weight_decay"])
+        if self.options["decoupled_weight_decay"] or not decay:
+            return gradient
+        return gradient + decay * self.weights()
 
     def local_parameters(self, stack: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter that has a gradient, as this process holds it, with its part of the stack."""
         for parameter, part in zip(self.parameters, self.scatter(stack), strict=True):
             if parameter.grad is not None:
                 yield parameter if type(parameter) is nn.Parameter else local(parameter), part
-
-    def per_length(self, numbers: Tensor) -> Tensor:
-        """One number for each length, [lengths], as a factor of the stack: [] or [layers, rows | 1, ...]."""
-        if self.lengths == 1 and self.rows is None:
-            return numbers.view(())
-        shape = [1] * len(self.layers[0].shape)
-        if self.rows is not None:
-            shape[0] = self.rows
-        return numbers.view([len(self.layers), *shape] if len(self.layers) > 1 else shape)
 
     def keep_counts(self) -> None:
         """Write the counts into the optimizer's state."""
@@ -201,11 +184,11 @@ class LayerStack:
         return refresh_due(self.plan, self.step, self.options["jitter"])
 
     def corrected_decay(self, samples: Samples, zero: AbstractSet[Layer]) -> float | None:
-        """The decay of the coming observation, without bias in the running average; None if there is none.
+        """The decay of an observation that is due, without bias in the average; None if nothing was seen.
 
         The k-th observation has the weight (1 - decay) / (1 - decay^k): 1 for the first, and all sum to one.
         """
-        if not (self.statistics_due and self.has_statistics(samples, zero)):
+        if not self.has_statistics(samples, zero):
             return None
         decay: float = self.options["curvature_decay"]
         if self.observations >= SATURATED:
@@ -280,14 +263,17 @@ class LayerStack:
             return state
         return {name: tensor[index] for name, tensor in state.items()}
 
-    def must_be_rebuilt(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
-        """Whether only some layers have statistics, or momentum was switched on and has no buffer yet."""
-        if self.options["momentum"] and "momentum" not in self.state:
-            return True
-        if not (samples or zero) or len(self.layers) == 1:
-            return False
+    def parts(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
+        """Whether the coming step reads statistics, and only some of the layers have them."""
         kinds = {(layer in samples, layer in zero) for layer in self.layers}
         return len(kinds) > 1 and self.statistics_due
+
+
+def _length_shape(layers: int, rows: int | None, dimensions: int) -> tuple[int, ...]:
+    if rows is None:
+        return (layers, *[1] * dimensions) if layers > 1 else ()
+    of_layer = rows, *[1] * (dimensions - 1)
+    return (layers, *of_layer) if layers > 1 else of_layer
 
 
 def state_of_stacks(state: Mapping[Any, Any], stacks: Iterable[LayerStack]) -> StateOfStacks:

@@ -121,7 +121,9 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     """The update of every stack; None, and nothing changed, where a gradient of any rank is not finite."""
     # D; zero where it is not finite: the ranks then agree not to step.
     gradients = [stack.gradient() if ranks.finite else torch.zeros_like(stack.gradient()) for stack in stacks]
-    decays = [stack.corrected_decay(samples, ranks.zero) for stack in stacks]
+    decays = [
+        stack.corrected_decay(samples, ranks.zero) if stack.statistics_due else None for stack in stacks
+    ]
     # All of the below in one pass over memory, where a kernel can.
     fused = [
         fused_update(stack, gradient, decay)
@@ -162,23 +164,25 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     mu = options["momentum"]
     stack.step += 1
     # One that averages momentum has the decay in D already.
-    joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
+    coupled = not (options["decoupled_weight_decay"] or curvature.averages_momentum)
+    joined = stack.with_decay(gradient) if coupled else gradient
     first_order = graft.update(state, joined, stack.lengths, stack.step, mu, stack.measures_slope)
-    momentum = state["momentum"] if mu else joined
+    accumulated = momentum = state["momentum"] if mu else joined
     if not stack.observations:
         direction = graft.step(state, momentum, stack.step, mu).clone()
     else:
         if curvature.averages_momentum:
             momentum = momentum * newest_share(mu, stack.step)
         direction = curvature.precondition(state, momentum, options["damping"])
-    return Update(stack, gradient, momentum, direction, first_order.map(stack.per_length))
+    return Update(stack, gradient, momentum, direction, accumulated, first_order)
 
 
 def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Update | None:
     """The update by one fused kernel, statistics and momentum included; None where there is none for it."""
     curvature, options, state = stack.curvature, stack.options, stack.state
     assert isinstance(curvature, FusedCurvature)
-    if not stack.observes_gradient or decay is None or stack.rows or stack.coupled_decay:
+    coupled_decay = options["weight_decay"] and not options["decoupled_weight_decay"]
+    if not stack.observes_gradient or decay is None or stack.rows or coupled_decay:
         return None
     mu, with_slopes = options["momentum"], stack.measures_slope
     first_order = stack.graft.for_kernel(state, stack.step + 1, mu, with_slopes)
@@ -189,6 +193,6 @@ def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Up
         return None
     direction, *measured = fused
     stack.step, stack.observations, stack.missed = stack.step + 1, stack.observations + 1, 0
-    measures, of_first_order = (numbers.map(stack.per_length) for numbers in measured)
+    measures, of_first_order = (numbers.map(torch.flatten) for numbers in measured)
     momentum = state["momentum"]
-    return Update(stack, gradient, momentum, direction, of_first_order, measures, is_fused=True)
+    return Update(stack, gradient, momentum, direction, momentum, of_first_order, measures, is_fused=True)

@@ -32,7 +32,8 @@ def statistics_due(plan: Plan, step: int, jitter: bool) -> bool:
 
     `step` counts the steps taken so far. Without `jitter` always the first step of a period is due.
     """
-    return is_due(step, plan.statistics_every, plan.statistics_phase if jitter else None)
+    every = plan.statistics_every
+    return step == due_step(step // every, every, plan.statistics_phase if jitter else None)
 
 
 def refresh_due(plan: Plan, step: int, jitter: bool) -> bool:
@@ -43,16 +44,13 @@ def refresh_due(plan: Plan, step: int, jitter: bool) -> bool:
     """
     if step < plan.inverse_every:
         return statistics_due(plan, step, jitter)
-    return is_due(step, plan.inverse_every, plan.inverse_phase if jitter else None)
-
-
-def is_due(step: int, every: int, phase: int | None) -> bool:
-    """Whether the coming step is the one of its period that is due; phase=None: always the first."""
-    return step == _due_step(step // every, every, phase)
+    every = plan.inverse_every
+    return step == due_step(step // every, every, plan.inverse_phase if jitter else None)
 
 
 @lru_cache(maxsize=2**14)
-def _due_step(period: int, every: int, phase: int | None) -> int:
+def due_step(period: int, every: int, phase: int | None) -> int:
+    """The step of a period of so many steps that is due; phase=None: always the first."""
     drawn = 0 if phase is None or not period else (random_bits(0, period) + phase) % _TURN * every // _TURN
     return period * every + drawn
 

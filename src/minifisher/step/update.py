@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 
 from minifisher.curvature import Measures
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import graft_length
+from minifisher.step.first_order import graft_length, measure, usable_and_frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,8 @@ class Update:
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
     momentum: Tensor  # M, or the mean of past gradients: what the direction was made from, likewise
     direction: Tensor  # P M, likewise
-    first_order: Measures  # of the step whose length it takes, [] or [layers, rows | 1, 1, ...]
+    accumulated: Tensor  # the sum M of past gradients, also where the direction was made from their mean
+    first_order: Measures  # of the step whose length it takes, [lengths]
     measures: Measures | None = None  # of the direction, likewise; None: it is still to be measured
     is_fused: bool = False
     """Whether a fused kernel made it."""
@@ -41,32 +43,31 @@ class Update:
     renewed: int = 0
     """Layers whose curvature begins anew, because its averages were not finite."""
 
-    @property
-    def accumulated(self) -> Tensor:
-        """The sum M of past gradients, also where the direction was made from their mean."""
-        return self.stack.state["momentum"] if self.stack.options["momentum"] else self.momentum
-
     def measured(self) -> Measures:
-        """What is measured of the direction, [] or [layers, rows | 1, 1, ...]."""
-        return self.stack.measured(self.direction, self.accumulated)
+        """What the rule of length reads of the direction, [lengths]."""
+        momentum = None if self.first_order.slope is None else self.accumulated
+        return measure(self.direction, momentum, self.stack.lengths)
 
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
         stack = self.stack
         measures = self.measures or self.measured()
         rescales = stack.graft.rescales and bool(stack.observations)
-        limit = stack.options["length_limit"]
-        self.length, usable, frozen = graft_length(measures, self.first_order, rescales, limit)
-        if not usable.all():
-            self._fall_back(measures.norm, usable, frozen)
+        length = graft_length(measures, self.first_order, rescales, stack.options["length_limit"])
+        self.length = length.view(stack.length_shape)
+        # One question about all numbers. Where only the sum is not finite, nothing falls back below.
+        if not math.isfinite((measures.norm + length).sum()):
+            self._fall_back(measures, length)
 
-    def _fall_back(self, norm: Tensor, usable: Tensor, frozen: Tensor) -> None:
+    def _fall_back(self, measures: Measures, length: Tensor) -> None:
         stack = self.stack
+        usable, frozen = usable_and_frozen(measures, self.first_order, length)
         # Where one of the two norms is zero no direction was lost: that unit has no gradient.
-        fallen = ~usable & ~frozen & (self.first_order.norm != 0) & (norm != 0)
+        fallen = ~usable & ~frozen & (self.first_order.norm != 0) & (measures.norm != 0)
         self.fallbacks, self.frozen = (
             int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
         )
+        usable, frozen = usable.view(stack.length_shape), frozen.view(stack.length_shape)
         step = stack.graft.step(stack.state, self.accumulated, stack.step, stack.options["momentum"])
         self.direction = torch.where(usable, self.direction, step.masked_fill(frozen, 0))
         self.length = self.length.masked_fill(~usable, 1)
