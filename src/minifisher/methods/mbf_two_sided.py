@@ -174,9 +174,10 @@ class TwoSidedBlocks(Curvature):
 
     def _scaled(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """A and G, [..., 1, blocks, width, width], and the mean f of both, [..., 1]."""
-        inputs, outputs = _widened(state, "input_fisher"), _widened(state, "output_fisher")
+        dtype = working_dtype(self.dtype)
+        inputs, outputs = state["input_fisher"].to(dtype), state["output_fisher"].to(dtype)
         if "mean" in state:
-            return inputs, outputs, _widened(state, "mean")
+            return inputs, outputs, state["mean"].to(dtype)
         input_mean, output_mean = _mean(inputs, self.inputs), _mean(outputs, self.outputs)
         if self.needs is BatchGradient:
             return inputs, outputs, input_mean
@@ -193,8 +194,8 @@ class TwoSidedBlocks(Curvature):
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """((G_r + lambda_r I) / (f + l))^(-p) M_rc (A_c + lambda_c I)^(-q) for every tile."""
-        right, left = _widened(state, "input_inverse"), _widened(state, "output_inverse")
         rows = self.inputs.cut(self._matrix(direction))
+        right, left = (state[f"{side}_inverse"].to(rows.dtype) for side in ("input", "output"))
         product = multiply_rows(rows, right, out=scratch_like(rows)).flatten(-2)
         product = multiply_columns(product[..., : self.inputs.length], left)
         return product.reshape(direction.shape).to(direction.dtype)
@@ -203,11 +204,6 @@ class TwoSidedBlocks(Curvature):
         """[..., *shape] as [..., out, in], in the dtype to compute in."""
         leading = weight.shape[: weight.ndim - len(self.shape)]
         return weight.reshape(*leading, self.outputs.length, self.inputs.length).to(working_dtype(self.dtype))
-
-
-def _widened(state: State, name: str) -> Tensor:
-    """In the dtype to compute in."""
-    return state[name].to(working_dtype(state[name].dtype))
 
 
 def _mean_square(matrix: Tensor) -> Tensor:
