@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from minifisher.curvature import Measures
 from minifisher.kernels import choose
 from minifisher.kernels.threads import run_parallel
-from minifisher.step import first_order
+from minifisher.step import first_order as first_order_step
 
 needs_numba = pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="numba (extra `fast`) is not installed")
 
@@ -22,7 +23,7 @@ def states(shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor
 def test_compiled_adam_equals_torch_in_float64(shape, monkeypatch):
     gradient, state = states(shape)
     expected = {name: tensor.double() for name, tensor in state.items()}
-    adam = first_order.GRAFTS["adam"]
+    adam = first_order_step.GRAFTS["adam"]
     reference = adam.update(expected, gradient.double(), shape[0], 3, 0.9, with_slope=True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert choose.suits_numba(gradient, *state.values())
@@ -36,12 +37,31 @@ def test_compiled_adam_equals_torch_in_float64(shape, monkeypatch):
 @pytest.mark.parametrize("with_slope", [False, True])
 def test_norm_and_slope_are_those_of_the_step(with_slope):
     gradient, state = states((2, 6, 7))
-    adam = first_order.GRAFTS["adam"]
+    adam = first_order_step.GRAFTS["adam"]
     norm, slope = adam.update(state, gradient, 2, 5, 0.9, with_slope)
     step = adam.step(state, state["momentum"], 5, 0.9)
     torch.testing.assert_close(norm, step.flatten(1).norm(dim=1))
     expected = (state["momentum"] * step).sum((1, 2)) if with_slope else None
     torch.testing.assert_close(slope, expected)
+
+
+@needs_numba
+def test_the_compiled_length_is_that_of_torch_to_the_last_bit():
+    from minifisher.kernels import elementwise_cpu
+
+    edges = torch.tensor([0.0, -1.5, 1.0, 3.0, 1e30, 1e-30, torch.inf, torch.nan])
+    drawn = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    numbers = torch.cat((torch.cartesian_prod(*[edges] * 4).T, drawn), 1)
+    direction, first_order = Measures(*numbers[:2]), Measures(*numbers[2:])
+    expected = first_order_step.graft_length(direction, first_order, True, 4.0)
+    length, is_finite = elementwise_cpu.descent_length(*direction, *first_order, 4.0)
+    torch.testing.assert_close(length, expected, rtol=0, atol=0, equal_nan=True)
+    assert not is_finite
+    usable = torch.isfinite(direction.norm + expected)
+    assert elementwise_cpu.descent_length(*numbers[:, usable], 4.0)[1]
+    for position in (~usable).nonzero()[:, 0].tolist():
+        columns = torch.cat((usable.nonzero()[:3, 0], torch.tensor([position])))
+        assert not elementwise_cpu.descent_length(*numbers[:, columns], 4.0)[1]
 
 
 @pytest.mark.parametrize(

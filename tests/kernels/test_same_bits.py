@@ -55,7 +55,8 @@ for shape in ((1, 70_000), (3, 5_000)):
     mean = choose.mean_square(gradient, shape[0])
     measures = elementwise_cpu.norm_and_slope(gradient, momentum)
     choose.subtract_scaled(momentum, gradient, norm[0], 0.1)
-    told(f"elementwise {shape}", [momentum, moment, norm, slope, mean, *measures])
+    length, _ = elementwise_cpu.descent_length(*measures, norm, slope, 4.0)
+    told(f"elementwise {shape}", [momentum, moment, norm, slope, mean, *measures, length])
 """
 
 
@@ -84,7 +85,7 @@ def test_no_kernel_calls_another_compiled_function():
         for value in vars(module).values()
         if hasattr(value, "py_func") and "inline" not in value.targetoptions
     ]
-    assert len(kernels) == 5
+    assert len(kernels) == 6
     for kernel in kernels:
         names = re.findall(r"\w+", " ".join(kernel.py_func.__code__.co_names))
         called = [kernel.py_func.__globals__.get(name) for name in names]

@@ -100,6 +100,22 @@ def _measure_chunks(step: Any, momentum: Any, squares: Any, slopes: Any, start: 
 
 
 @compiled
+def _descent_lengths(norm: Any, slope: Any, of_norm: Any, of_slope: Any, limit: Any, length: Any) -> bool:
+    """`descent_length` for arrays; writes `length`."""
+    finite = True
+    for i in range(length.shape[0]):
+        quotient = of_norm[i] / norm[i]
+        descent, most = of_slope[i] / slope[i], limit * quotient
+        if descent > 0:
+            length[i] = descent if descent < most else most
+        else:
+            length[i] = quotient
+        # Not np.isfinite: where sums may be reordered, numba compiles it to True.
+        finite = finite and abs(norm[i] + length[i]) < np.inf
+    return finite
+
+
+@compiled
 def _sum_of_squares(vector: Any, start: int, stop: int) -> float:
     total = 0.0
     for first in range(start, stop, CHUNK):
@@ -156,6 +172,19 @@ def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
     run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
     square, slope = sums.sum(2).astype(np.float32)
     return torch.from_numpy(np.sqrt(square)), torch.from_numpy(slope)
+
+
+def descent_length(
+    norm: Tensor, slope: Tensor, of_norm: Tensor, of_slope: Tensor, limit: float
+) -> tuple[Tensor, bool]:
+    """`minifisher.step.first_order.graft_length` by slopes, and whether norm + length is finite everywhere.
+
+    All tensors are [lengths].
+    """
+    arrays = [tensor.numpy() for tensor in (norm, slope, of_norm, of_slope)]
+    length = np.empty_like(arrays[0])
+    finite = _descent_lengths(*arrays, np.float32(limit), length)
+    return torch.from_numpy(length), finite
 
 
 def sum_of_squares(tensor: Tensor) -> float:

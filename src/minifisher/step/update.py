@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minifisher.curvature import Measures
-from minifisher.kernels.choose import subtract_scaled
+from minifisher.kernels.choose import elementwise, subtract_scaled
 from minifisher.step.first_order import graft_length, measure, usable_and_frozen
 
 if TYPE_CHECKING:
@@ -53,10 +53,17 @@ class Update:
         stack = self.stack
         measures = self.measures or self.measured()
         rescales = stack.graft.rescales and bool(stack.observations)
-        length = graft_length(measures, self.first_order, rescales, stack.options["length_limit"])
+        first_order, limit = self.first_order, stack.options["length_limit"]
+        by_descent = rescales and measures.slope is not None and first_order.slope is not None
+        compiled = elementwise(*measures, *first_order) if by_descent else None
+        if compiled is not None:
+            length, is_finite = compiled.descent_length(*measures, *first_order, limit)
+        else:
+            length = graft_length(measures, first_order, rescales, limit)
+            # One question about all numbers. Where only the sum is not finite, nothing falls back below.
+            is_finite = math.isfinite((measures.norm + length).sum())
         self.length = length.view(stack.length_shape)
-        # One question about all numbers. Where only the sum is not finite, nothing falls back below.
-        if not math.isfinite((measures.norm + length).sum()):
+        if not is_finite:
             self._fall_back(measures, length)
 
     def _fall_back(self, measures: Measures, length: Tensor) -> None:
