@@ -54,10 +54,10 @@ class Update:
         measures = self.measures or self.measured()
         rescales = stack.graft.rescales and bool(stack.observations)
         first_order, limit = self.first_order, stack.options["length_limit"]
-        by_descent = rescales and measures.slope is not None and first_order.slope is not None
-        compiled = elementwise(*measures, *first_order) if by_descent else None
+        numbers = [number for number in (*measures, *first_order) if number is not None]
+        compiled = elementwise(*numbers) if rescales and len(numbers) == 4 else None  # with slopes
         if compiled is not None:
-            length, is_finite = compiled.descent_length(*measures, *first_order, limit)
+            length, is_finite = compiled.descent_length(*numbers, limit)
         else:
             length = graft_length(measures, first_order, rescales, limit)
             # One question about all numbers. Where only the sum is not finite, nothing falls back below.
