@@ -15,6 +15,7 @@ from torch import nn
 from torch.ao import quantization
 
 from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
+from minifisher.kernels import scratch
 
 INPUTS = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 
@@ -300,7 +301,8 @@ def test_lazy_modules_are_planned_when_they_have_a_shape(make):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("fisher", ["gradient", "empirical"])
-def test_the_default_device_need_not_be_that_of_the_model(method, fisher):
+def test_the_default_device_need_not_be_that_of_the_model(method, fisher, monkeypatch):
+    monkeypatch.setattr(scratch, "_BUFFERS", scratch._Buffers())  # as in a fresh process
     module = network()
     if fisher not in METHODS[method].estimators:
         pytest.skip(f"{method} has no such estimator")

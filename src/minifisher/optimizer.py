@@ -291,13 +291,13 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             secants = {layer: secant for layer, secant in secants.items() if layer not in taken.zero}
             for stack in self._stacks:
                 stack.observe_secants(secants)
-        if taken.changes:
-            groups = [group for group in self.param_groups if group["adaptive_damping"]]
-            if world_size() > 1:
-                loss, loss_after = mean_over_ranks((loss, loss_after))
-            factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
-            for group in groups:
-                group["damping"] = within_bounds(group["damping"] * factor)
+            if taken.changes:
+                groups = [group for group in self.param_groups if group["adaptive_damping"]]
+                if world_size() > 1:
+                    loss, loss_after = mean_over_ranks((loss, loss_after))
+                factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
+                for group in groups:
+                    group["damping"] = within_bounds(group["damping"] * factor)
 
     # ---- statistics ----
 
