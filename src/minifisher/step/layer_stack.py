@@ -243,16 +243,18 @@ class LayerStack:
         self.observations, self.missed = 0, 1
         return len(self.layers)
 
-    def keep_missed(self, zero: AbstractSet[Layer]) -> None:
-        """Remember whether a zero gradient hid the statistics that the coming step was to read.
+    def keep_missed(self, zero: AbstractSet[Layer], observed: bool) -> None:
+        """Remember whether the statistics that the coming step was to read were not there.
 
-        The next gradient other than zero is then observed. To look for it in samples costs hooks, or another
-        backward pass: after the first T1 steps, only the very next step looks.
+        A zero gradient hides them; so do hooks that were off, where somebody emptied the state. The next
+        gradient other than zero is then observed. To look for it in samples costs hooks, or another backward
+        pass: after the first T1 steps, only the very next step looks.
         """
-        if self.statistics_due and self.curvature.needs is not None:
+        if self.curvature.needs is not None and self.statistics_due:
             every_step = self.observes_gradient or self.step < self.plan.statistics_every
             tries = every_step or statistics_due(self.plan, self.step, self.options["jitter"])
-            self.missed = int(tries and self.layers[0] in zero)
+            absent = self.layers[0] in zero or not (observed or self.observations)
+            self.missed = int(tries and absent)
 
     def observe(
         self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float

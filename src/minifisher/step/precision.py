@@ -108,6 +108,7 @@ def full_precision(groups: Iterable[Mapping[str, Any]]) -> ExitStack:
     for kind in {parameter.device.type for parameter in parameters}:
         if kind != "meta" and torch.is_autocast_enabled(kind):  # which knows no autocast
             stack.enter_context(torch.autocast(kind, enabled=False))
-    if any(has_no_values(parameter) for parameter in parameters):
+    # Under torch.compile tensors have values when the compiled step runs.
+    if not torch.compiler.is_compiling() and any(map(has_no_values, parameters)):
         stack.enter_context(UsualAnswers())
     return stack
