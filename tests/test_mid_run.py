@@ -106,7 +106,9 @@ def test_a_state_that_was_emptied_starts_anew(renewed):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("make", [KFAC, METHODS["tnt"], METHODS["kbfgs"], lambda m: MBF(m, fisher="empirical")])
+@pytest.mark.parametrize(
+    "make", [KFAC, METHODS["tnt"], METHODS["kbfgs"], lambda m: MBF(m, fisher="empirical")]
+)
 def test_samples_are_read_again_after_the_state_was_emptied(make):
     module = network()
     optimizer = make(module)

@@ -143,6 +143,17 @@ def parameter_keys(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> di
     return keys
 
 
+def refuse_strays(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
+    """Raise ValueError for the state of a parameter that is in no group, for which a file has no number."""
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for parameter in state:
+        if isinstance(parameter, Tensor) and id(parameter) not in held:
+            raise ValueError(
+                f"optimizer.state has an entry for a parameter of shape {tuple(parameter.shape)} that is in no "
+                "parameter group by now: remove it with optimizer.state.pop(parameter), or put the parameter back"
+            )
+
+
 def pack(
     packed: dict[str, Any],
     members: Iterable[Enrolled],

@@ -58,6 +58,13 @@ class Enrolment:
         self._pointers = pointers(self._parameters)
         self.forms: dict[Layer, Form] = {layer: form(layer) for layer in self.members}
 
+    def names_of_waiting(self) -> Iterable[str]:
+        """The names of the parameters of lazy modules, which have no shape so far."""
+        for index, seen in enumerate(self.seen):
+            modules = [seen.module] if seen.module is not None else []
+            names = {id(p): name for module in modules for name, p in module.named_parameters()}
+            yield from (names.get(id(p), name) for name, p in _named(seen, index) if is_lazy(p))
+
     def adapt(self, state: dict[Any, Any]) -> None:
         """Bring the state in line: what does not fit begins anew, and inverses follow changed options."""
         for layer in self.begin_anew:
