@@ -149,8 +149,9 @@ def refuse_strays(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
     for parameter in state:
         if isinstance(parameter, Tensor) and id(parameter) not in held:
             raise ValueError(
-                f"optimizer.state has an entry for a parameter of shape {tuple(parameter.shape)} that is in no "
-                "parameter group by now: remove it with optimizer.state.pop(parameter), or put the parameter back"
+                f"optimizer.state has an entry for a parameter of shape {tuple(parameter.shape)} that is "
+                "in no parameter group by now: remove it with optimizer.state.pop(parameter), or put the "
+                "parameter back"
             )
 
 
