@@ -51,7 +51,7 @@ class Enrolment:
     """The module that tensors belong to which were given without one."""
 
     def __post_init__(self) -> None:
-        self.waiting = [p for seen in self.seen for p in seen.parameters if is_lazy(p)]
+        self.waiting: list[Tensor] = [p for seen in self.seen for p in seen.parameters if is_lazy(p)]
         """Parameters of lazy modules, which have no shape so far."""
         parameters = [p for layer in self.members for p in layer.parameters]
         self._parameters = list(filter(has_memory, parameters))

@@ -27,7 +27,7 @@ from minifisher.step.entries import (
     tensors_of,
     write,
 )
-from minifisher.step.first_order import graft_of, measure, norms
+from minifisher.step.first_order import Graft, graft_of, measure, norms
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ class LayerStack:
     def __post_init__(self) -> None:
         self.plan: Plan = self.placement.plan
         self.curvature: Curvature = self.plan.curvature
-        self.observes_gradient = self.curvature.needs is BatchGradient
-        self.graft = graft_of(self.plan, self.options)
-        self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
-        self.pieces = [local_part(layer) for layer in self.layers]
+        self.observes_gradient: bool = self.curvature.needs is BatchGradient
+        self.graft: Graft = graft_of(self.plan, self.options)
+        self.parameters: list[Tensor] = [parameter for layer in self.layers for parameter in layer.parameters]
+        self.pieces: list[Layer] = [local_part(layer) for layer in self.layers]
         shape = self.pieces[0].shape
-        self.rows = shape[0] if self.graft.by_rows and shape else None
-        self.lengths = len(self.layers) * (1 if self.rows is None else self.rows)
+        self.rows: int | None = shape[0] if self.graft.by_rows and shape else None
+        self.lengths: int = len(self.layers) * (1 if self.rows is None else self.rows)
         """How many lengths a graft gives: one for each layer, or one for each row."""
 
     @property
