@@ -235,8 +235,11 @@ def test_optimizers_name_lists_every_argument_with_its_meaning() -> None:
     assert "momentum" in _invoke("optimizers", "sgd")[1]
 
 
-@pytest.mark.parametrize("arguments", [("-h",), ("--version",), ("train", "-h"), ("data", "list", "-h")])
-def test_help_and_version_import_no_torch(arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [("-h",), ("--version",), ("train", "-h"), ("problems",), ("optimizers",), ("data", "list")],
+)
+def test_help_and_lists_import_no_torch(arguments: tuple[str, ...]) -> None:
     code = f"import sys; from minifisher_lab.cli import app; app({list(arguments)}, standalone_mode=False)"
     names = ("torch", "matplotlib", "sklearn", "optuna", "scipy")
     heavy = f"print([name for name in {names} if name in sys.modules])"
