@@ -131,11 +131,10 @@ def test_two_processes_in_mixed_precision_step_as_one(method: str, precision: st
         options = {**processes, **scaled, "use_distributed_sampler": False}
         trained(module, None if scaled else precision, 1.0, **options)
         results.append([parameter.detach() for parameter in module.net.parameters()])
-    moved = [
-        (end - start).abs().max() for end, start in zip(results[0], Module().net.parameters(), strict=True)
-    ]
-    assert min(moved) > 0.05
-    torch.testing.assert_close(*results, rtol=0, atol=0.02)
+    start = torch.cat([parameter.detach().flatten() for parameter in Module().net.parameters()])
+    one, two = (torch.cat([parameter.flatten() for parameter in result]) for result in results)
+    assert (one - start).norm() > 1
+    assert (one - two).norm() < 0.05 * (one - start).norm()  # in float32 they differ by 1e-6 of it
 
 
 def test_the_callback_draws_labels_logs_and_removes_its_hook() -> None:
