@@ -16,7 +16,7 @@ test: $(INSTALLED) lint
 test-frameworks:
 	test -x $(VENV)-frameworks/bin/python || $(PYTHON) -m venv $(VENV)-frameworks
 	$(VENV)-frameworks/bin/python -m pip install --quiet -c constraints.txt -e '.[fast,frameworks]' pytest hypothesis pyright
-	$(VENV)-frameworks/bin/python -m pytest tests/frameworks
+	$(VENV)-frameworks/bin/python -m pytest tests/frameworks -rs
 
 docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

@@ -20,7 +20,7 @@ CORE, LABORATORY = SOURCE / "minifisher", SOURCE / "minifisher_lab"
 
 # The order of the rooms (docs/architecture.md): a file imports from its own room or from an earlier one.
 WALK = [
-    ("options", "common_options", "parameters", "callers", "random_bits"),
+    ("options", "common_options", "parameters", "callers", "random_bits", "without_values"),
     ("linalg", "statistics"),
     ("kernels", "curvature"),
     ("distributed",),

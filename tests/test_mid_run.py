@@ -106,6 +106,29 @@ def test_a_state_that_was_emptied_starts_anew(renewed):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize(
+    "make", [KFAC, METHODS["tnt"], METHODS["kbfgs"], lambda m: MBF(m, fisher="empirical")]
+)
+def test_samples_are_read_again_after_the_state_was_emptied(make):
+    module = network()
+    optimizer = make(module)
+
+    def closure():
+        optimizer.zero_grad()
+        outputs = module(INPUTS)
+        optimizer.observe(outputs)
+        loss = functional.cross_entropy(outputs, TARGETS)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    optimizer.state.clear()  # the hooks are off by now
+    for _ in range(2):
+        optimizer.step(closure)
+    assert optimizer.state[module[0].weight]["observations"] == 1
+
+
 @pytest.mark.parametrize("later", [0.0, 0.9])
 def test_momentum_that_a_schedule_lowered_to_zero_is_saved_and_loaded(later):
     ends = []

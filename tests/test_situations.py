@@ -15,6 +15,7 @@ from torch import nn
 from torch.ao import quantization
 
 from minifisher import KFAC, MBF, METHODS, SOAP, Shampoo
+from minifisher.kernels import scratch
 
 INPUTS = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 
@@ -256,6 +257,18 @@ def test_a_group_that_was_dropped_stays_as_it_is():
     assert len(optimizer.describe().layers) == 1
 
 
+def test_the_state_of_a_dropped_parameter_is_named_where_it_would_be_saved():
+    module = network()
+    optimizer = MBF(module)
+    train(module, optimizer)
+    dropped = optimizer.param_groups[0]["params"].pop()
+    train(module, optimizer)
+    with pytest.raises(ValueError, match=r"shape \(3,\) that is in no parameter group"):
+        optimizer.state_dict()
+    optimizer.state.pop(dropped)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 @pytest.mark.parametrize("takes_state", [False, True])
 def test_a_grown_parameter_goes_on(takes_state):
     first, _, optimizer = pairs()
@@ -291,16 +304,22 @@ def test_a_weight_whose_data_grew_or_changed_its_dtype_goes_on():
 def test_lazy_modules_are_planned_when_they_have_a_shape(make):
     module = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
     optimizer = make(module)
+    described = optimizer.describe()
+    assert len(described.waiting) == 4
+    assert all(f"{name}  of a lazy module" in str(described) for name in described.waiting)
+    assert described.waiting[0] in ("0.weight", "parameter 0 of group 0")
     module(INPUTS)
     before = weights(module)
     train(module, optimizer, 2)
     assert not torch.equal(weights(module), before)
     assert optimizer.describe().parameters == weights(module).numel()
+    assert not optimizer.describe().waiting
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("fisher", ["gradient", "empirical"])
-def test_the_default_device_need_not_be_that_of_the_model(method, fisher):
+def test_the_default_device_need_not_be_that_of_the_model(method, fisher, monkeypatch):
+    monkeypatch.setattr(scratch, "_BUFFERS", scratch._Buffers())  # as in a fresh process
     module = network()
     if fisher not in METHODS[method].estimators:
         pytest.skip(f"{method} has no such estimator")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class FirstOrderStep:
 class NoCurvature(Curvature):
     """No curvature: the layer takes the first-order step of its graft."""
 
-    needs = None
+    needs: type[Statistics] | None = field(default=None, init=False)
 
     def shard(self, shape: torch.Size) -> Curvature:
         """Itself."""

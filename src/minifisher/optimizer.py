@@ -16,12 +16,7 @@ from minifisher.curvature import Plan
 from minifisher.distributed.collectives import rank, world_size
 from minifisher.kernels.choose import compiled_kernels
 from minifisher.parameters import as_groups
-from minifisher.state.checkpoint import (
-    FORMAT_VERSION,
-    check_form,
-    pack,
-    without_stacks,
-)
+from minifisher.state.checkpoint import FORMAT_VERSION, check_form, pack, refuse_strays, without_stacks
 from minifisher.state.enrolment import Enrolment, enrol, placed
 from minifisher.state.groups import check_group
 from minifisher.state.loading import Loaded, read_state_dict
@@ -292,13 +287,13 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             secants = {layer: secant for layer, secant in secants.items() if layer not in taken.zero}
             for stack in self._stacks:
                 stack.observe_secants(secants)
-        if taken.changes:
-            groups = [group for group in self.param_groups if group["adaptive_damping"]]
-            if world_size() > 1:
-                loss, loss_after = mean_over_ranks((loss, loss_after))
-            factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
-            for group in groups:
-                group["damping"] = within_bounds(group["damping"] * factor)
+            if taken.changes:
+                groups = [group for group in self.param_groups if group["adaptive_damping"]]
+                if world_size() > 1:
+                    loss, loss_after = mean_over_ranks((loss, loss_after))
+                factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
+                for group in groups:
+                    group["damping"] = within_bounds(group["damping"] * factor)
 
     # ---- statistics ----
 
@@ -402,7 +397,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         members = self._enrolled.values()
         rows = (describe_layer(member.layer, member.plan, member.group["fisher"]) for member in members)
         devices = dict.fromkeys(member.layer.weight.device.type for member in members)
-        return Description(type(self).__name__, tuple(rows), tuple(map(compiled_kernels, devices)))
+        kernels, waiting = map(compiled_kernels, devices), self._enrolment.names_of_waiting()
+        return Description(type(self).__name__, tuple(rows), tuple(kernels), tuple(waiting))
 
     def diagnostics(self, flat: bool = False) -> dict[str, Any]:
         """Counts of faults; for every weight its steps, observations and the counts of its curvature.
@@ -430,6 +426,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             if self._entry(layer) or any(parameter.requires_grad for parameter in layer.parameters)
         )
         members, groups = self._enrolled.values(), self.param_groups
+        refuse_strays(self.state, groups)
         # Before the hooks of others, which then see all that will be saved.
         hook = self.register_state_dict_post_hook(
             lambda _, packed: pack(packed, members, groups, self.state), prepend=True

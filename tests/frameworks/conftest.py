@@ -13,6 +13,7 @@ def needs(package: str) -> None:
         importlib.import_module(package)
     except Exception as error:  # a package may be installed and not fit this torch
         pytest.skip(
-            f"{package} cannot be imported ({type(error).__name__}: {error}): make test-frameworks",
+            f"{package} cannot be imported ({type(error).__name__}: {error}); make test-frameworks installs "
+            "all but timm and fastai, which need a torchvision for this torch",
             allow_module_level=True,
         )

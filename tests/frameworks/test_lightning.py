@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import minifisher
 from tests.frameworks.conftest import needs
@@ -46,25 +46,34 @@ class Module(lightning.LightningModule):
         return minifisher.METHODS[self.method](self.net, lr=3e-2, **self.options)
 
 
-def batches() -> DataLoader[Any]:
+def rows() -> TensorDataset:
     inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), batch_size=16)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+class SharedBatches(Module):
+    """Reads mini-batches of 32 rows in their order, of which every process has its share."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        processes = self.trainer.world_size
+        share = DistributedSampler(rows(), processes, self.trainer.global_rank, shuffle=False)
+        return DataLoader(rows(), batch_size=32 // processes, sampler=share)
 
 
 def trained(module: Module, precision: str | None, clip: float | None = None, **options: Any) -> Module:
     trainer = lightning.Trainer(
         max_epochs=3,
         accelerator="cpu",
-        devices=1,
         precision=precision,
         gradient_clip_val=clip,
+        **{"devices": 1, **options},
         logger=False,
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        **options,
     )
-    trainer.fit(module, batches())
+    loader = None if isinstance(module, SharedBatches) else DataLoader(rows(), batch_size=16)
+    trainer.fit(module, loader)
     return module
 
 
@@ -110,6 +119,22 @@ def test_steps_with_an_infinite_gradient_are_left_out() -> None:
     trained(module, None, 0.5, plugins=[plugin])
     assert plugin.scaler.get_scale() == 2.0**28  # half of it after each of twelve steps
     torch.testing.assert_close(module.net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("method", "precision"), [("kfac", "bf16-mixed"), ("mbf", "16-mixed")])
+def test_two_processes_in_mixed_precision_step_as_one(method: str, precision: str) -> None:
+    """Half a mini-batch each, through DistributedDataParallel over gloo, with samples and clipping."""
+    results = []
+    for processes in ({"devices": 1}, {"devices": 2, "strategy": "ddp_spawn"}):
+        scaled = {"plugins": [half_precision(2.0**8)]} if precision == "16-mixed" else {}
+        module = SharedBatches(method, fisher="empirical", damping=0.1)
+        options = {**processes, **scaled, "use_distributed_sampler": False}
+        trained(module, None if scaled else precision, 1.0, **options)
+        results.append([parameter.detach() for parameter in module.net.parameters()])
+    start = torch.cat([parameter.detach().flatten() for parameter in Module().net.parameters()])
+    one, two = (torch.cat([parameter.flatten() for parameter in result]) for result in results)
+    assert (one - start).norm() > 1
+    assert (one - two).norm() < 0.05 * (one - start).norm()  # in float32 they differ by 1e-6 of it
 
 
 def test_the_callback_draws_labels_logs_and_removes_its_hook() -> None:

@@ -32,7 +32,10 @@ class MinifisherCallback(Callback):
         read: Callable[[Any], Tensor] | None = None,
         log_every: int = 50,
     ) -> None:
-        self.likelihood, self.module, self.read, self.log_every = likelihood, module, read, log_every
+        self.likelihood: str = likelihood
+        self.module: str | None = module
+        self.read: Callable[[Any], Tensor] | None = read
+        self.log_every: int = log_every
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

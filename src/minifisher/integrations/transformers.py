@@ -25,7 +25,9 @@ class MinifisherCallback(TrainerCallback):
     def __init__(
         self, likelihood: str = "categorical", read: Callable[[Any], Tensor] | None = None, log: bool = True
     ) -> None:
-        self.likelihood, self.read, self.log = likelihood, read, log
+        self.likelihood: str = likelihood
+        self.read: Callable[[Any], Tensor] | None = read
+        self.log: bool = log
         self._hook: RemovableHandle | None = None
         self._numbers: Mapping[str, float] = {}
 

@@ -7,7 +7,7 @@ docs/methods.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -51,9 +51,9 @@ class KroneckerBFGS(KroneckerCurvature):
     place of y in the conditions of double damping.
     """
 
-    needs = Secant
-    averages = ("input_moment", "input_mean", "gradient_moment")
-    recomputed = ("input_inverse",)
+    needs: type[Statistics] = field(default=Secant, init=False)
+    averages: ClassVar[tuple[str, ...]] = ("input_moment", "input_mean", "gradient_moment")
+    recomputed: ClassVar[tuple[str, ...]] = ("input_inverse",)
     structure: ClassVar[str] = "Kronecker BFGS"
 
     mu1: float = 0.2
@@ -203,7 +203,7 @@ def _keep_finite(inverse: Tensor, updated: Tensor) -> Tensor:
 class KroneckerBFGSOptimizer(KroneckerOptimizer):
     """The options and the plan of KBFGS and KBFGSL."""
 
-    estimators = ("empirical",)  # the second pass repeats the training loss
+    estimators: ClassVar[tuple[str, ...]] = ("empirical",)  # the second pass repeats the training loss
 
     curvature_decay: float = option(default=0.9)
     damping: float = option(default=1.0)

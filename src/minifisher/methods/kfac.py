@@ -8,7 +8,7 @@ Laurent, Bouthillier, Ballas, Vincent, NeurIPS 2018, arXiv 1806.03884.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -43,9 +43,9 @@ class KroneckerFactors(KroneckerCurvature):
     A = (1/N) sum_n a_n a_n^T, G = (1/N) sum_n g_n g_n^T (Eschenhagen et al., 2023).
     """
 
-    needs = LayerSamples
-    averages = ("input_factor", "gradient_factor", "eigenvalues")
-    recomputed = ("input_inverse", "gradient_inverse")
+    needs: type[Statistics] = field(default=LayerSamples, init=False)
+    averages: ClassVar[tuple[str, ...]] = ("input_factor", "gradient_factor", "eigenvalues")
+    recomputed: ClassVar[tuple[str, ...]] = ("input_inverse", "gradient_inverse")
     structure: ClassVar[str] = "Kronecker factors"
 
     power: float = 1.0
@@ -225,7 +225,7 @@ class KFAC(KroneckerOptimizer):
     the costs of one group. Raises ValueError for parameters without their nn.Module.
     """
 
-    estimators = ("empirical", "sampled", "exact")
+    estimators: ClassVar[tuple[str, ...]] = ("empirical", "sampled", "exact")
 
     lr: float | Tensor = option(default=3e-3, kw_only=False)
     fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(default="sampled")

@@ -59,7 +59,7 @@ def scale_of_groups(means: Tensor) -> Tensor:  # [..., groups]
 class KroneckerOptimizer(CurvatureOptimizer):
     """A method with Kronecker factors; a layer that has none takes the first-order step."""
 
-    folds = ("linear", "convolution")
+    folds: ClassVar[tuple[str, ...]] = ("linear", "convolution")
 
     fold_bias: bool = option(default=True)
     max_dim: int | None = option(

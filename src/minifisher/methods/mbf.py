@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -75,8 +75,8 @@ class MiniBlocks(Curvature):
     """Whether the weight may be a piece of the layer's weight. The state then holds the mean of the diagonal,
     because only its average over all pieces is the layer's."""
 
-    averages = ("fisher", "mean")
-    recomputed = ("inverse",)
+    averages: ClassVar[tuple[str, ...]] = ("fisher", "mean")
+    recomputed: ClassVar[tuple[str, ...]] = ("inverse",)
 
     @property
     def capturable(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -40,7 +40,7 @@ class PackedBlocks(FusedCurvature):
     dtype: torch.dtype
     relative_damping: bool = True
 
-    averages = ("fisher", "mean")
+    averages: ClassVar[tuple[str, ...]] = ("fisher", "mean")
 
     @cached_property
     def _tiling(self) -> packed.Tiling:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -86,8 +86,8 @@ class TwoSidedBlocks(Curvature):
     """Whether the weight may be a piece of the layer's weight. The state then holds f, because only its
     average over all pieces is the layer's."""
 
-    averages = ("input_fisher", "output_fisher", "mean")
-    recomputed = ("input_inverse", "output_inverse")
+    averages: ClassVar[tuple[str, ...]] = ("input_fisher", "output_fisher", "mean")
+    recomputed: ClassVar[tuple[str, ...]] = ("input_inverse", "output_inverse")
 
     @property
     def capturable(self) -> bool:

@@ -7,7 +7,7 @@ Shampoo using Adam", 2024, arXiv 2409.11321.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class SOAP(ModeOptimizer):
     2 (w_1^2 + w_2^2) + w_1 w_2 numbers for each block.
     """
 
-    estimators = ("gradient",)
+    estimators: ClassVar[tuple[str, ...]] = ("gradient",)
 
     lr: float | Tensor = option(default=3e-3, kw_only=False)
     momentum: float = option(default=0.95)

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 """Of the state dict. It is stored in every parameter group, because distributed checkpoints keep those."""
 
 
-EARLIER = {"length": "norm", "jitter": False, "output_power": 0.0}
+EARLIER: dict[str, Any] = {"length": "norm", "jitter": False, "output_power": 0.0}
 """Options that format 1 had not at first, and what was done then: such a run goes on as it began."""
 
 
@@ -141,6 +141,18 @@ def parameter_keys(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> di
         if not isinstance(key, int | str):
             raise ValueError(f"'params' of the saved groups must hold numbers or names, got {key!r}")
     return keys
+
+
+def refuse_strays(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
+    """Raise ValueError for the state of a parameter that is in no group, for which a file has no number."""
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for parameter in state:
+        if isinstance(parameter, Tensor) and id(parameter) not in held:
+            raise ValueError(
+                f"optimizer.state has an entry for a parameter of shape {tuple(parameter.shape)} that is "
+                "in no parameter group by now: remove it with optimizer.state.pop(parameter), or put the "
+                "parameter back"
+            )
 
 
 def pack(

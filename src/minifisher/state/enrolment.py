@@ -49,12 +49,19 @@ class Enrolment:
     """The module that tensors belong to which were given without one."""
 
     def __post_init__(self) -> None:
-        self.waiting = [p for seen in self.seen for p in seen.parameters if is_lazy(p)]
+        self.waiting: list[Tensor] = [p for seen in self.seen for p in seen.parameters if is_lazy(p)]
         """Parameters of lazy modules, which have no shape so far."""
         parameters = [p for layer in self.members for p in layer.parameters]
         self._parameters = list(filter(has_memory, parameters))
         self._pointers = list(map(Tensor.data_ptr, self._parameters))
         self.forms: dict[Layer, Form] = {layer: form(layer) for layer in self.members}
+
+    def names_of_waiting(self) -> Iterable[str]:
+        """The names of the parameters of lazy modules, which have no shape so far."""
+        for index, seen in enumerate(self.seen):
+            modules = [seen.module] if seen.module is not None else []
+            names = {id(p): name for module in modules for name, p in module.named_parameters()}
+            yield from (names.get(id(p), name) for name, p in _named(seen, index) if is_lazy(p))
 
     def adapt(self, state: dict[Any, Any]) -> None:
         """Bring the state in line: what does not fit begins anew, and inverses follow changed options."""

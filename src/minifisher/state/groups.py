@@ -34,7 +34,7 @@ class SeenGroup:
     def look(self) -> None:
         """Take the values of the options as seen."""
         self._values = [self.group[name] for name in self._names]
-        self.tensors = {
+        self.tensors: dict[str, Tensor] = {
             name: value
             for name, value in zip(self._names, self._values, strict=True)
             if isinstance(value, Tensor)

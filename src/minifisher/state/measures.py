@@ -30,7 +30,7 @@ class StepClock:
     """The seconds of the last step without statistics and of the last one with them; NaN before the first."""
 
     def __init__(self) -> None:
-        self.seconds = {"seconds_step": math.nan, "seconds_statistics_step": math.nan}
+        self.seconds: dict[str, float] = {"seconds_step": math.nan, "seconds_statistics_step": math.nan}
 
     @contextmanager
     def timing(self, stacks: Sequence[LayerStack]) -> Iterator[None]:

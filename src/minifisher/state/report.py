@@ -47,6 +47,8 @@ class Description:
     layers: tuple[LayerDescription, ...]
     kernels: tuple[str, ...] = ()
     """Of every kind of device: whether compiled kernels are used, or what they would bring."""
+    waiting: tuple[str, ...] = ()
+    """Parameters of lazy modules: they have no shape so far, and are planned when they have one."""
 
     @property
     def parameters(self) -> int:
@@ -94,7 +96,8 @@ class Description:
         per_parameter = self.state_bytes / self._total
         size = f"{self.parameters:,} parameters, {per_parameter:.1f} curvature bytes each"
         frozen = f"; {self.frozen:,} frozen parameters are not counted" if self.frozen else ""
-        return "\n".join([*table, f"{self.method}: {size}; {shares}{frozen}", *self.kernels])
+        summary = f"{self.method}: {size}; {shares}{frozen}"
+        return "\n".join([*table, *map(_waiting_row, self.waiting), summary, *self.kernels])
 
 
 def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
@@ -114,6 +117,10 @@ def describe_layer(layer: Layer, plan: Plan, fisher: str) -> LayerDescription:
         inverse_every=plan.inverse_every,
         trains=any(parameter.requires_grad for parameter in layer.parameters),
     )
+
+
+def _waiting_row(name: str) -> str:
+    return f"{name}  of a lazy module, which has no shape before its first forward pass: planned then"
 
 
 def _row(layer: LayerDescription) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class Captures:
 
     def __init__(self, layers_by_estimator: Mapping[str, Sequence[Layer]], memory: int) -> None:
         self._made_for = layers_by_estimator, memory
-        self.by_estimator = {
+        self.by_estimator: dict[str, Capture] = {
             estimator: Capture(layers, memory, estimator in MODEL_LABEL_LOSSES)
             for estimator, layers in layers_by_estimator.items()
             if any(layer.reads_samples for layer in layers)
@@ -143,7 +143,7 @@ class Capture:
 
     def __init__(self, layers: Iterable[Layer], memory: int, model_labels: bool = False) -> None:
         self._layer_of = {module: layer for layer in layers for module in layer.modules}
-        self.layers = tuple(dict.fromkeys(self._layer_of.values()))
+        self.layers: tuple[Layer, ...] = tuple(dict.fromkeys(self._layer_of.values()))
         """The layers whose samples it records."""
         self._memory = memory
         self._model_labels = model_labels

@@ -143,5 +143,7 @@ class _SharedSetting:
             self._setting.close()
 
 
-no_donated_buffers = _SharedSetting(lambda: functorch_config.patch(donated_buffer=False))
+no_donated_buffers: AbstractContextManager[None] = _SharedSetting(
+    lambda: functorch_config.patch(donated_buffer=False)
+)
 """Compiled graphs allow a second backward pass: the first one must not overwrite the saved tensors."""

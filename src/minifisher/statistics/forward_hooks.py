@@ -36,8 +36,8 @@ class Switch:
     """Tells every hook of one capture, eager or compiled, whether to record."""
 
     def __init__(self) -> None:
-        self.on = False
-        self.settings = ExitStack()
+        self.on: bool = False
+        self.settings: ExitStack[bool | None] = ExitStack()
         """Settings of the process that hold while it is on."""
 
     def turn_off(self) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from minifisher.without_values import has_no_values
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -120,10 +122,15 @@ _ROOT_PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gaussian": lambda means: means,
 }
 
+
+def _sampled(outputs: Tensor, likelihood: str, generator: NextGenerator) -> tuple[Tensor]:
+    # Tensors without values draw nothing, and torch has no generators for them.
+    draws = isinstance(outputs, Tensor) and not has_no_values(outputs)
+    return (sampled_loss(outputs, likelihood, generator(outputs.device) if draws else None),)
+
+
 MODEL_LABEL_LOSSES: dict[str, Callable[[Tensor, str, NextGenerator], tuple[Tensor, ...]]] = {
-    "sampled": lambda outputs, likelihood, generator: (
-        sampled_loss(outputs, likelihood, generator(outputs.device) if isinstance(outputs, Tensor) else None),
-    ),
+    "sampled": _sampled,
     "exact": lambda outputs, likelihood, _: fisher_losses(outputs, likelihood),
 }
 """Estimators whose labels come from the model -> the losses whose gradients they need."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from minifisher.distributed.placement import local_part
 from minifisher.step.first_order import GRAFTS, graft_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from minifisher.curvature import Plan
     from minifisher.statistics.layers import Layer
@@ -40,9 +40,9 @@ class Entry(dict[str, Any]):
 
     def __init__(self, values: Mapping[str, Any], names: Iterable[str]) -> None:
         super().__init__(values)
-        self.names = frozenset(names)
+        self.names: frozenset[str] = frozenset(names)
         """What the engine keeps."""
-        self.is_written = False
+        self.is_written: bool = False
         """Whether somebody else has written to one of the names since the engine last looked."""
 
     def keep(self, values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -66,17 +66,17 @@ class Entry(dict[str, Any]):
         return self
 
     # A dict's own methods would pass by the two above.
-    update = MutableMapping.update
-    setdefault = MutableMapping.setdefault
-    pop = MutableMapping.pop
-    popitem = MutableMapping.popitem
-    clear = MutableMapping.clear
+    update: ClassVar[Callable[..., None]] = MutableMapping.update
+    setdefault: ClassVar[Callable[..., Any]] = MutableMapping.setdefault
+    pop: ClassVar[Callable[..., Any]] = MutableMapping.pop
+    popitem: ClassVar[Callable[..., tuple[str, Any]]] = MutableMapping.popitem
+    clear: ClassVar[Callable[..., None]] = MutableMapping.clear
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
         return dict, (dict(self),)
 
 
-write = dict.__setitem__
+write: Callable[[dict[str, Any], str, Any], None] = dict.__setitem__
 """write(entry, name, value): write as the engine, which nothing notes."""
 
 _is_written = attrgetter("is_written")

@@ -7,7 +7,7 @@ Adaptive Gradient Methods from Learning Rates", 2020, arXiv 2002.11803.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -38,7 +38,7 @@ class Graft:
     rescales = False
     by_rows = False
     """Whether every row of a weight (one output) has a length of its own."""
-    state_names: tuple[str, ...] = ()
+    state_names: ClassVar[tuple[str, ...]] = ()
     """Tensors of the parameter's shape that the graft keeps in the state."""
 
     def update(
@@ -69,7 +69,7 @@ class AdamGraft(Graft):
     """Adam: (1 - mu) M / (1 - mu^t) over sqrt(V / (1 - beta_2^t)) + epsilon (Kingma, Ba 2015, Alg. 1)."""
 
     rescales = True
-    state_names = ("second_moment",)
+    state_names: ClassVar[tuple[str, ...]] = ("second_moment",)
 
     def update(
         self, state: State, gradient: Tensor, lengths: int, count: Any, momentum: float, with_slope: bool

@@ -25,7 +25,7 @@ from minifisher.step.entries import (
     tensors_of,
     write,
 )
-from minifisher.step.first_order import graft_of
+from minifisher.step.first_order import Graft, graft_of
 from minifisher.step.schedule import refresh_due, spread_phases, statistics_due, with_phases
 
 if TYPE_CHECKING:
@@ -84,17 +84,17 @@ class LayerStack:
     def __post_init__(self) -> None:
         self.plan: Plan = self.placement.plan
         self.curvature: Curvature = self.plan.curvature
-        self.observes_gradient = self.curvature.needs is BatchGradient
-        self.graft = graft_of(self.plan, self.options)
-        self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
-        self.pieces = [local_part(layer) for layer in self.layers]
+        self.observes_gradient: bool = self.curvature.needs is BatchGradient
+        self.graft: Graft = graft_of(self.plan, self.options)
+        self.parameters: list[Tensor] = [parameter for layer in self.layers for parameter in layer.parameters]
+        self.pieces: list[Layer] = [local_part(layer) for layer in self.layers]
         shape = self.pieces[0].shape
-        self.rows = shape[0] if self.graft.by_rows and shape else None
-        self.lengths = len(self.layers) * (1 if self.rows is None else self.rows)
+        self.rows: int | None = shape[0] if self.graft.by_rows and shape else None
+        self.lengths: int = len(self.layers) * (1 if self.rows is None else self.rows)
         """How many lengths a graft gives: one for each layer, or one for each row."""
-        self.length_shape = _length_shape(len(self.layers), self.rows, len(shape))
+        self.length_shape: list[int] = _length_shape(len(self.layers), self.rows, len(shape))
         """[] or [layers, rows | 1, 1, ...]: one number for each length, as a factor of the stack."""
-        self.is_plain = all(piece.bias is None and not piece.transposed for piece in self.pieces)
+        self.is_plain: bool = all(piece.bias is None and not piece.transposed for piece in self.pieces)
         """Whether each layer is one parameter, read as it is stored."""
 
     @property
@@ -226,16 +226,18 @@ class LayerStack:
         self.observations, self.missed = 0, 1
         return len(self.layers)
 
-    def keep_missed(self, zero: AbstractSet[Layer]) -> None:
-        """Remember whether a zero gradient hid the statistics that the coming step was to read.
+    def keep_missed(self, zero: AbstractSet[Layer], observed: bool) -> None:
+        """Remember whether the statistics that the coming step was to read were not there.
 
-        The next gradient other than zero is then observed. To look for it in samples costs hooks, or another
-        backward pass: after the first T1 steps, only the very next step looks.
+        A zero gradient hides them; so do hooks that were off, where somebody emptied the state. The next
+        gradient other than zero is then observed. To look for it in samples costs hooks, or another backward
+        pass: after the first T1 steps, only the very next step looks.
         """
-        if self.statistics_due and self.curvature.needs is not None:
+        if self.curvature.needs is not None and self.statistics_due:
             every_step = self.observes_gradient or self.step < self.plan.statistics_every
             tries = every_step or statistics_due(self.plan, self.step, self.options["jitter"])
-            self.missed = int(tries and self.layers[0] in zero)
+            absent = self.layers[0] in zero or not (observed or self.observations)
+            self.missed = int(tries and absent)
 
     def observe(
         self, curvature: Curvature, state: State, gradient: Tensor, samples: Samples, decay: float

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minifisher.distributed.collectives import local
 from minifisher.step.loss_scale import scale_of_driver
+from minifisher.without_values import UsualAnswers, has_no_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -98,12 +99,16 @@ def loss_scale(optimizer: Any, captured: bool) -> float:
 
 
 def full_precision(groups: Iterable[Mapping[str, Any]]) -> ExitStack:
-    """Switch autocast off on the devices of the parameters.
+    """Switch autocast off on the devices of the parameters, and answer for parameters without values.
 
     Autocast would round matrices to half precision, and their inverses would be those of other matrices.
     """
     stack = ExitStack()
-    for kind in {parameter.device.type for group in groups for parameter in group["params"]}:
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for kind in {parameter.device.type for parameter in parameters}:
         if kind != "meta" and torch.is_autocast_enabled(kind):  # which knows no autocast
             stack.enter_context(torch.autocast(kind, enabled=False))
+    # Under torch.compile tensors have values when the compiled step runs.
+    if not torch.compiler.is_compiling() and any(map(has_no_values, parameters)):
+        stack.enter_context(UsualAnswers())
     return stack

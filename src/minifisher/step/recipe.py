@@ -140,8 +140,8 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     for stack, decay in zip(observers, observed, strict=True):
         if stack.refresh_due(decay is not None):
             stack.curvature.refresh(stack.state, stack.options["damping"])
-        if ranks.zero or stack.missed:
-            stack.keep_missed(ranks.zero)
+        if ranks.zero or stack.missed or not stack.observations:
+            stack.keep_missed(ranks.zero, decay is not None)
     # M <- mu M + D, |s|, P M
     updates = [
         update or compute_direction(stack, gradient)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,30 +29,29 @@ PROBLEMS_HINT = (
 )
 
 
+WRITTEN = Path(__file__).with_name("lists.json")
+"""What the lists say of problems and optimizers, so that they need not import torch; see `write_lists`."""
+
+
+def _written(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(WRITTEN.read_text())[name]
+    return rows
+
+
 def problems(as_json: bool) -> None:
     """The problems by kind: their data, whether it is here, their suite, and what an epoch took here."""
     from minifisher_lab import data
-    from minifisher_lab.comparison.sizes import SCALES
-    from minifisher_lab.problems import FAMILIES
     from minifisher_lab.training import epoch_times
 
     datasets, times = {row.name: row for row in data.catalogue()}, epoch_times.known()
     rows = [
         {
-            "kind": kind,
-            "problem": problem.name,
-            "what it is": problem.description,
-            "data": problem.data,
-            "here": datasets[str(problem.data)].present,
-            "offline": datasets[str(problem.data)].offline,
-            "suite": "small" if problem.name in SCALES["small"].problems else "full",
-            "epoch seconds": times.get(problem.name, {}),
-            "batch": problem.batch_size,
-            "epochs": problem.epochs,
-            "parameters": problem.parameters(),
+            **row,
+            "here": datasets[row["data"]].present,
+            "offline": datasets[row["data"]].offline,
+            "epoch seconds": times.get(row["problem"], {}),
         }
-        for kind, family in FAMILIES.items()
-        for problem in family
+        for row in _written("problems")
     ]
     if as_json:
         print_json(rows)
@@ -98,16 +99,14 @@ def _epoch(times: dict[str, float]) -> str:
 
 def all_optimizers(as_json: bool) -> None:
     """The optimizers with their default learning rate and the rates that --tune tries."""
-    from minifisher_lab.training.optimizers import optimizers
-
-    choices = optimizers().values()
+    rows = _written("optimizers")
     if as_json:
-        print_json([_choice_record(choice) for choice in choices])
+        print_json(rows)
         return
     table = _table(("optimizer", "lr", "--tune tries"), ("what it is",))
-    for choice in choices:
-        tried = f"{choice.grid[0]:g} to {choice.grid[-1]:g}"
-        table.add_row(choice.name, f"{choice.rate:g}", tried, choice.description)
+    for row in rows:
+        tried = f"{row['grid'][0]:g} to {row['grid'][-1]:g}"
+        table.add_row(row["name"], f"{row['lr']:g}", tried, row["description"])
     console.print(table)
     console.print(f"\n{ARGUMENTS_HINT}", highlight=False)
 
@@ -122,7 +121,7 @@ def optimizer(spec: str, as_json: bool) -> None:
         raise typer.BadParameter(str(error)) from error
     rows = list(_arguments(choice))
     if as_json:
-        print_json({**_choice_record(choice), "arguments": rows})
+        print_json({**choice_record(choice), "arguments": rows})
         return
     console.print(f"{choice.name}: {choice.description}. Learning rate {choice.rate:g}.\n", highlight=False)
     for row in rows:
@@ -130,7 +129,8 @@ def optimizer(spec: str, as_json: bool) -> None:
         console.print(Padding(escape(row["meaning"]), (0, 0, 0, 4)))
 
 
-def _choice_record(choice: Choice) -> dict[str, Any]:
+def choice_record(choice: Choice) -> dict[str, Any]:
+    """What the list of optimizers says of one of them."""
     return {
         "name": choice.name,
         "description": choice.description,
