@@ -22,7 +22,7 @@ import minifisher
 BATCH, WIDTH = 3, 4
 SAVED_AFTER = 3  # steps
 SCALES = (1.0, 1.0, 1.0, 1e-38, 1e-30, 1e-12, 1e12, 1e18, 1e30)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # ---- networks: blocks that map [BATCH, WIDTH] to [BATCH, WIDTH] ----
