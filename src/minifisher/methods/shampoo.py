@@ -51,6 +51,11 @@ class KroneckerRoots(ModeFactors):
     root: Literal["eigen", "newton"] = "eigen"
     tolerance: float = _RESIDUAL
 
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The inverses and, of a Newton iteration, the residual, which is infinite where it overflowed."""
+        return (*super().recomputed, *(["residual"] if self.root == "newton" else []))
+
     def init(self, layer: Layer) -> State:
         """With "newton" also `residual`, the largest of the last refresh, and `newton_fallbacks`: []."""
         state = super().init(layer)
