@@ -215,7 +215,7 @@ def cases(draw: Any) -> Case:
 # ---- running a case ----
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The optimizer cannot be made with these options."""
 
 
@@ -230,7 +230,7 @@ class Run:
             self.opt = minifisher.METHODS[case.method](self._params(0), **case.options)
         except (TypeError, ValueError) as error:
             _check_message(error)
-            raise Refused from error
+            raise RefusedError from error
 
     def _params(self, part: int) -> Any:
         return list(self.module[part].parameters()) if self.case.bare else self.module[part]
@@ -315,7 +315,7 @@ def check(case: Case) -> str:
 def _check(case: Case) -> str:
     try:
         run = Run(case)
-    except Refused:
+    except RefusedError:
         return "refused"
     for index, step in enumerate(case.steps[:SAVED_AFTER]):
         _take(run, index, step)

@@ -1,4 +1,4 @@
-"""A bias is folded in where it and the weight are frozen alike when the optimizer is made; files follow that."""
+"""A bias is folded in where it and the weight are frozen alike when the optimizer is made."""
 
 from __future__ import annotations
 
