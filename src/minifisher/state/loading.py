@@ -57,11 +57,12 @@ def _folded_otherwise(
     by_weight = {layer.weight: layer for layer in layers}
     found: dict[Layer, None] = {}
     for layer in layers:
-        biases = [layer.bias] if layer.bias is not None else [getattr(m, "bias", None) for m in layer.modules]
-        for bias in filter(keys.__contains__, biases):
+        is_folded = layer.bias is not None
+        biases: list[Any] = [layer.bias] if is_folded else [getattr(m, "bias", None) for m in layer.modules]
+        for bias in (bias for bias in biases if bias in keys):
             entry = state.get(keys[bias])
             # Only what has a curvature of its own has a count of observations.
             was_trained = isinstance(entry, Mapping) and "step" in entry
-            if was_trained and ("observations" in entry) == (layer.bias is not None):
+            if was_trained and ("observations" in entry) == is_folded:
                 found.update(dict.fromkeys((layer, by_weight.get(bias, layer))))
     return found
