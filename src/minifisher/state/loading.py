@@ -59,7 +59,7 @@ def _folded_otherwise(
     for layer in layers:
         is_folded = layer.bias is not None
         biases: list[Any] = [layer.bias] if is_folded else [getattr(m, "bias", None) for m in layer.modules]
-        for bias in (bias for bias in biases if bias in keys):
+        for bias in filter(keys.__contains__, biases):
             entry = state.get(keys[bias])
             # Only what has a curvature of its own has a count of observations.
             was_trained = isinstance(entry, Mapping) and "step" in entry
