@@ -62,7 +62,6 @@ def _folded_otherwise(
         for bias in filter(keys.__contains__, biases):
             entry = state.get(keys[bias])
             # Only what has a curvature of its own has a count of observations.
-            was_trained = isinstance(entry, Mapping) and "step" in entry
-            if was_trained and ("observations" in entry) == is_folded:
+            if isinstance(entry, Mapping) and "step" in entry and ("observations" in entry) == is_folded:
                 found.update(dict.fromkeys((layer, by_weight.get(bias, layer))))
     return found
