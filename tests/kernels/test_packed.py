@@ -205,6 +205,16 @@ def test_each_of_several_layers_is_solved_with_its_own_mean(way):
     assert not torch.allclose(together[0] / gradient[0], together[1] / gradient[1])
 
 
+def test_a_small_pivot_that_is_no_rounding_error_is_used(way):
+    tiling, state = zeros((1, 4, 4))
+    vector = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
+    packed.average(state, vector, tiling, 0.0)  # rank one: all pivots but one are the damping
+    momentum = torch.tensor([[1.0, 0.0, 2.0, 1.0]])
+    direction = packed.solve(state, momentum, torch.zeros(1), tiling, 1e-3, False)
+    dense = vector.double().mT @ vector.double() + 1e-3 * torch.eye(4, dtype=torch.float64)
+    assert_near(direction, torch.linalg.solve(dense, momentum[0].double())[None], 1e-3)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-12])
 @cuts
 def test_singular_blocks_give_finite_directions(cut, damping, way):
