@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _THREADS = 128  # threads of one program
 
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
+_BFLOAT16_EPSILON = tl.constexpr(torch.finfo(torch.bfloat16).eps)
 _SMALLEST_RELATIVE_PIVOT = tl.constexpr(smallest_relative_pivot(torch.float32))
 
 
@@ -224,6 +225,9 @@ def _kernel(
         level = damping
         if relative:
             level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
+        if triangles.dtype.element_ty == tl.bfloat16 and width > 1:  # see linalg.damping.above_rounding
+            largest = tl.max(_diagonal(triangle, i, j), 0, keep_dims=True)
+            level = tl.maximum(level, largest * _BFLOAT16_EPSILON)
         own_m = _to_own_thread(m, index, width)
         solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
         # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
