@@ -93,6 +93,16 @@ def _curvature_scale(
 
 
 @triton.jit
+def _above_rounding(
+    level: tl.tensor, triangle: tl.tensor, i: tl.tensor, j: tl.tensor, triangles: tl.tensor
+) -> tl.tensor:
+    """As `minifisher.linalg.damping.above_rounding`, for triangles that are stored in bfloat16."""
+    if triangles.dtype.element_ty == tl.bfloat16 and triangle.shape[0] > 1:
+        level = tl.maximum(level, tl.max(_diagonal(triangle, i, j), 0, keep_dims=True) * _BFLOAT16_EPSILON)
+    return level
+
+
+@triton.jit
 def _diagonal(triangle: tl.tensor, i: tl.tensor, j: tl.tensor) -> tl.tensor:
     """The entries (i, i), [entries, tiles, blocks]."""
     return tl.sum(tl.where(i == j, triangle, -0.0), 1)
@@ -225,10 +235,7 @@ def _kernel(
         level = damping
         if relative:
             level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
-        if triangles.dtype.element_ty == tl.bfloat16 and width > 1:  # see linalg.damping.above_rounding
-            largest = tl.max(_diagonal(triangle, i, j), 0, keep_dims=True)
-            level = tl.maximum(level, largest * _BFLOAT16_EPSILON)
-        own_m = _to_own_thread(m, index, width)
+        own_m, level = _to_own_thread(m, index, width), _above_rounding(level, triangle, i, j, triangles)
         solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
         # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
         # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
