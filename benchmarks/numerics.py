@@ -25,9 +25,10 @@ WIDTH = 32
 CONDITIONS = (1e0, 1e2, 1e4, 1e6, 1e8)
 DAMPINGS = (0.0, 1e-6, 1e-3, 1e-1)
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "MBF, Cholesky": (MBF, {"block_size": WIDTH, "inverse": "cholesky"}),
-    "MBF, Newton-Schulz": (MBF, {"block_size": WIDTH, "inverse": "newton-schulz"}),
-    "MBF, power 0.5": (MBF, {"block_size": WIDTH, "power": 0.5}),
+    "MBF, two-sided": (MBF, {"block_size": WIDTH, "output_power": 0.5}),
+    "MBF, Cholesky": (MBF, {"block_size": WIDTH, "output_power": 0.0, "inverse": "cholesky"}),
+    "MBF, Newton-Schulz": (MBF, {"block_size": WIDTH, "output_power": 0.0, "inverse": "newton-schulz"}),
+    "MBF, power 0.5": (MBF, {"block_size": WIDTH, "output_power": 0.0, "power": 0.5}),
     "MBF, solved in every step": (MBF, {"block_size": WIDTH, "share": "row"}),
     "KFAC": (KFAC, {"fold_bias": False}),
     "EKFAC": (KFAC, {"fold_bias": False, "eigenvalue_correction": True}),
@@ -55,7 +56,7 @@ def direction(method: str, matrix: Tensor, damping: float, dtype: torch.dtype, k
     curvature = optimizer.plan(layer, optimizer.param_groups[0]).curvature
     state = curvature.init(layer)
     for name, tensor in state.items():
-        if name in ("fisher", "factor_0", "factor_1", "input_factor", "gradient_factor"):
+        if name.endswith(("fisher", "factor", "factor_0", "factor_1")):
             tensor.copy_(_packed(curvature, matrix) if tensor.shape[-1] != WIDTH else matrix)
         elif name == "mean":
             tensor.fill_(matrix.diagonal().mean())

@@ -22,7 +22,7 @@ import minifisher
 BATCH, WIDTH = 3, 4
 SAVED_AFTER = 3  # steps
 SCALES = (1.0, 1.0, 1.0, 1e-38, 1e-30, 1e-12, 1e12, 1e18, 1e30)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # ---- networks: blocks that map [BATCH, WIDTH] to [BATCH, WIDTH] ----
@@ -73,7 +73,9 @@ class Loose(nn.Module):
     def __init__(self, shape: tuple[int, ...], transposed: bool) -> None:
         super().__init__()
         values = torch.randn(shape[::-1] if transposed else shape)
-        self.weight = nn.Parameter(values.permute(*reversed(range(len(shape)))) if transposed else values)
+        self.weight = nn.Parameter(
+            values.permute(tuple(reversed(range(len(shape))))) if transposed else values
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs + self.weight.sin().sum()
@@ -103,6 +105,7 @@ BLOCKS = {
     "tokens": Tokens,
     "empty": Empty,
 }
+READABLE = ("linear", "no bias", "sequence", "conv1d", "conv2d", "conv3d", "channels last", "tied")
 
 
 # ---- cases ----
@@ -191,20 +194,29 @@ STEPS = st.builds(
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """A random case."""
+    """A random case; most of those that read samples have a layer whose samples can be read."""
     method = draw(st.sampled_from(sorted(minifisher.METHODS)))
+    options, blocks = draw(_options(method)), draw(NETWORKS)
+    declared = minifisher.METHODS[method].options["fisher"]
+    reads_samples = options.get("fisher", declared.default) != "gradient"
+    if reads_samples and draw(st.integers(0, 19)):
+        blocks = (draw(st.sampled_from(READABLE)), *blocks)
     return Case(
         method,
-        draw(_options(method)),
-        draw(NETWORKS),
+        options,
+        blocks,
         draw(NETWORKS),
         draw(st.sampled_from(DTYPES)),
-        draw(st.integers(0, 3)) == 0,
+        draw(st.integers(0, 39 if reads_samples else 3)) == 0,
         tuple(draw(st.lists(STEPS, min_size=SAVED_AFTER, max_size=6))),
     )
 
 
 # ---- running a case ----
+
+
+class RefusedError(Exception):
+    """The optimizer cannot be made with these options."""
 
 
 class Run:
@@ -214,7 +226,11 @@ class Run:
         self.case = case
         torch.manual_seed(0)
         self.module = nn.ModuleList(_network(blocks, case.dtype) for blocks in (case.blocks, case.later))
-        self.opt = minifisher.METHODS[case.method](self._params(0), **case.options)
+        try:
+            self.opt = minifisher.METHODS[case.method](self._params(0), **case.options)
+        except (TypeError, ValueError) as error:
+            _check_message(error)
+            raise RefusedError from error
 
     def _params(self, part: int) -> Any:
         return list(self.module[part].parameters()) if self.case.bare else self.module[part]
@@ -299,8 +315,7 @@ def check(case: Case) -> str:
 def _check(case: Case) -> str:
     try:
         run = Run(case)
-    except (TypeError, ValueError) as error:
-        _check_message(error)
+    except RefusedError:
         return "refused"
     for index, step in enumerate(case.steps[:SAVED_AFTER]):
         _take(run, index, step)

@@ -7,8 +7,14 @@ import platform
 import re
 import shutil
 import time
+import weakref
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,3 +82,39 @@ def _last_change(part: Path) -> float:
         return max(path.stat().st_mtime for path in (part, *part.rglob("*")))
     except FileNotFoundError:  # its process has just finished it
         return time.time()
+
+
+# ---- one process for one folder ----
+
+
+class Lock:
+    """The lock of a folder. It is given back when this object or the process ends, however that ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        weakref.finalize(self, os.close, descriptor)
+
+
+_HELD: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
+
+
+def lock(folder: Path) -> Lock | None:
+    """The lock of a folder, or the one that this process has already; None if another process has it.
+
+    No file is written: it is the folder itself that is locked. Where the system or the file system has no
+    locks, everybody gets one.
+    """
+    folder = folder.resolve()
+    held = _HELD.get(folder)
+    if held is not None:
+        return held
+    descriptor = os.open(os.devnull if fcntl is None else folder, os.O_RDONLY)
+    _HELD[folder] = held = Lock(descriptor)
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            del _HELD[folder]
+            return None
+        except OSError:  # a file system without locks
+            return held
+    return held

@@ -72,6 +72,11 @@ class Case:
         return dense
 
     def levels(self, damping, relative):
+        largest = self.dense().diagonal(dim1=-2, dim2=-1).amax(-1)
+        least = torch.finfo(torch.bfloat16).eps if self.packed.dtype == torch.bfloat16 else 0.0
+        return torch.maximum(self.asked_levels(damping, relative), least * largest)
+
+    def asked_levels(self, damping, relative):
         if not relative:
             return torch.full((ROWS, self.blocks), damping, dtype=torch.float64)
         entries = self.split(torch.ones(ROWS, self.length)).sum(-1)

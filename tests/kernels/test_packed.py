@@ -205,6 +205,29 @@ def test_each_of_several_layers_is_solved_with_its_own_mean(way):
     assert not torch.allclose(together[0] / gradient[0], together[1] / gradient[1])
 
 
+def test_a_small_pivot_that_is_no_rounding_error_is_used(way):
+    tiling, state = zeros((1, 4, 4))
+    vector = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
+    packed.average(state, vector, tiling, 0.0)  # rank one: all pivots but one are the damping
+    momentum = torch.tensor([[1.0, 0.0, 2.0, 1.0]])
+    direction = packed.solve(state, momentum, torch.zeros(1), tiling, 1e-3, False)
+    dense = vector.double().mT @ vector.double() + 1e-3 * torch.eye(4, dtype=torch.float64)
+    assert_near(direction, torch.linalg.solve(dense, momentum[0].double())[None], 1e-3)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_in_bfloat16_damping_is_above_the_rounding_of_the_largest_entry(relative, way):
+    tiling, state = zeros((2, 17 * 9, 9), torch.bfloat16)
+    (gradient,) = gradients(2, 17 * 9, 1)
+    packed.average(state, gradient, tiling, 0.0)  # blocks of rank one: rounding makes them indefinite
+    direction = packed.solve(state, gradient, torch.zeros(1), tiling, 1e-6, relative)
+    blocks = tiling.unpack(state).double()
+    level = torch.finfo(torch.bfloat16).eps * blocks.diagonal(dim1=-2, dim2=-1).amax(-1)
+    damped = blocks + torch.diag_embed(level[..., None].expand(*level.shape, 9))
+    vectors = gradient.double().view(2, 17, 9, 1)
+    assert_near(direction, torch.linalg.solve(damped, vectors).view(2, -1), 1e-4)
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-12])
 @cuts
 def test_singular_blocks_give_finite_directions(cut, damping, way):

@@ -56,7 +56,13 @@ def test_a_batch_is_updated_matrix_by_matrix():
 
 
 @pytest.mark.parametrize(
-    ("s", "y"), [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0), (-1.0, 0.0)), ((0.0, 0.0), (1.0, 0.0))]
+    ("s", "y"),
+    [
+        ((1.0, 0.0), (0.0, 1.0)),
+        ((1.0, 0.0), (1e-8, 1.0)),  # positive by less than the rounding error of a product
+        ((1.0, 0.0), (-1.0, 0.0)),
+        ((0.0, 0.0), (1.0, 0.0)),
+    ],
 )
 def test_a_pair_without_positive_curvature_changes_nothing(s, y):
     s, y = torch.tensor(s), torch.tensor(y)

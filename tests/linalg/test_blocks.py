@@ -33,8 +33,21 @@ def test_sums_over_positions_equal_a_loop_over_samples():
     torch.testing.assert_close(sum_over_positions(inputs, gradients), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("width", [1, 3])
+def test_an_average_decays_and_takes_in_the_outer_products(shared, width):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4, 2, width, dtype=torch.float64, generator=generator)  # [rows, blocks, width]
+    before = torch.randn(1 if shared else 4, 2, width, width, dtype=torch.float64, generator=generator)
+    average = before.clone()
+    average_outer_products(average, vectors, shared, 0.7)
+    fresh = torch.einsum("rki,rkj->rkij", vectors, vectors)
+    expected = 0.7 * before + 0.3 * (fresh.mean(0, keepdim=True) if shared else fresh)
+    torch.testing.assert_close(average, expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("width", [1, 3])
 def test_a_decay_that_is_a_tensor_gives_the_same_average(shared, width):
     vectors = torch.randn(4, 2, width, dtype=torch.float64)
     average = torch.randn(1 if shared else 4, 2, width, width, dtype=torch.float64)

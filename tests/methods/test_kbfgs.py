@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -251,6 +251,22 @@ def test_a_nan_pair_is_counted_and_changes_nothing(memory):
     for name in ("output_change", "gradient_change"):
         assert torch.equal(state[name], before[name])
     torch.testing.assert_close(output_matrix(method, state), output_matrix(method, before))
+
+
+def test_a_pair_that_overflows_changes_nothing_and_is_not_counted_as_damped():
+    method, layer = curvature()
+    method = replace(method, relative_damping=False, dtype=torch.float32)
+    state = {name: t.float() if t.is_floating_point() else t for name, t in method.init(layer).items()}
+    state["output_inverse"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    state["input_moment"].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    state["refreshes"].fill_(1)
+    state["output_change"].fill_(1.0)
+    state["gradient_change"].fill_(1e30)  # y^T H y overflows in float32
+    state["pair_is_new"].fill_(True)
+    before = state["output_inverse"].clone()
+    method.refresh(state, 0.1)
+    assert torch.equal(state["output_inverse"], before)
+    assert state["damped_pairs"] == 0
 
 
 def test_a_pair_is_used_only_once():

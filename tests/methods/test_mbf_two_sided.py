@@ -382,3 +382,16 @@ def test_a_weight_that_never_had_a_gradient_has_the_identity_on_the_left(output_
     left = opt.state[weight]["output_inverse"][0, 0]
     assert torch.isfinite(left).all()
     assert left.diagonal().max() < 100
+
+
+@pytest.mark.parametrize("output_power", [0.5, 1.0])
+def test_a_gradient_whose_mean_square_is_zero_has_a_finite_direction(output_power):
+    weight = nn.Parameter(torch.zeros(4, 3))
+    opt = MBF([weight], output_power=output_power)
+    weight.grad = torch.zeros(4, 3)
+    weight.grad[0, 0] = 4e-23  # its square is the smallest number of float32
+    opt.step()
+    assert opt.state[weight]["observations"] == 1
+    assert not opt.state[weight]["input_fisher"].any()
+    assert opt.diagnostics()["fallbacks"] == 0
+    assert weight.isfinite().all()

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 from minifisher import Shampoo
+from minifisher.linalg.modes import TensorReading
+from minifisher.methods.shampoo import KroneckerRoots
+from minifisher.statistics.layers import layer_of
+from minifisher.statistics.records import BatchGradient
 from tests.helpers import per_sample_gradients, problem
 from tests.methods.weights_as_tensors import EVERYTHING, dense, moment, observed, random_gradients, steps
 
@@ -146,11 +150,12 @@ def test_newton_equals_eigendecomposition_and_reports_its_residual():
     assert "residual" not in reports[0]
 
 
-def test_a_newton_root_with_a_large_residual_is_replaced_with_a_warning_and_counted():
-    gradients = [g.float() for g in random_gradients((8, 30), count=1)]  # rank 8: mode 2 is singular
+@pytest.mark.parametrize("shape", [(8, 30), (30, 8)])  # rank 8: one of the modes is singular
+def test_a_newton_root_with_a_large_residual_is_replaced_with_a_warning_and_counted(shape):
+    gradients = [g.float() for g in random_gradients(shape, count=1)]
     ends = []
     for root in ("eigen", "newton"):
-        weight = torch.zeros(8, 30, requires_grad=True)
+        weight = torch.zeros(shape, requires_grad=True)
         optimizer = Shampoo([weight], lr=0.1, root=root, damping=1e-9, relative_damping=False)
         if root == "newton":
             with pytest.warns(RuntimeWarning, match="residual"):
@@ -161,6 +166,30 @@ def test_a_newton_root_with_a_large_residual_is_replaced_with_a_warning_and_coun
     assert report["newton_fallbacks"] == 1
     assert not report["residual"] < 0.1
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tolerance", "replaced"), [(1e-3, 0), (0.0, 2)])
+@pytest.mark.filterwarnings("ignore:a root by Newton iteration")
+def test_a_newton_root_is_replaced_where_its_residual_is_above_the_tolerance(tolerance, replaced):
+    reading, shape = TensorReading((4, 3), (4, 3)), torch.Size((4, 3))
+    curvature = KroneckerRoots(
+        reading, shape, BatchGradient, torch.float64, root="newton", tolerance=tolerance
+    )
+    state = curvature.init(layer_of("weight", torch.zeros(shape)))
+    curvature.observe(state, BatchGradient(random_gradients((4, 3), count=1)[0]), 0.0)
+    curvature.refresh(state, 0.1)
+    assert int(state["newton_fallbacks"]) == replaced
+
+
+def test_a_residual_that_is_not_finite_can_be_saved_and_loaded():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    optimizer = Shampoo([weight], root="newton")
+    weight.grad = torch.eye(4)
+    optimizer.step()
+    optimizer.state[weight]["residual"].fill_(torch.inf)  # as where an iteration overflows
+    other = Shampoo([nn.Parameter(torch.zeros(4, 4))], root="newton")
+    other.load_state_dict(optimizer.state_dict())
+    assert other.diagnostics()["weights"]["parameter 0 of group 0"]["residual"] == math.inf
 
 
 def test_newton_fallbacks_of_stacked_layers_are_counted_for_each_layer():

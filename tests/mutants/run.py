@@ -88,12 +88,14 @@ def read_mutants() -> list[Mutant]:
 # ---- one run ----
 
 
-def run_tests(tree: Path, tests: Iterable[str], kernels: str = "kernels") -> str:
+def run_tests(
+    tree: Path, tests: Iterable[str], kernels: str = "kernels", seconds: float | None = SECONDS
+) -> str:
     """What the tests say of the source in `tree`: "survived", "noticed", or an error."""
     # Forked from a process that has imported torch already, which saves most of the time.
     process = CONTEXT.Process(target=_enter, args=(tree, list(tests), kernels))
     process.start()
-    process.join(SECONDS)
+    process.join(seconds)
     if process.exitcode is None:
         process.kill()
         process.join()
@@ -184,7 +186,7 @@ def check_baseline(mutants: Iterable[Mutant], results: Results, tree: Path) -> N
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     tests = [test for test in tests if "::" not in test or test.partition("::")[0] not in tests]
     key = results.baseline_key(tests)
-    result = results.get(key) or run_tests(tree, tests)
+    result = results.get(key) or run_tests(tree, tests, seconds=None)
     if result != "survived":
         raise SystemExit(f"the tests fail without a mutant: {result}")
     results.put(key, result)

@@ -52,6 +52,19 @@ def test_means_are_taken_over_samples_and_positions_of_per_sample_gradients(name
     torch.testing.assert_close(mean_gradient, by_group(gradients, groups, channels))
 
 
+def test_two_backward_passes_on_one_graph_bring_two_terms():
+    module, inputs = nn.Linear(3, 4).double(), torch.randn(5, 3, dtype=torch.float64)
+    weights = torch.randn(5, 4, dtype=torch.float64)
+    layer = layers_of(module)[0]
+    means = OutputMeans([layer])
+    with means.recording():
+        outputs = module(inputs)
+        (outputs * weights).sum(1).mean().backward(retain_graph=True)
+        outputs.square().sum(1).mean().backward()
+    expected = weights + 2 * outputs.detach()
+    torch.testing.assert_close(means.read()[layer][1], by_group(expected, 1, -1))
+
+
 def gradient_for_the_inputs(module, inputs):
     perturbed = inputs.clone().requires_grad_()
     torch.autograd.grad(module(perturbed).square().sum(), perturbed)

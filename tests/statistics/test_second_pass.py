@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import minifisher
+from minifisher.statistics.second_pass import SecondPass
 from tests.helpers import one_thread
 
 METHODS = ("kbfgs", "kbfgsl")
@@ -61,6 +62,16 @@ def test_gradients_buffers_and_random_numbers_after_the_step_are_those_of_the_fi
         assert not torch.equal(expected, other)
     for buffer, expected in zip(module.buffers(), reference.buffers(), strict=True):
         assert torch.equal(buffer, expected)
+
+
+def test_random_numbers_drawn_between_the_passes_are_not_drawn_again():
+    layer = nn.Linear(2, 2)
+    passes = SecondPass(lambda: torch.rand(2), list(layer.parameters()), [layer], [])
+    first = passes.first()
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert torch.equal(passes.second(), first)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_both_passes_have_the_same_dropout_masks():

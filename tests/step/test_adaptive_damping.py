@@ -228,6 +228,7 @@ def test_it_works_on_every_method(method, factors):
         ("soap", {}),
         ("shampoo", {"graft": None}),
         ("kfac", {"graft": None, "fisher": "empirical"}),
+        ("kfac", {"graft": None, "fisher": "empirical", "kl_clip": 1e-6}),
         ("tnt", {"graft": None, "fisher": "empirical"}),
     ],
 )

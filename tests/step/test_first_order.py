@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from minifisher.curvature import Measures
-from minifisher.step.first_order import GRAFTS, graft_length, measure, usable_and_frozen
+from minifisher.step.first_order import (
+    GRAFTS,
+    graft_length,
+    measure,
+    update_momentum,
+    usable_and_frozen,
+)
 
 
 def test_a_length_that_is_not_finite_is_not_used():
@@ -18,6 +24,12 @@ def test_a_length_that_is_not_finite_is_not_used():
     assert usable.tolist() == [True, False, False, False]
     assert frozen.tolist() == [False, False, False, True]
     assert length[0] == 0.5
+
+
+def test_momentum_is_the_sum_of_past_gradients():
+    state = {"momentum": torch.tensor([2.0, -4.0])}
+    assert update_momentum(state, torch.tensor([3.0, 1.0]), 0.5) is state["momentum"]
+    assert state["momentum"].tolist() == [4.0, -1.0]
 
 
 def test_without_a_graft_the_direction_keeps_its_length():

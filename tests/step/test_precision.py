@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import minifisher
 from minifisher.statistics import likelihood
-from minifisher.statistics.layers import layer_of
+from minifisher.statistics.layers import Layer, layer_of, layers_of
 from minifisher.step.precision import all_finite, loss_scale
 
 ESTIMATORS = ["gradient", "empirical"]
@@ -200,3 +200,14 @@ def test_a_gradient_is_finite_where_its_square_is(size: float, finite: bool) -> 
     weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))  # in float32 the norm itself is infinite
     weight.grad = torch.tensor([size, 0.0], dtype=torch.float64)
     assert all_finite([layer_of("weight", weight)], ()) == finite
+
+
+def test_a_layer_is_zero_where_all_its_gradients_are() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    folded = layers_of(module, folds=("linear",))
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    module[0].weight.grad[0, 0] = 1.0  # and the bias, which is folded in, has zeros
+    zero: set[Layer] = set()
+    assert all_finite(folded, (), zero)
+    assert zero == {folded[1]}

@@ -52,6 +52,16 @@ def test_a_layer_whose_direction_is_not_finite_takes_the_first_order_step(graft,
     assert opt.diagnostics()["fallbacks"] == 1
 
 
+@pytest.mark.parametrize("graft", ["adam", "adam-rows", "sgd"])
+def test_a_gradient_that_became_zero_without_momentum_is_no_fault(graft):
+    weight, opt = after_one_step(graft=graft, momentum=0.0)
+    before = weight.detach().clone()
+    weight.grad = torch.zeros(3, 4, dtype=torch.float64)
+    opt.step()
+    assert torch.equal(weight, before)
+    assert opt.diagnostics()["fallbacks"] == 0
+
+
 def test_only_the_layer_of_a_stack_whose_direction_is_not_finite_falls_back():
     weights = [nn.Parameter(torch.zeros(3, 4, dtype=torch.float64)) for _ in range(2)]
     opt = MBF(weights, lr=0.1, output_power=0.0)

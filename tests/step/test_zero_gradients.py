@@ -128,3 +128,12 @@ def test_a_batch_without_gradient_does_not_count_in_a_warm_start():
     optimizer.warm_start(model, batches, nn.functional.cross_entropy)
     assert observations(optimizer, module)[1] == 0
     assert observations(optimizer, module)[0] > 1
+
+
+def test_what_was_missed_is_looked_for_until_it_was_seen_and_no_longer():
+    weight = nn.Parameter(torch.ones(3, 4))
+    opt = minifisher.MBF([weight], statistics_every=10, jitter=False)
+    for gradient in (0.0, 0.0, 1.0, 1.0, 1.0):
+        weight.grad = torch.full((3, 4), gradient)
+        opt.step()
+    assert (opt.state[weight]["observations"], opt.state[weight]["missed"]) == (1, 0)

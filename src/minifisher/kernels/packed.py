@@ -117,7 +117,8 @@ def solve(
     """(F_b + lambda_b I)^-1 x_b for every block of the vectors [..., rows, length]; the same shape.
 
     lambda_b is `damping`, or with `relative` damping times `minifisher.linalg.damping.curvature_scale` of the
-    block's mean curvature and the layer's, which is given in `means` [..., 1].
+    block's mean curvature and the layer's, which is given in `means` [..., 1]. In bfloat16 it is at least eps
+    times the largest diagonal entry, see `minifisher.linalg.damping.above_rounding`.
     """
     kernel = _kernel(packed, vectors, means)
     if kernel is not None:
@@ -132,6 +133,7 @@ def solve(
         return solved.view(vectors.shape)
     triangles = packed.to(working_dtype(packed.dtype))
     levels = _damping_levels(triangles, means, tiling, damping) if relative else triangles.new_tensor(damping)
+    levels = _above_rounding(levels, triangles, tiling.reading.width, packed.dtype)
     solution = _solve_by_ldl(triangles, levels, tiling.vectors(vectors.to(triangles.dtype)))
     return tiling.rows(solution).to(vectors.dtype)
 
@@ -228,6 +230,14 @@ def _damping_levels(triangles: Tensor, means: Tensor, tiling: Tiling, damping: f
     trace = triangles.index_select(-2, diagonal).sum(-2)
     block_mean = trace / tiling.block_lengths(triangles)
     return damping * curvature_scale(block_mean, means.to(triangles.dtype)[..., None, None])
+
+
+def _above_rounding(levels: Tensor, triangles: Tensor, width: int, kept: torch.dtype) -> Tensor:
+    """As `minifisher.linalg.damping.above_rounding`, of packed triangles [..., entries, blocks]."""
+    if kept == triangles.dtype or width == 1:
+        return levels
+    diagonal = _entry_indices(width, triangles.device).diagonal()
+    return torch.maximum(levels, torch.finfo(kept).eps * triangles.index_select(-2, diagonal).amax(-2))
 
 
 def _solve_by_ldl(triangles: Tensor, levels: Tensor, vectors: Tensor) -> Tensor:

@@ -47,17 +47,29 @@ def _average_tile(triangle: Any, vectors: Any, width: int, decay: Any) -> None:
 
 @inlined
 def _damping_levels(
-    triangle: Any, inverse_lengths: Any, tile: int, width: int, damping: Any, mean: Any, relative: bool
+    triangle: Any, inverse_lengths: Any, tile: int, width: int, numbers: Any, mean: Any, relative: bool
 ) -> Any:
-    """lambda of every block: `damping`, or relative as `minifisher.linalg.damping.curvature_scale` says."""
-    if not relative:
-        return fill(damping)
-    trace, entry = fill(np.float32(0)), -1
-    for i in range(width):
-        entry += i + 1
-        trace = trace + load(triangle, entry)
-    scale = fill(np.float32(0.5)) * (trace * load(inverse_lengths, tile) + fill(mean))
-    return fill(damping) * maximum(scale, fill(_LEAST_SCALE))
+    """lambda of every block: `damping`, or relative as `minifisher.linalg.damping.curvature_scale` says.
+
+    Where triangles are kept in bfloat16 (`rounding` is above 0), it is at least that times the largest
+    diagonal entry, as `minifisher.linalg.damping.above_rounding` says.
+    """
+    damping, rounding = numbers
+    levels = fill(damping)
+    if relative:
+        trace, entry = fill(np.float32(0)), -1
+        for i in range(width):
+            entry += i + 1
+            trace = trace + load(triangle, entry)
+        scale = fill(np.float32(0.5)) * (trace * load(inverse_lengths, tile) + fill(mean))
+        levels = levels * maximum(scale, fill(_LEAST_SCALE))
+    if rounding > 0:
+        largest, entry = fill(np.float32(0)), -1
+        for i in range(width):
+            entry += i + 1
+            largest = maximum(largest, load(triangle, entry))
+        levels = maximum(levels, fill(rounding) * largest)
+    return levels
 
 
 @inlined
@@ -192,7 +204,7 @@ def _process_rows(
     """
     tiles, blocks = packed.shape[1], packed.shape[3]
     vectors, factor, full = scratch
-    decay, damping, momentum_decay, moment_decay, fresh, epsilon = numbers
+    decay, damping, rounding, momentum_decay, moment_decay, fresh, epsilon = numbers
     length = max(gradient.shape[1], momentum.shape[1])
     for row in range(start, stop):
         total, first_order_total, slope, first_order_slope = 0.0, 0.0, 0.0, 0.0
@@ -221,7 +233,7 @@ def _process_rows(
                     _copy_blocks(full, packed[row, tile], blocks)
             if momentum.shape[0]:
                 levels = _damping_levels(
-                    triangle, inverse_lengths, tile, width, damping, means[row], relative
+                    triangle, inverse_lengths, tile, width, (damping, rounding), means[row], relative
                 )
                 m = momentum[row, first:last]
                 _gather(m, width, vectors)
@@ -307,7 +319,11 @@ def _run(
     length = max(array.shape[1] for array in arrays[1:3])
     arrays += [None if slopes is None else slopes.numpy()]
     arrays += [_array(means).reshape(-1), _inverse_lengths(tiles, blocks, width, length)]
-    numbers = tuple(np.float32(number) for number in (decay, damping, *(first_order or (0, 0, 0, 0))))
+    is_rounded = packed.dtype == torch.bfloat16 and width > 1
+    rounding = torch.finfo(torch.bfloat16).eps if is_rounded else 0.0
+    numbers = tuple(
+        np.float32(number) for number in (decay, damping, rounding, *(first_order or (0, 0, 0, 0)))
+    )
     options = width, numbers, relative, first_order is not None
 
     def loop(start: int, stop: int) -> float:

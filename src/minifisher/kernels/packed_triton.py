@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _THREADS = 128  # threads of one program
 
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
+_BFLOAT16_EPSILON = tl.constexpr(torch.finfo(torch.bfloat16).eps)
 _SMALLEST_RELATIVE_PIVOT = tl.constexpr(smallest_relative_pivot(torch.float32))
 
 
@@ -89,6 +90,16 @@ def _curvature_scale(
     mean, entries = tl.load(means, mask=real, other=0.0)[None, :, None], tl.minimum(left, width)
     trace = tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
     return tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
+
+
+@triton.jit
+def _above_rounding(
+    level: tl.tensor, triangle: tl.tensor, i: tl.tensor, j: tl.tensor, triangles: tl.tensor
+) -> tl.tensor:
+    """As `minifisher.linalg.damping.above_rounding`, for triangles that are stored in bfloat16."""
+    if triangles.dtype.element_ty == tl.bfloat16 and triangle.shape[0] > 1:
+        level = tl.maximum(level, tl.max(_diagonal(triangle, i, j), 0, keep_dims=True) * _BFLOAT16_EPSILON)
+    return level
 
 
 @triton.jit
@@ -224,7 +235,7 @@ def _kernel(
         level = damping
         if relative:
             level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
-        own_m = _to_own_thread(m, index, width)
+        own_m, level = _to_own_thread(m, index, width), _above_rounding(level, triangle, i, j, triangles)
         solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
         # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
         # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minifisher.linalg.damping import curvature_scale
+from minifisher.linalg.damping import above_rounding, curvature_scale
 from minifisher.linalg.dense import add_to_diagonal, inverse_power, inverse_without_sync
 from minifisher.linalg.newton import newton_schulz_inverse
 
@@ -122,10 +122,7 @@ def damping_levels(
         else:
             block_mean = diagonal.mean(-1, keepdim=True)
         levels = damping * curvature_scale(block_mean, layer_mean[..., None, None])
-    if kept != blocks.dtype:
-        # Rounding to half precision can leave a matrix indefinite. Damping by twice the largest rounding
-        # error of an entry was enough; a bound for all cases, the sum over a row, hides too much.
-        levels = torch.maximum(levels, torch.finfo(kept).eps * diagonal.amax(-1, keepdim=True))
+    levels = above_rounding(levels[..., 0] if levels.ndim else levels, blocks, kept).unsqueeze(-1)
     if reading.padding:
         entries = reading.entries(blocks)
         levels = levels * entries + (1 - entries)

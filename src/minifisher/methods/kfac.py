@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from minifisher.linalg.damping import above_rounding
 from minifisher.linalg.dense import add_to_diagonal, eigendecomposition, inverse_power, working_dtype
 from minifisher.methods.choices import curvature_dtype, power_option
 from minifisher.methods.kronecker import KroneckerCurvature, KroneckerOptimizer, scale_of_groups
@@ -89,7 +90,9 @@ class KroneckerFactors(KroneckerCurvature):
     def refresh(self, state: State, damping: float) -> None:
         """Inverses <- (A + gamma_A I)^(-power), (G + gamma_G I)^(-power)."""
         for side, level in self._damping_levels(state, damping).items():
-            damped = add_to_diagonal(_widened(state[f"{side}_factor"]), level.unsqueeze(-1))
+            kept = state[f"{side}_factor"]
+            factor = _widened(kept)
+            damped = add_to_diagonal(factor, above_rounding(level, factor, kept.dtype).unsqueeze(-1))
             state[f"{side}_inverse"].copy_(inverse_power(damped, self.power))
 
     def _damping_levels(self, state: State, damping: float) -> dict[str, Tensor]:

@@ -276,7 +276,5 @@ def _reason(reading: TensorReading, max_dim: int | None) -> str:
 
 def _widest(mode: int, dims: Sequence[int]) -> int:
     """The widest block along a mode whose factor stays small beside the block itself."""
-    others = 1
-    for axis, n in enumerate(dims):
-        others *= min(n, _WIDTH) if axis != mode else 1
+    others = math.prod(n for axis, n in enumerate(dims) if axis != mode)
     return min(_WIDTH, _ASPECT * others)

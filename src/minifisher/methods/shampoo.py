@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from minifisher.linalg.damping import above_rounding
 from minifisher.linalg.dense import add_to_diagonal, inverse_power
 from minifisher.linalg.newton import newton_inverse_root
 from minifisher.methods.mode_factors import (
@@ -51,6 +52,11 @@ class KroneckerRoots(ModeFactors):
     root: Literal["eigen", "newton"] = "eigen"
     tolerance: float = _RESIDUAL
 
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The inverses and, of a Newton iteration, the residual, which is infinite where it overflowed."""
+        return (*super().recomputed, *(["residual"] if self.root == "newton" else []))
+
     def init(self, layer: Layer) -> State:
         """With "newton" also `residual`, the largest of the last refresh, and `newton_fallbacks`: []."""
         state = super().init(layer)
@@ -65,7 +71,8 @@ class KroneckerRoots(ModeFactors):
         if newton:
             state["residual"].zero_()
         factors, levels = self._matrices(state, "factor"), self._damping_levels(state, damping)
-        for mode, (factor, level) in enumerate(zip(factors, levels, strict=True)):
+        for mode, (factor, asked) in enumerate(zip(factors, levels, strict=True)):
+            level = above_rounding(asked, factor, self.dtype)
             if newton and factor.shape[-1] > 1:
                 root = self._newton_root(state, factor, level)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minifisher.state.checkpoint import merged_groups, parameter_keys
@@ -9,9 +11,11 @@ from minifisher.state.enrolment import Enrolment, enrol
 from minifisher.state.reading import read_saved
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from torch import Tensor
+
+    from minifisher.statistics.layers import Layer
 
 
 class Loaded(NamedTuple):
@@ -27,11 +31,37 @@ class Loaded(NamedTuple):
 def read_state_dict(method: Any, saved: Mapping[str, Any], before: Enrolment) -> Loaded:
     """Read a saved state; ValueError if it does not fit `method`, an optimizer with these layers before."""
     groups = merged_groups(method.param_groups, saved, method.defaults, type(method))
-    enrolment = enrol(method, groups, before, {}, {})
-    enrolment.begin_anew, enrolment.refresh = [], []  # all comes with the state
     keys, state = parameter_keys(groups, saved), saved["state"]
+    # A bias is folded in where weight and bias were frozen alike when the optimizer was made.
+    otherwise = _folded_otherwise(before.members, keys, state)
+    kept = {layer: member for layer, member in before.members.items() if layer not in otherwise}
+    enrolment = enrol(method, groups, replace(before, members=kept) if otherwise else before, {}, {})
+    for layer in _folded_otherwise(enrolment.members, keys, state):
+        how = "a bias by itself" if layer.bias is not None else "weight and bias together"
+        raise ValueError(
+            f"the saved optimizer read {how} where this one has {layer.name}: only one of the two was frozen "
+            "when one of these optimizers was made; set requires_grad of both as it was then, and load again"
+        )
+    enrolment.begin_anew, enrolment.refresh = [], []  # all comes with the state
     is_complete = all("method" in group for group in saved["param_groups"])
     entries = read_saved(enrolment.members.values(), state, keys, is_complete)
     waiting: dict[Tensor, Any] = {p: dict(state.get(keys[p], {})) for p in enrolment.waiting}
     others = {key: state[key] for key in state.keys() - set(keys.values())}
     return Loaded(groups, enrolment, {**entries, **waiting}, others)
+
+
+def _folded_otherwise(
+    layers: Iterable[Layer], keys: Mapping[Tensor, Any], state: Mapping[Any, Any]
+) -> dict[Layer, None]:
+    """The layers whose bias is folded in here and was not in the saved state, or the other way round."""
+    by_weight = {layer.weight: layer for layer in layers}
+    found: dict[Layer, None] = {}
+    for layer in layers:
+        is_folded = layer.bias is not None
+        biases: list[Any] = [layer.bias] if is_folded else [getattr(m, "bias", None) for m in layer.modules]
+        for bias in filter(keys.__contains__, biases):
+            entry = state.get(keys[bias])
+            # Only what has a curvature of its own has a count of observations.
+            if isinstance(entry, Mapping) and "step" in entry and ("observations" in entry) == is_folded:
+                found.update(dict.fromkeys((layer, by_weight.get(bias, layer))))
+    return found

@@ -149,7 +149,7 @@ class Counters:
     fallbacks: Any = 0
     """Layers that took the first-order step because their direction was not finite."""
     frozen: int = 0
-    """Layers that stayed because their first-order step was not finite either."""
+    """Layers that stayed: their first-order step was not finite either, or led beyond float16."""
     renewed: int = 0
     """Layers whose curvature began anew because its averages were not finite."""
 
@@ -176,8 +176,8 @@ class Counters:
             )
         if frozen and not self.frozen:
             warn_caller(
-                "neither the direction of a layer nor its first-order step was finite: its weights stay, and "
-                "its momentum is reset to zero; look for weights, or a weight_decay, out of range. "
+                "the step of a layer was not finite, also the first-order step, or led beyond the range of "
+                "float16: its weights stay; look for weights, an lr or a weight_decay out of range. "
                 'optimizer.diagnostics()["frozen_layers"] counts on, this warning is not repeated'
             )
         self.fallbacks += fallbacks

@@ -38,7 +38,7 @@ class PendingCall:
     recomputed: bool = False
     """Whether the call was made inside a backward pass, as activation checkpointing does."""
     backward_pass: int = -1
-    """Autograd's id of the backward pass that computed the gradient."""
+    """Autograd's id of the training loss's backward pass through it; -1 where `.grad` has none of it."""
     output_gradients: tuple[Tensor, ...] = ()  # [n, ...] each
     """One of the training loss, or one of each loss on labels from the model."""
     compiled_gradient: Tensor | None = None
@@ -62,11 +62,14 @@ class CallsOfLayer:
     backward pass that adds nothing to `.grad` is ignored (`torch.autograd.grad` for adversarial inputs, say).
     Once `.grad` is None or zero again, the gradients of earlier backward passes are forgotten.
 
+    Of losses on labels from the model, those of forward passes that the training loss was not differentiated
+    through are left out, where there are others: that batch was lost to an error, and is not in `.grad`.
+
     A call without a gradient lives as long as its autograd graph: this class holds a weak reference to it.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+    def __init__(self, weight: Tensor, model_labels: bool = False) -> None:
+        self._weight, self._model_labels = weight, model_labels
         # Both as they were when a gradient arrived last.
         self._weight_version, self._backward_pass = 0, -1
         self._calls: WeakValueDictionary[int, PendingCall] = WeakValueDictionary()
@@ -86,8 +89,14 @@ class CallsOfLayer:
 
     def add_gradient(self, call: PendingCall, gradients: Tensor) -> None:
         """Add an output gradient of the training loss; two backward passes on one graph bring two terms."""
+        if self.note_backward(call):
+            arrived = with_sample_dimension(call.module, gradients.detach())
+            self._store(call, (sum(call.output_gradients, arrived),))
+
+    def note_backward(self, call: PendingCall) -> bool:
+        """Note that the training loss's backward pass reached a call; returns whether it adds to `.grad`."""
         if not accumulates_into_grad(self._weight):
-            return
+            return False
         backward_pass = torch._C._current_graph_task_id()
         is_new = backward_pass != self._backward_pass
         # A recomputed call is in a backward pass inside another one, which may not have filled .grad yet.
@@ -95,8 +104,7 @@ class CallsOfLayer:
             self.forget_gradients(except_of=backward_pass)
         self._weight_version = self._weight._version
         self._backward_pass = call.backward_pass = backward_pass
-        arrived = with_sample_dimension(call.module, gradients.detach())
-        self._store(call, (sum(call.output_gradients, arrived),))
+        return True
 
     def _grad_was_cleared(self) -> bool:
         """Whether `.grad` contains nothing of earlier backward passes."""
@@ -105,10 +113,11 @@ class CallsOfLayer:
         return gradient is None or (self._weight._version != self._weight_version and not gradient.any())
 
     def forget_gradients(self, except_of: int | None = None) -> None:
-        """Forget the gradients of all backward passes but one; a call whose graph is kept waits again."""
+        """Forget all backward passes of the training loss but one; a call whose graph is kept waits again."""
         for call in self._with_gradient:
             if call.backward_pass != except_of:
-                call.output_gradients = ()
+                call.backward_pass = -1
+                call.output_gradients = call.output_gradients if self._model_labels else ()
         self._with_gradient = [call for call in self._with_gradient if call.output_gradients]
 
     def set_gradients(self, call: PendingCall, gradients: Iterable[Tensor | None]) -> None:
@@ -130,8 +139,10 @@ class CallsOfLayer:
     def take(self) -> list[list[PendingCall]]:
         """Remove all calls; return those that have a gradient, one list for each forward pass."""
         forward_passes: dict[int, list[PendingCall]] = defaultdict(list)
-        for call in self._calls.values():
-            if call.output_gradients:
+        complete = [call for call in self._calls.values() if call.output_gradients]
+        trained = {call.forward_pass for call in complete if call.backward_pass != -1}
+        for call in complete:
+            if call.forward_pass in trained or not trained:
                 forward_passes[call.forward_pass].append(call)
         self._calls.clear()
         self._with_gradient.clear()
@@ -180,6 +191,11 @@ def take_from_graph(
             del metadata[call]
             edges[call] = GradientEdge(node, call.output_index)
     return edges
+
+
+def hides_layers(losses: Iterable[Tensor]) -> bool:
+    """Whether a part of the graph is a reentrant checkpoint, whose calls come in the backward pass."""
+    return any(type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes(losses))
 
 
 def _metadata(node: Any) -> dict[Any, None]:

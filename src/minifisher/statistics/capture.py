@@ -18,6 +18,7 @@ from minifisher.statistics.calls import (
     PendingCall,
     attach_to_graph,
     can_receive_gradient,
+    hides_layers,
     take_from_graph,
 )
 from minifisher.statistics.compiled_hooks import (
@@ -45,8 +46,13 @@ _NO_LABELS = (
 _NO_SAMPLES = (
     "{} got a gradient, but no call of its module {}. Without samples its curvature is not updated. Call the "
     'module itself instead of torch.nn.functional with its weight, {}; or use fisher="gradient" if the '
-    "method offers it. A forward hook of somebody else that returns no tensor hides a call, too. This "
-    "warning is shown once for each weight"
+    "method offers it. A forward hook of somebody else that returns no tensor hides a call, too, and so does "
+    "torch.utils.checkpoint with use_reentrant=True where labels are drawn from the model. This warning is "
+    "shown once for each weight"
+)
+_HIDDEN = (
+    "optimizer.observe found none of the layers behind these outputs: torch.utils.checkpoint with "
+    'use_reentrant=True hides them until loss.backward(). Set use_reentrant=False, or use fisher="empirical"'
 )
 _NO_SAMPLES_BECAUSE = {
     False: ("took part in loss.backward()", "and let loss.backward() fill .grad"),
@@ -211,6 +217,8 @@ class Capture:
         # Compiled graphs have no edges at layer outputs: they deliver the gradient on the way to the weight.
         targets.update({call: self._layer_of[call.module].weight for call in waiting if call.compiled})
         if not targets:
+            if hides_layers(loss_sums):
+                raise RuntimeError(_HIDDEN)
             return
         by_loss = [self._output_gradients(loss_sum, targets) for loss_sum in loss_sums]
         for call, gradients in zip(targets, zip(*by_loss, strict=True), strict=True):
@@ -228,9 +236,8 @@ class Capture:
 
     def forget_backward(self) -> None:
         """Forget the backward passes of the training loss, not the forward passes: `.grad` was cleared."""
-        if not self._model_labels:
-            for calls in self._calls.values():
-                calls.forget_gradients()
+        for calls in self._calls.values():
+            calls.forget_gradients()
 
     def collect(self, loss_scale: float = 1.0) -> dict[Layer, CapturedSamples]:
         """Return the samples of every layer that received a gradient, and forget all calls.
@@ -279,10 +286,20 @@ class Capture:
         # From here on the graph keeps the call alive, either way.
         if self._model_labels:
             attach_to_graph(call, output)
+            # A weak reference: once its samples are collected, the graph must not keep them.
+            note = partial(self._note_backward, weakref.ref(call), weakref.ref(calls))
+            output.register_hook(note)  # type: ignore[no-untyped-call]
         else:
             # A hook on the tensor sees the gradient also where an in-place activation follows; a backward
             # hook on the module does not.
             output.register_hook(partial(calls.add_gradient, call))  # type: ignore[no-untyped-call]
+
+    def _note_backward(
+        self, call: weakref.ref[PendingCall], calls: weakref.ref[CallsOfLayer], gradients: Tensor
+    ) -> None:
+        held, among = call(), calls()
+        if held is not None and among is not None and not self._is_differentiating:
+            among.note_backward(held)
 
     def record_compiled_call(self, module: nn.Module, inputs: Tensor) -> PendingCall:
         """Record a call of a module in compiled code, which has to keep the result alive."""
@@ -302,9 +319,11 @@ class Capture:
         elif self._is_differentiating:
             earlier = call.compiled_gradient
             call.compiled_gradient = gradients if earlier is None else earlier + gradients
+        else:
+            self._calls[self._layer_of[call.module]].note_backward(call)
 
     def _calls_of(self, layer: Layer) -> CallsOfLayer:
-        return self._calls.setdefault(layer, CallsOfLayer(layer.weight))
+        return self._calls.setdefault(layer, CallsOfLayer(layer.weight, self._model_labels))
 
     def _forget(self) -> None:
         self._calls.clear()

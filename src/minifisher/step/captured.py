@@ -87,8 +87,8 @@ def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
         tensor.copy_(torch.where(usable, tensor, before[name]))
     stack.step.copy_(taken)
     stack.observations.copy_(observations)
-    _apply(stack, update, usable)
-    return torch.where(usable, fallbacks, 0)
+    stays = _apply(stack, update, usable)
+    return torch.where(usable, fallbacks + stays, 0)
 
 
 def _directions(
@@ -131,10 +131,17 @@ def _with_length(
     return update, fallen.view(len(stack.layers), -1).any(1).sum()
 
 
-def _apply(stack: LayerStack, update: Tensor, usable: Tensor) -> None:
-    """W <- (1 - lr weight_decay) W - lr update."""
+def _apply(stack: LayerStack, update: Tensor, usable: Tensor) -> Tensor:
+    """W <- (1 - lr weight_decay) W - lr update; returns how many parameters stay, not to become infinite."""
     options = stack.options
     decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
+    stays = torch.zeros_like(usable, dtype=torch.int64)
     for parameter, part in stack.local_parameters(update):
         moved = parameter * (1 - options["lr"] * decay) if decay else parameter
-        parameter.copy_(torch.where(usable, moved - options["lr"] * part, parameter))
+        moved, moves = moved - options["lr"] * part, usable
+        if part.dtype != parameter.dtype:  # float16 ends where the update in float32 does not
+            moved = moved.to(parameter.dtype)
+            in_range = (moved.isfinite() | ~parameter.isfinite()).all()
+            moves, stays = usable & in_range, stays + ~in_range
+        parameter.copy_(torch.where(moves, moved, parameter))
+    return stays

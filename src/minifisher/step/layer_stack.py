@@ -92,7 +92,7 @@ class LayerStack:
         self.rows: int | None = shape[0] if self.graft.by_rows and shape else None
         self.lengths: int = len(self.layers) * (1 if self.rows is None else self.rows)
         """How many lengths a graft gives: one for each layer, or one for each row."""
-        self.length_shape: list[int] = _length_shape(len(self.layers), self.rows, len(shape))
+        self.length_shape: tuple[int, ...] = _length_shape(len(self.layers), self.rows, len(shape))
         """[] or [layers, rows | 1, 1, ...]: one number for each length, as a factor of the stack."""
         self.is_plain: bool = all(piece.bias is None and not piece.transposed for piece in self.pieces)
         """Whether each layer is one parameter, read as it is stored."""

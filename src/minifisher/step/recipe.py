@@ -87,7 +87,7 @@ class StepTaken:
     fallbacks: int = 0
     """Layers that took the first-order step because their direction was not finite."""
     frozen: int = 0
-    """Layers that stayed because their first-order step was not finite either."""
+    """Layers that stayed: their first-order step was not finite either, or led beyond float16."""
     renewed: int = 0
     """Layers whose curvature begins anew, because its averages were not finite."""
     changes: list[tuple[Tensor, tuple[Any, ...]]] = field(default_factory=list)

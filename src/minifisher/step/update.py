@@ -39,7 +39,7 @@ class Update:
     fallbacks: int = 0
     """Layers that take the first-order step because their direction is not finite."""
     frozen: int = 0
-    """Layers that stay, because their first-order step is not finite either."""
+    """Layers that stay: their first-order step is not finite either, or leads beyond float16."""
     renewed: int = 0
     """Layers whose curvature begins anew, because its averages were not finite."""
 
@@ -90,6 +90,9 @@ class Update:
         direction, length = self.direction, self.length * self.scale
         if length.ndim:
             direction, length = direction.mul_(length), length.new_ones(())
+        if direction.dtype != self.stack.pieces[0].weight.dtype:
+            self._apply_within_range(direction, length)
+            return
         pairs = list(self.stack.local_parameters(direction))
         if decay and options["decoupled_weight_decay"]:
             torch._foreach_mul_([parameter for parameter, _ in pairs], 1 - rate * decay)
@@ -99,6 +102,19 @@ class Update:
                 subtract_scaled(parameter, part, length, rate)
             else:
                 parameter.addcmul_(part, length.to(part.dtype), value=-rate)
+
+    def _apply_within_range(self, direction: Tensor, length: Tensor) -> None:
+        """The same for weights of a narrower dtype, float16; a layer that would become infinite stays."""
+        options, weights, layers = self.stack.options, self.stack.weights(), len(self.stack.layers)
+        decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
+        moved = weights * (1 - float(options["lr"]) * decay)
+        moved.addcmul_(direction, length.to(direction.dtype), value=-float(options["lr"]))
+        leaves = weights.isfinite() & ~moved.isfinite()
+        stays = leaves.reshape(layers, leaves.numel() // layers).any(1)
+        self.frozen += int(stays.sum())
+        kept = torch.where(stays.view(-1, *[1] * (moved.ndim - 1)) if layers > 1 else stays, weights, moved)
+        for parameter, part in self.stack.local_parameters(kept.view(moved.shape)):
+            parameter.copy_(part)
 
     def divergence(self) -> Tensor:
         """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step.

@@ -166,6 +166,8 @@ class RunFolder:
     """The files that could not be written."""
     logged: dict[str, int] = field(default_factory=dict)
     """How many points of each run this process has written."""
+    locks: list[files.Lock | None] = field(default_factory=list)
+    """What keeps other processes out."""
 
     @classmethod
     def create(cls, parent: Path, label: str, request: dict[str, Any] | None = None) -> RunFolder:
@@ -192,7 +194,12 @@ class RunFolder:
         return (Nowhere if processes.rank() > 0 else cls)(path, resumed, request)
 
     def begin(self, plan: dict[str, Any], device: torch.device) -> None:
-        """Write what is about to be measured, or check that a resumed folder has the same plan."""
+        """Write what is about to be measured, or check that a resumed folder has the same plan.
+
+        From here on no other process may begin in this folder: Unresumable if one has.
+        """
+        if not processes.read_by_first(self._locked):
+            raise Unresumable(f"{self.path} is in use by another process: wait until it ends, or end it")
         if self.resumed:
             self._check(plan)
         else:
@@ -203,6 +210,10 @@ class RunFolder:
                 with suppress(OSError):
                     self.path.rmdir()  # nothing was measured
                 raise NotWritten(f"{error}. Free space, or choose another folder") from error
+
+    def _locked(self) -> bool:
+        self.locks.append(files.lock(self.path))
+        return self.locks[-1] is not None
 
     def _check(self, plan: dict[str, Any]) -> None:
         stored, wanted = self.read(PLAN), json.loads(as_json(plan))

@@ -7,16 +7,17 @@ import json
 import math
 import multiprocessing
 import os
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
 
 from minifisher_lab import files
 from minifisher_lab.training.runs import NotWritten, Point, Run, RunFolder, Unresumable
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CPU = torch.device("cpu")
 
@@ -154,3 +155,23 @@ def test_reopening_deletes_what_a_killed_process_left_and_needs_a_plan(tmp_path:
     (tmp_path / f"results.json{files.part_ending().replace(str(os.getpid()), '4194304')}").write_text("half")
     RunFolder.reopen(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_folder_in_which_another_process_works_is_refused_until_it_is_killed(tmp_path: Path) -> None:
+    program = f"""
+        import pathlib, time, torch
+        from minifisher_lab.training.runs import RunFolder
+        folder = RunFolder.create(pathlib.Path({str(tmp_path)!r}), "x")
+        folder.begin({{"seed": 1}}, torch.device("cpu"))
+        print(folder.path, flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", dedent(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        folder = RunFolder.reopen(Path(other.stdout.readline().strip()))
+        with pytest.raises(Unresumable, match="is in use by another process: wait until it ends, or end it"):
+            folder.begin({"seed": 1}, CPU)
+        other.kill()
+    for _ in range(2):  # in one process, a command may follow another
+        RunFolder.reopen(folder.path).begin({"seed": 1}, CPU)
