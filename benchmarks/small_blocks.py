@@ -57,6 +57,7 @@ def fused(rows: int, width: int, dtype: torch.dtype) -> tuple[Callable[[], objec
             moment_decay=0.999,
             epsilon=1e-8,
             with_slopes=False,
+            nesterov=False,
         )
         assert done is not None, "no compiled kernel: install the extra `fast`"
         return done

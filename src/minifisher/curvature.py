@@ -140,6 +140,8 @@ class FirstOrderStep:
     """The factor of the step's length: its bias corrections."""
     with_slopes: bool = False
     """Whether slopes are measured, beside norms."""
+    nesterov: bool = False
+    """Whether mu M + D is preconditioned, instead of M."""
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,10 @@ def test_average_and_solve_equal_dense_blocks(cut, dtype, tolerance, relative, w
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adam", [True, False])
 @pytest.mark.parametrize("with_slopes", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
 @cuts
 def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
-    cut, with_slopes, adam, dtype, relative
+    cut, nesterov, with_slopes, adam, dtype, relative
 ):
     tiling, state = zeros(cut, dtype)
     apart = state.clone()
@@ -153,10 +154,13 @@ def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
             tiling,
             **numbers,
             with_slopes=with_slopes,
+            nesterov=nesterov,
         )
         expected_momentum.mul_(FIRST_ORDER["momentum_decay"]).add_(gradient)
         packed.average(apart, gradient, tiling, DECAY)
-        expected = packed.solve(apart, expected_momentum, means, tiling, DAMPING, relative)
+        ahead = FIRST_ORDER["momentum_decay"] * expected_momentum + gradient
+        ahead = ahead if nesterov else expected_momentum
+        expected = packed.solve(apart, ahead, means, tiling, DAMPING, relative)
         step = expected_momentum.double()
         if adam:
             decay = FIRST_ORDER["moment_decay"]
@@ -267,7 +271,15 @@ def test_the_number_of_threads_does_not_change_a_bit():
         for gradient in gradients(*cut[:2], 2):
             numbers = {"decay": DECAY, "damping": DAMPING, "relative": True, **FIRST_ORDER}
             direction, *measures = packed.fused_step(
-                state, gradient, momentum, moment, torch.ones(1), tiling, **numbers, with_slopes=True
+                state,
+                gradient,
+                momentum,
+                moment,
+                torch.ones(1),
+                tiling,
+                **numbers,
+                with_slopes=True,
+                nesterov=True,
             )
         results.append((state, direction, *measures[0], *measures[1]))
     torch.set_num_threads(threads)

@@ -123,6 +123,16 @@ def _gather(tile: Any, width: int, vectors: Any) -> None:
 
 
 @inlined
+def _look_ahead(tile: Any, momentum_decay: Any, width: int, vectors: Any) -> None:
+    """M in `vectors` <- mu M + D, for a tile of D."""
+    for e in range(width):
+        for block in range(LANES):
+            position = block * width + e
+            if position < tile.shape[0]:
+                vectors[e, block] = momentum_decay * vectors[e, block] + tile[position]
+
+
+@inlined
 def _scatter(vectors: Any, width: int, tile: Any, momentum: Any, with_slope: bool) -> Any:
     """The inverse of `_gather`; returns the sum of the squares of the entries x that it wrote, and <M, x>.
 
@@ -183,6 +193,7 @@ def _process_rows(
     numbers: Any,
     relative: bool,
     with_first_order: bool,
+    nesterov: bool,  # whether mu M + D is solved for, instead of M
     start: int,
     stop: int,
 ) -> float:
@@ -225,6 +236,8 @@ def _process_rows(
                 )
                 m = momentum[row, first:last]
                 _gather(m, width, vectors)
+                if nesterov:
+                    _look_ahead(gradient[row, first:last], momentum_decay, width, vectors)
                 _solve_tile(triangle, levels, vectors, factor, width)
                 squared, product = _scatter(vectors, width, direction[row, first:last], m, slopes is not None)
                 total, slope = total + squared, slope + product
@@ -267,6 +280,7 @@ def fused_step(
     moment_decay: float,
     epsilon: float,
     with_slopes: bool,
+    nesterov: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, [2, rows]."""
     first_order = momentum_decay, moment_decay, 1 - moment_decay, epsilon
@@ -282,6 +296,7 @@ def fused_step(
         relative=relative,
         first_order=first_order,
         with_slopes=with_slopes,
+        nesterov=nesterov,
     )
 
 
@@ -298,6 +313,7 @@ def _run(
     relative: bool = False,
     first_order: tuple[float, float, float, float] | None = None,
     with_slopes: bool = False,
+    nesterov: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
     squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
@@ -308,7 +324,7 @@ def _run(
     arrays += [None if slopes is None else slopes.numpy()]
     arrays += [_array(means).reshape(-1), _inverse_lengths(tiles, blocks, width, length)]
     numbers = tuple(np.float32(number) for number in (decay, damping, *(first_order or (0, 0, 0, 0))))
-    options = width, numbers, relative, first_order is not None
+    options = width, numbers, relative, first_order is not None, nesterov
 
     def loop(start: int, stop: int) -> float:
         scratch = _scratch(width, entries, arrays[0])

@@ -190,6 +190,7 @@ def _kernel(
     moment_decay: tl.tensor,
     epsilon: tl.tensor,
     relative: tl.constexpr,
+    nesterov: tl.constexpr,  # whether mu M + D is solved for, instead of M
     width: tl.constexpr,
     blocks: tl.constexpr,
     TILES: tl.constexpr,  # the tiles of one program: a power of two
@@ -225,7 +226,10 @@ def _kernel(
         if relative:
             level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
         own_m = _to_own_thread(m, index, width)
-        solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
+        own_n = own_m
+        if nesterov:
+            own_n = _to_own_thread(momentum_decay * m + d, index, width)
+        solution = tl.where(mask, _solve(triangle, level, own_n, i, j, width), 0.0)
         # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
         # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
@@ -274,6 +278,7 @@ def fused_step(
     moment_decay: float,
     epsilon: float,
     with_slopes: bool,
+    nesterov: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, each [rows]."""
     direction = torch.empty_like(momentum)
@@ -297,6 +302,7 @@ def fused_step(
         momentum_decay=momentum_decay,
         moment_decay=moment_decay,
         epsilon=epsilon,
+        nesterov=nesterov,
     )
     of_rows = _sum_over_tiles(squares), _sum_over_tiles(first_order_squares)
     if slopes is None or first_order_slopes is None:
@@ -352,6 +358,7 @@ def _launch(
     momentum_decay: float = 0.0,
     moment_decay: float = 0.0,
     epsilon: float = 0.0,
+    nesterov: bool = False,
 ) -> None:
     weight = gradient if momentum is None else momentum
     assert weight is not None
@@ -377,6 +384,7 @@ def _launch(
         moment_decay,
         epsilon,
         relative,
+        nesterov,
         **fixed,
         **options(width),
     )

@@ -139,6 +139,7 @@ class PackedBlocks(FusedCurvature):
             moment_decay=first_order.second_moment_decay,
             epsilon=first_order.epsilon,
             with_slopes=first_order.with_slopes,
+            nesterov=first_order.nesterov,
         )
         if computed is None:
             return None

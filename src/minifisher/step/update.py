@@ -9,7 +9,7 @@ import torch
 
 from minifisher.curvature import Measures
 from minifisher.kernels.choose import subtract_scaled
-from minifisher.step.first_order import graft_length
+from minifisher.step.first_order import graft_length, look_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Update:
 
     stack: LayerStack
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
-    momentum: Tensor  # M, or the mean of past gradients: what the direction was made from, likewise
-    direction: Tensor  # P M, likewise
+    momentum: Tensor  # M, likewise
+    direction: Tensor  # P N, likewise
     first_order: Measures  # of the step whose length it takes, [] or [layers, rows | 1, 1, ...]
     measures: Measures | None = None  # of the direction, likewise; None: it is still to be measured
     is_fused: bool = False
@@ -42,13 +42,14 @@ class Update:
     """Layers whose curvature begins anew, because its averages were not finite."""
 
     @property
-    def accumulated(self) -> Tensor:
-        """The sum M of past gradients, also where the direction was made from their mean."""
-        return self.stack.state["momentum"] if self.stack.options["momentum"] else self.momentum
+    def preconditioned(self) -> Tensor:
+        """N, what the direction was made from, likewise."""
+        joined = self.stack.with_decay(self.gradient)
+        return look_ahead(joined, self.momentum, self.stack.options, self.stack.curvature, self.stack.step)
 
     def measured(self) -> Measures:
         """What is measured of the direction, [] or [layers, rows | 1, 1, ...]."""
-        return self.stack.measured(self.direction, self.accumulated)
+        return self.stack.measured(self.direction, self.momentum)
 
     def set_length(self) -> None:
         """The length of the graft; the first-order step where that or the direction is not finite."""
@@ -67,7 +68,7 @@ class Update:
         self.fallbacks, self.frozen = (
             int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
         )
-        step = stack.graft.step(stack.state, self.accumulated, stack.step, stack.options["momentum"])
+        step = stack.graft.step(stack.state, self.momentum, stack.step, stack.options["momentum"])
         self.direction = torch.where(usable, self.direction, step.masked_fill(frozen, 0))
         self.length = self.length.masked_fill(~usable, 1)
         self.renewed = stack.renew_curvature()
@@ -95,12 +96,12 @@ class Update:
     def divergence(self) -> Tensor:
         """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step.
 
-        Where rows have lengths of their own and P mixes rows it is an estimate.
+        P^-1 times the direction is N. An estimate where rows have lengths of their own and P mixes rows.
         """
         if not self.stack.observations:
             return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
         rate = float(self.stack.options["lr"])
-        return rate**2 * (self.length**2 * self.direction * self.momentum).sum()
+        return rate**2 * (self.length**2 * self.direction * self.preconditioned).sum()
 
 
 def clip_divergence(updates: Sequence[Update], bound: float) -> None:
