@@ -36,7 +36,7 @@ class CommonOptions(HasOptions):
         default=0.95, at_least=0, below=1, meaning="beta of the running, bias-corrected averages."
     )
     damping: float = option(
-        default=0.03,
+        default=0.1,
         at_least=0,
         every_step=True,
         meaning="lambda, or the fraction of the mean curvature that lambda is.",

@@ -177,6 +177,27 @@ def _update_momentum(gradient: Any, momentum: Any, momentum_decay: Any) -> Any:
     return total
 
 
+@inlined
+def _first_order_row(gradient: Any, momentum: Any, moment: Any, numbers: Any, with_slope: bool) -> Any:
+    """Update M and V of one row; returns the squared norm and the slope of its step.
+
+    M is [length], V [1, length], or [0, length]: then the step is M. Sums are taken in float32 over chunks,
+    and in float64 over all of them.
+    """
+    _, _, momentum_decay, moment_decay, fresh, epsilon = numbers
+    total, slope, length = 0.0, 0.0, gradient.shape[0]
+    for first in range(0, length, CHUNK):
+        last = min(first + CHUNK, length)
+        d, m = gradient[first:last], momentum[first:last]
+        if moment.shape[0]:
+            v = moment[0, first:last]
+            squared, product = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, with_slope)
+        else:
+            squared = product = _update_momentum(d, m, momentum_decay)
+        total, slope = total + squared, slope + product
+    return total, slope
+
+
 @compiled
 def _process_rows(
     packed: Any,
@@ -203,21 +224,14 @@ def _process_rows(
     """
     tiles, blocks = packed.shape[1], packed.shape[3]
     vectors, factor, full = scratch
-    decay, damping, momentum_decay, moment_decay, fresh, epsilon = numbers
+    decay, damping, momentum_decay = numbers[:3]
     length = max(gradient.shape[1], momentum.shape[1])
     for row in range(start, stop):
         total, first_order_total, slope, first_order_slope = 0.0, 0.0, 0.0, 0.0
-        for first in range(0, length if with_first_order else 0, CHUNK):
-            last = min(first + CHUNK, length)
-            d, m = gradient[row, first:last], momentum[row, first:last]
-            if moment.shape[0]:
-                v = moment[row, first:last]
-                squared, product = update_chunk(
-                    d, m, v, momentum_decay, moment_decay, fresh, epsilon, slopes is not None
-                )
-            else:
-                squared = product = _update_momentum(d, m, momentum_decay)
-            first_order_total, first_order_slope = first_order_total + squared, first_order_slope + product
+        if with_first_order:
+            first_order_total, first_order_slope = _first_order_row(
+                gradient[row], momentum[row], moment[row : row + 1], numbers, slopes is not None
+            )
         for tile in range(tiles):
             triangle = packed[row, tile]
             first = tile * blocks * width

@@ -76,19 +76,23 @@ def _averaged(
 
 
 @triton.jit
-def _curvature_scale(
+def _level(
     triangle: tl.tensor,
     i: tl.tensor,
     j: tl.tensor,
     left: tl.tensor,  # entries of the row from the block on
     width: tl.constexpr,
+    damping: tl.tensor,
     means: tl.tensor,
     real: tl.tensor,
+    relative: tl.constexpr,
 ) -> tl.tensor:
-    """As `minifisher.linalg.damping.curvature_scale`, of entries without padding."""
+    """lambda: `damping`, or relative as `minifisher.linalg.damping.curvature_scale`, of real entries."""
+    if not relative:
+        return damping
     mean, entries = tl.load(means, mask=real, other=0.0)[None, :, None], tl.minimum(left, width)
     trace = tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
-    return tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
+    return damping * tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
 
 
 @triton.jit
@@ -222,16 +226,11 @@ def _kernel(
     if gradient is not None:
         triangle = _averaged(triangle, _to_own_thread(d, index, width), decay, triangles, stored)
     if momentum is not None:
-        level = damping
-        if relative:
-            level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
+        level = _level(triangle, i, j, length - start, width, damping, means + row, real, relative)
         own_m = _to_own_thread(m, index, width)
-        own_n = own_m
-        if nesterov:
-            own_n = _to_own_thread(momentum_decay * m + d, index, width)
+        own_n = _to_own_thread(momentum_decay * m + d, index, width) if nesterov else own_m
         solution = tl.where(mask, _solve(triangle, level, own_n, i, j, width), 0.0)
-        # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
-        # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
+        # Summed in another order than `offsets`, which the compiler would keep until here, in 60 registers.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
         tl.store(direction + tl.max_contiguous(own, (1, 1, 1)), solution, mask=mask)
         _store_measures(solution, own_m, squares, slopes, tile, real)
