@@ -73,7 +73,13 @@ def measure(rows: int, blocks: int, width: int, dtype: torch.dtype, turns: int) 
     torch.manual_seed(0)
     state = tensors(rows, blocks, width, dtype)
     step = partial(
-        packed_triton.fused_step, **state, width=width, **NUMBERS, **FIRST_ORDER, with_slopes=False
+        packed_triton.fused_step,
+        **state,
+        width=width,
+        **NUMBERS,
+        **FIRST_ORDER,
+        with_slopes=False,
+        nesterov=False,
     )
     direction, *_ = step()
     whole = dense(state, width)

@@ -56,7 +56,9 @@ def fused(rows: int, width: int, dtype: torch.dtype) -> tuple[Callable[[], objec
             momentum_decay=0.9,
             moment_decay=0.999,
             epsilon=1e-8,
+            lengths=1,
             with_slopes=False,
+            nesterov=False,
         )
         assert done is not None, "no compiled kernel: install the extra `fast`"
         return done

@@ -98,7 +98,8 @@ def pairs(steps):
 @pytest.mark.parametrize("fold_bias", [False, True])
 def test_every_row_takes_a_step_of_its_own_adam_length(fold_bias):
     ours, theirs = network(dtype=torch.float64), network(dtype=torch.float64)
-    opt = MBF(ours, lr=0.01, graft="adam-rows", length="norm", fold_bias=fold_bias, statistics_every=2)
+    options = {"graft": "adam-rows", "length": "norm", "nesterov": False, "fold_bias": fold_bias}
+    opt = MBF(ours, lr=0.01, statistics_every=2, **options)
     rival = FIRST_ORDER["adam"](theirs.parameters())
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):

@@ -27,6 +27,11 @@ class CommonOptions(HasOptions):
     momentum: float = option(
         default=0.9, at_least=0, below=1, every_step=True, meaning="mu of M <- mu M + D."
     )
+    nesterov: bool = option(
+        default=True,
+        every_step=True,
+        meaning="The direction is P (mu M + D), Nesterov's momentum; False: P M.",
+    )
     curvature_decay: float = option(
         default=0.95, at_least=0, below=1, meaning="beta of the running, bias-corrected averages."
     )

@@ -108,8 +108,8 @@ class FusedCurvature(Curvature):
     ) -> tuple[Tensor, Measures, Measures] | None:
         """Update M and V, observe the gradient, and precondition M; None, and no change, if no kernel fits.
 
-        Returns the direction, and what is measured of it and of the first-order step, [..., 1]. The direction
-        is that of the separate verbs, to the last bit.
+        Returns the direction, and what is measured of it and of the first-order step, [..., lengths]. The
+        direction is that of the separate verbs, to the last bit.
         """
 
 
@@ -138,8 +138,12 @@ class FirstOrderStep:
     epsilon: float = 0.0
     scale: float = 1.0
     """The factor of the step's length: its bias corrections."""
+    lengths: int = 1
+    """How many lengths a layer has: one, or one for each row."""
     with_slopes: bool = False
     """Whether slopes are measured, beside norms."""
+    nesterov: bool = False
+    """Whether mu M + D is preconditioned, instead of M."""
 
 
 @dataclass(frozen=True)

@@ -134,5 +134,5 @@ def test_fully_sharded_trains_the_same(world: int, alone: dict[str, dict[str, Te
             case, shape = name.split(" (")
             expected = alone[f"{case} {shape.rstrip(',)')[-1]}"]
             torch.testing.assert_close(
-                result, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name, r=rank: f"{n}, rank {r}: {m}"
+                result, expected, rtol=1e-8, atol=1e-8, msg=lambda m, n=name, r=rank: f"{n}, rank {r}: {m}"
             )

@@ -124,11 +124,12 @@ def test_solve(width, length, dtype, relative):
 
 
 @pytest.mark.parametrize("with_slopes", [False, True], ids=["norms", "slopes"])
+@pytest.mark.parametrize("nesterov", [False, True], ids=["momentum", "nesterov"])
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
 @pytest.mark.parametrize("adam", [True, False], ids=["moment", "no moment"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "length"), READINGS)
-def test_fused_step(width, length, dtype, adam, first, with_slopes):
+def test_fused_step(width, length, dtype, adam, first, nesterov, with_slopes):
     case, average_alone = Case(width, length, dtype, first), Case(width, length, dtype, first)
     momentum = MOMENTUM_DECAY * case.momentum.double() + case.gradient
     moment = MOMENT_DECAY * case.moment.double() + (1 - MOMENT_DECAY) * case.gradient.double().square()
@@ -147,6 +148,7 @@ def test_fused_step(width, length, dtype, adam, first, with_slopes):
         moment_decay=MOMENT_DECAY,
         epsilon=EPSILON,
         with_slopes=with_slopes,
+        nesterov=nesterov,
     )
     torch.testing.assert_close(case.momentum.double(), momentum, rtol=1e-6, atol=1e-6)
     if adam:
@@ -154,7 +156,8 @@ def test_fused_step(width, length, dtype, adam, first, with_slopes):
     torch.testing.assert_close(squares[1].double(), step.square().sum(1), rtol=1e-5, atol=0)
     packed_triton.average(average_alone.packed, average_alone.gradient, width=width, decay=DECAY)
     assert torch.equal(case.packed, average_alone.packed)
-    solution = case.solution(momentum, 0.3, True)
+    ahead = MOMENTUM_DECAY * momentum + case.gradient if nesterov else momentum
+    solution = case.solution(ahead, 0.3, True)
     case.check(direction, squares[0], solution)
     assert (slopes is not None) == with_slopes
     if with_slopes:

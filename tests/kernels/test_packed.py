@@ -133,9 +133,10 @@ def test_average_and_solve_equal_dense_blocks(cut, dtype, tolerance, relative, w
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adam", [True, False])
 @pytest.mark.parametrize("with_slopes", [False, True])
+@pytest.mark.parametrize(("nesterov", "by_rows"), [(False, False), (True, False), (True, True)])
 @cuts
 def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
-    cut, with_slopes, adam, dtype, relative
+    cut, by_rows, nesterov, with_slopes, adam, dtype, relative
 ):
     tiling, state = zeros(cut, dtype)
     apart = state.clone()
@@ -152,11 +153,15 @@ def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
             means,
             tiling,
             **numbers,
+            lengths=cut[0] if by_rows else 1,
             with_slopes=with_slopes,
+            nesterov=nesterov,
         )
         expected_momentum.mul_(FIRST_ORDER["momentum_decay"]).add_(gradient)
         packed.average(apart, gradient, tiling, DECAY)
-        expected = packed.solve(apart, expected_momentum, means, tiling, DAMPING, relative)
+        ahead = FIRST_ORDER["momentum_decay"] * expected_momentum + gradient
+        ahead = ahead if nesterov else expected_momentum
+        expected = packed.solve(apart, ahead, means, tiling, DAMPING, relative)
         step = expected_momentum.double()
         if adam:
             decay = FIRST_ORDER["moment_decay"]
@@ -166,10 +171,13 @@ def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
         assert torch.equal(momentum, expected_momentum)
         assert torch.equal(direction, expected)
         for (norm, slope), exact in zip(measures, (expected.double(), step), strict=True):
-            assert norm.item() == pytest.approx(exact.norm().item(), rel=1e-5)
+            parts = {"dim": 1} if by_rows else {"dim": (0, 1)}
+            assert norm.tolist() == pytest.approx(exact.norm(**parts).view(-1).tolist(), rel=1e-5)
             assert (slope is not None) == with_slopes
             if with_slopes:
-                assert slope.item() == pytest.approx((expected_momentum * exact).sum().item(), rel=1e-5)
+                products = (expected_momentum * exact).sum(**parts).view(-1)
+                size = exact.norm().item() * expected_momentum.norm().item()
+                assert slope.tolist() == pytest.approx(products.tolist(), rel=1e-5, abs=1e-6 * size)
     if adam:
         torch.testing.assert_close(moment, expected_moment)
 
@@ -290,7 +298,16 @@ def test_the_number_of_threads_does_not_change_a_bit():
         for gradient in gradients(*cut[:2], 2):
             numbers = {"decay": DECAY, "damping": DAMPING, "relative": True, **FIRST_ORDER}
             direction, *measures = packed.fused_step(
-                state, gradient, momentum, moment, torch.ones(1), tiling, **numbers, with_slopes=True
+                state,
+                gradient,
+                momentum,
+                moment,
+                torch.ones(1),
+                tiling,
+                **numbers,
+                lengths=1,
+                with_slopes=True,
+                nesterov=True,
             )
         results.append((state, direction, *measures[0], *measures[1]))
     torch.set_num_threads(threads)

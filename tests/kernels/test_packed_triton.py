@@ -27,7 +27,7 @@ def test_the_kernel_agrees_with_dense_matrices(interpret):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-def compiled(width, dtype, with_slopes):
+def compiled(width, dtype, with_slopes, nesterov):
     """The kernel of `fused_step`, compiled for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -38,7 +38,7 @@ def compiled(width, dtype, with_slopes):
     numbers = dict.fromkeys(("count", "tiles", "length"), "i32") | dict.fromkeys(
         ("decay", "damping", "momentum_decay", "moment_decay", "epsilon"), "fp32"
     )
-    constants = {"relative": True, **packed_triton.constants(width, 16)}
+    constants = {"relative": True, "nesterov": nesterov, **packed_triton.constants(width, 16)}
     if not with_slopes:
         constants |= {"slopes": None, "first_order_slopes": None}
     kinds = {"packed": dtype, **numbers, **dict.fromkeys(constants, "constexpr")}
@@ -49,11 +49,11 @@ def compiled(width, dtype, with_slopes):
 
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
 @pytest.mark.parametrize("width", [2, 9])
-@pytest.mark.parametrize("with_slopes", [False, True])
-def test_it_compiles_for_a_gpu(with_slopes, width, dtype, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("with_slopes", "nesterov"), [(False, False), (True, False), (True, True)])
+def test_it_compiles_for_a_gpu(with_slopes, nesterov, width, dtype, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    code = compiled(width, dtype, with_slopes)
+    code = compiled(width, dtype, with_slopes, nesterov)
     assert code.asm["cubin"]
     assert ("cvt.rn.bf16" in code.asm["ptx"]) == (dtype == "*bf16")
     # Threads exchange only the entries of weights; sums over the entries of a block need no exchange.
-    assert code.asm["ptx"].count("shfl.sync") < (200 if with_slopes else 100)
+    assert code.asm["ptx"].count("shfl.sync") < (100 + 100 * with_slopes + 100 * nesterov)

@@ -40,9 +40,10 @@ for dtype in (torch.float32, torch.bfloat16):
             for _ in range(3):
                 gradient = torch.randn(4, length, generator=generator)
                 means = gradient.square().mean().view(1)
-                for with_slopes in (False, True):
+                for flag in (False, True):
+                    flags = {"lengths": 1, "with_slopes": flag, "nesterov": flag}
                     direction, *measures = packed.fused_step(
-                        state, gradient, momentum, moment, means, tiling, **numbers, with_slopes=with_slopes
+                        state, gradient, momentum, moment, means, tiling, **numbers, **flags
                     )
                     out += [direction, *(n for pair in measures for n in pair if n is not None)]
                 out.append(packed.solve(state, gradient, means, tiling, 0.1, True))

@@ -18,7 +18,13 @@ from minifisher.statistics.layers import layers_of
 from minifisher.statistics.records import LayerSamples, Secant
 
 GROUPS, OUT, IN, N = 2, 3, 4, 7
-PUBLISHED = {"relative_damping": False, "graft": None, "curvature_decay": 0.9, "inverse_every": 10**9}
+PUBLISHED = {
+    "nesterov": False,
+    "relative_damping": False,
+    "graft": None,
+    "curvature_decay": 0.9,
+    "inverse_every": 10**9,
+}
 
 
 @dataclass(frozen=True)

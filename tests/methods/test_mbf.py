@@ -445,7 +445,8 @@ def test_the_direction_is_the_damped_power_of_every_block(cut, relative_damping,
 @pytest.mark.parametrize("name", ["linear", "conv2d", "attention"])
 def test_with_large_damping_the_direction_is_the_momentum(name):
     case = problem(name)
-    opt = MBF(case.module, lr=1e9, damping=1e9, relative_damping=False, graft=None, statistics_every=1)
+    options = {"relative_damping": False, "graft": None, "nesterov": False, "statistics_every": 1}
+    opt = MBF(case.module, lr=1e9, damping=1e9, **options)
     before = {p: p.detach().clone() for p in case.module.parameters()}
     case.mean_loss().backward()
     opt.step()
@@ -561,6 +562,7 @@ RECIPES = {
     "per sample": {"fisher": "empirical"},
     "stale": {"statistics_every": 2, "inverse_every": 4, "jitter": False},
     "no momentum": {"momentum": 0.0},
+    "nesterov": {"nesterov": True},
     "upwards": {"maximize": True},
 }
 
@@ -578,6 +580,7 @@ def test_steps_equal_the_dense_formula(name, recipe):
     options = {
         "lr": 0.02,
         "momentum": 0.9,
+        "nesterov": False,
         "curvature_decay": 0.8,
         "damping": 0.1,
         "power": 1.0,
@@ -620,7 +623,10 @@ def test_steps_equal_the_dense_formula(name, recipe):
             if not options["decoupled_weight_decay"]:
                 gradient = gradient + options["weight_decay"] * old
             momentum[layer] = options["momentum"] * momentum[layer] + gradient
-            direction = matrix_power(fisher[layer], -options["power"]) @ momentum[layer]
+            ahead = (
+                options["momentum"] * momentum[layer] + gradient if options["nesterov"] else momentum[layer]
+            )
+            direction = matrix_power(fisher[layer], -options["power"]) @ ahead
             shrink = options["lr"] * options["weight_decay"] if options["decoupled_weight_decay"] else 0
             layer.weight.data = ((1 - shrink) * old - options["lr"] * direction).view(layer.shape)
     for ours, theirs in zip(case.module.parameters(), twin.module.parameters(), strict=True):

@@ -100,7 +100,8 @@ def test_blocks_of_samples_are_blocks_over_columns_of_the_dense_fisher(name, fis
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_the_direction_is_the_damped_power_of_every_block(cut, relative_damping, power):
     case = problem("linear")
-    opt = MBF(case.module, lr=0.0, power=power, relative_damping=relative_damping, **columns(cut))
+    options = {"power": power, "relative_damping": relative_damping, "damping": 0.1}
+    opt = MBF(case.module, lr=0.0, **options, **columns(cut))
     case.mean_loss().backward()
     opt.step()
     for layer in with_columns(case.module):

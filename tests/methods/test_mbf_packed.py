@@ -80,15 +80,16 @@ def test_stacked_layers_are_preconditioned_as_single_ones(reading):
         torch.testing.assert_close(together[index], packed.precondition(state, directions[index], 0.1))
 
 
-def test_the_fused_step_equals_the_separate_verbs():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_fused_step_equals_the_separate_verbs(nesterov):
     pytest.importorskip("numba")
     packed, _, layer = curvatures(BlockReading(12, 36, 9))
     packed = replace(packed, dtype=torch.float32)  # the only dtype of the kernel
     gradient, momentum = (random(1, *layer.shape, seed=seed).float() for seed in (0, 1))
     states = [{name: value.unsqueeze(0) for name, value in packed.init(layer).items()} for _ in range(2)]
-    first_order = FirstOrderStep(
-        0.9, momentum.clone(), torch.ones_like(momentum), 0.99, 1e-8, scale=2.0, with_slopes=True
-    )
+    tensors = momentum.clone(), torch.ones_like(momentum)
+    flags = {"with_slopes": True, "nesterov": nesterov}
+    first_order = FirstOrderStep(0.9, *tensors, 0.99, 1e-8, scale=2.0, **flags)
     direction, *measures = packed.fused_step(states[0], gradient, 0.0, 0.1, first_order)
 
     packed.observe(states[1], BatchGradient(gradient), 0.0)
@@ -96,7 +97,8 @@ def test_the_fused_step_equals_the_separate_verbs():
     step = 2.0 * momentum / ((0.99 + 0.01 * gradient.square()).sqrt() + 1e-8)
     torch.testing.assert_close(states[0], states[1])
     torch.testing.assert_close(first_order.momentum, momentum)
-    torch.testing.assert_close(direction, packed.precondition(states[1], momentum, 0.1))
+    ahead = 0.9 * momentum + gradient if nesterov else momentum
+    torch.testing.assert_close(direction, packed.precondition(states[1], ahead, 0.1))
     for (norm, slope), expected in zip(measures, (direction, step), strict=True):
         torch.testing.assert_close(norm, expected.norm().view(1, 1))
         torch.testing.assert_close(slope, (momentum * expected).sum().view(1, 1))

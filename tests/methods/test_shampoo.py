@@ -219,6 +219,7 @@ def test_steps_equal_the_published_formula():
         damping=1e-3,
         relative_damping=False,
         graft=None,
+        nesterov=False,
         weight_decay=0.1,
         max_dim=EVERYTHING,
         statistics_every=1,

@@ -40,7 +40,13 @@ def test_steps_equal_an_independent_implementation(every):
     gradients = random_gradients((4, 4), count=8)
     weight = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
     optimizer = SOAP(
-        [weight], lr=0.01, damping=1e-8, relative_damping=False, inverse_every=every, jitter=False
+        [weight],
+        lr=0.01,
+        nesterov=False,
+        damping=1e-8,
+        relative_damping=False,
+        inverse_every=every,
+        jitter=False,
     )
     steps(weight, optimizer, gradients)
     expected = dense_soap(gradients, lr=0.01, beta=0.95, epsilon=1e-8, every=every)
@@ -54,6 +60,7 @@ def test_with_blocks_of_one_entry_soap_is_adam(shape, decay):
     weights = [torch.ones(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     options = {
         "momentum": 0.9,
+        "nesterov": False,
         "curvature_decay": 0.999,
         "damping": 1e-8,
         "relative_damping": False,

@@ -153,7 +153,7 @@ def test_a_row_that_climbs_has_the_length_of_the_first_order_step():
 @every_graft
 def test_of_a_multiple_of_the_momentum_the_factor_is_known(graft):
     """P = I / lambda: the step is <M, s> / <M, M> M instead of |s| / |M| M."""
-    identity = {"damping": 1e9, "relative_damping": False, "output_power": 0.0}
+    identity = {"damping": 1e9, "relative_damping": False, "output_power": 0.0, "nesterov": False}
     for unit in units("mbf", graft, 1e9, **identity):
         m, s = unit.momentum, unit.first_order
         close = {"rtol": 1e-5, "atol": 1e-10}

@@ -152,15 +152,17 @@ def fused_step(
     momentum_decay: float,
     moment_decay: float,
     epsilon: float,
+    lengths: int,
     with_slopes: bool,
+    nesterov: bool,
 ) -> tuple[Tensor, Measures, Measures] | None:
-    """Update M and V, `average` the gradient D and `solve` for M, in one pass over memory, in place.
+    """Update M and V, `average` the gradient D and `solve` for N, in one pass over memory, in place.
 
     M <- mu M + D, V <- beta V + (1 - beta) D^2 with mu `momentum_decay` and beta `moment_decay`. Returns the
-    direction (F_b + lambda_b I)^-1 m_b, [..., rows, length], and what is measured of it and of the
-    first-order step M / (sqrt(V) + epsilon), or M where `moment` is None: norms [..., 1], and `with_slopes`
-    inner products with M. Returns None, and changes nothing, where no compiled kernel takes these tensors:
-    there is no reference for it.
+    direction (F_b + lambda_b I)^-1 n_b, [..., rows, length], where N is M, or mu M + D with `nesterov`; and
+    what is measured of it and of the first-order step M / (sqrt(V) + epsilon), or M where `moment` is None:
+    norms [..., lengths], and `with_slopes` inner products with M, each over an equal part of the rows.
+    Returns None, and changes nothing, where no compiled kernel takes these tensors: there is no reference.
     """
     kernel = _kernel(packed, gradient, momentum, means, *(() if moment is None else (moment,)))
     if kernel is None:
@@ -180,10 +182,11 @@ def fused_step(
         moment_decay=moment_decay,
         epsilon=epsilon,
         with_slopes=with_slopes,
+        nesterov=nesterov,
     )
 
     def of_layers(sums: Tensor) -> Tensor:
-        return sums.view(*shape[:-1]).sum(-1, keepdim=True)
+        return sums.view(*shape[:-2], lengths, shape[-2] // max(1, lengths)).sum(-1)
 
     norms = [of_layers(square).sqrt().to(gradient.dtype) for square in squares]
     if slopes is None:

@@ -135,6 +135,16 @@ def _gather(tile: Any, width: int, vectors: Any) -> None:
 
 
 @inlined
+def _look_ahead(tile: Any, momentum_decay: Any, width: int, vectors: Any) -> None:
+    """M in `vectors` <- mu M + D, for a tile of D."""
+    for e in range(width):
+        for block in range(LANES):
+            position = block * width + e
+            if position < tile.shape[0]:
+                vectors[e, block] = momentum_decay * vectors[e, block] + tile[position]
+
+
+@inlined
 def _scatter(vectors: Any, width: int, tile: Any, momentum: Any, with_slope: bool) -> Any:
     """The inverse of `_gather`; returns the sum of the squares of the entries x that it wrote, and <M, x>.
 
@@ -179,6 +189,27 @@ def _update_momentum(gradient: Any, momentum: Any, momentum_decay: Any) -> Any:
     return total
 
 
+@inlined
+def _first_order_row(gradient: Any, momentum: Any, moment: Any, numbers: Any, with_slope: bool) -> Any:
+    """Update M and V of one row; returns the squared norm and the slope of its step.
+
+    M is [length], V [1, length], or [0, length]: then the step is M. Sums are taken in float32 over chunks,
+    and in float64 over all of them.
+    """
+    momentum_decay, moment_decay, fresh, epsilon = numbers[3:]
+    total, slope, length = 0.0, 0.0, gradient.shape[0]
+    for first in range(0, length, CHUNK):
+        last = min(first + CHUNK, length)
+        d, m = gradient[first:last], momentum[first:last]
+        if moment.shape[0]:
+            v = moment[0, first:last]
+            squared, product = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, with_slope)
+        else:
+            squared = product = _update_momentum(d, m, momentum_decay)
+        total, slope = total + squared, slope + product
+    return total, slope
+
+
 @compiled
 def _process_rows(
     packed: Any,
@@ -195,6 +226,7 @@ def _process_rows(
     numbers: Any,
     relative: bool,
     with_first_order: bool,
+    nesterov: bool,  # whether mu M + D is solved for, instead of M
     start: int,
     stop: int,
 ) -> float:
@@ -204,21 +236,14 @@ def _process_rows(
     """
     tiles, blocks = packed.shape[1], packed.shape[3]
     vectors, factor, full = scratch
-    decay, damping, rounding, momentum_decay, moment_decay, fresh, epsilon = numbers
+    decay, damping, rounding, momentum_decay = numbers[:4]
     length = max(gradient.shape[1], momentum.shape[1])
     for row in range(start, stop):
         total, first_order_total, slope, first_order_slope = 0.0, 0.0, 0.0, 0.0
-        for first in range(0, length if with_first_order else 0, CHUNK):
-            last = min(first + CHUNK, length)
-            d, m = gradient[row, first:last], momentum[row, first:last]
-            if moment.shape[0]:
-                v = moment[row, first:last]
-                squared, product = update_chunk(
-                    d, m, v, momentum_decay, moment_decay, fresh, epsilon, slopes is not None
-                )
-            else:
-                squared = product = _update_momentum(d, m, momentum_decay)
-            first_order_total, first_order_slope = first_order_total + squared, first_order_slope + product
+        if with_first_order:
+            first_order_total, first_order_slope = _first_order_row(
+                gradient[row], momentum[row], moment[row : row + 1], numbers, slopes is not None
+            )
         for tile in range(tiles):
             triangle = packed[row, tile]
             first = tile * blocks * width
@@ -237,6 +262,8 @@ def _process_rows(
                 )
                 m = momentum[row, first:last]
                 _gather(m, width, vectors)
+                if nesterov:
+                    _look_ahead(gradient[row, first:last], momentum_decay, width, vectors)
                 _solve_tile(triangle, levels, vectors, factor, width)
                 squared, product = _scatter(vectors, width, direction[row, first:last], m, slopes is not None)
                 total, slope = total + squared, slope + product
@@ -279,6 +306,7 @@ def fused_step(
     moment_decay: float,
     epsilon: float,
     with_slopes: bool,
+    nesterov: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, [2, rows]."""
     first_order = momentum_decay, moment_decay, 1 - moment_decay, epsilon
@@ -294,6 +322,7 @@ def fused_step(
         relative=relative,
         first_order=first_order,
         with_slopes=with_slopes,
+        nesterov=nesterov,
     )
 
 
@@ -310,6 +339,7 @@ def _run(
     relative: bool = False,
     first_order: tuple[float, float, float, float] | None = None,
     with_slopes: bool = False,
+    nesterov: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
     squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
@@ -324,7 +354,7 @@ def _run(
     numbers = tuple(
         np.float32(number) for number in (decay, damping, rounding, *(first_order or (0, 0, 0, 0)))
     )
-    options = width, numbers, relative, first_order is not None
+    options = width, numbers, relative, first_order is not None, nesterov
 
     def loop(start: int, stop: int) -> float:
         scratch = _scratch(width, entries, arrays[0])

@@ -77,19 +77,23 @@ def _averaged(
 
 
 @triton.jit
-def _curvature_scale(
+def _level(
     triangle: tl.tensor,
     i: tl.tensor,
     j: tl.tensor,
     left: tl.tensor,  # entries of the row from the block on
     width: tl.constexpr,
+    damping: tl.tensor,
     means: tl.tensor,
     real: tl.tensor,
+    relative: tl.constexpr,
 ) -> tl.tensor:
-    """As `minifisher.linalg.damping.curvature_scale`, of entries without padding."""
+    """lambda: `damping`, or relative as `minifisher.linalg.damping.curvature_scale`, of real entries."""
+    if not relative:
+        return damping
     mean, entries = tl.load(means, mask=real, other=0.0)[None, :, None], tl.minimum(left, width)
     trace = tl.sum(_diagonal(triangle, i, j), 0, keep_dims=True)
-    return tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
+    return damping * tl.maximum(0.5 * (trace / tl.maximum(entries, 1).to(tl.float32) + mean), _LEAST_SCALE)
 
 
 @triton.jit
@@ -201,6 +205,7 @@ def _kernel(
     moment_decay: tl.tensor,
     epsilon: tl.tensor,
     relative: tl.constexpr,
+    nesterov: tl.constexpr,  # whether mu M + D is solved for, instead of M
     width: tl.constexpr,
     blocks: tl.constexpr,
     TILES: tl.constexpr,  # the tiles of one program: a power of two
@@ -232,13 +237,11 @@ def _kernel(
     if gradient is not None:
         triangle = _averaged(triangle, _to_own_thread(d, index, width), decay, triangles, stored)
     if momentum is not None:
-        level = damping
-        if relative:
-            level = damping * _curvature_scale(triangle, i, j, length - start, width, means + row, real)
+        level = _level(triangle, i, j, length - start, width, damping, means + row, real, relative)
         own_m, level = _to_own_thread(m, index, width), _above_rounding(level, triangle, i, j, triangles)
-        solution = tl.where(mask, _solve(triangle, level, own_m, i, j, width), 0.0)
-        # `own` equals `offsets`, but is summed in another order so that the compiler does not recognise it:
-        # `offsets` and `mask` would be kept until here, in 60 registers. Each thread stores its own block.
+        own_n = _to_own_thread(momentum_decay * m + d, index, width) if nesterov else own_m
+        solution = tl.where(mask, _solve(triangle, level, own_n, i, j, width), 0.0)
+        # Summed in another order than `offsets`, which the compiler would keep until here, in 60 registers.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
         tl.store(direction + tl.max_contiguous(own, (1, 1, 1)), solution, mask=mask)
         _store_measures(solution, own_m, squares, slopes, tile, real)
@@ -285,6 +288,7 @@ def fused_step(
     moment_decay: float,
     epsilon: float,
     with_slopes: bool,
+    nesterov: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, each [rows]."""
     direction = torch.empty_like(momentum)
@@ -308,6 +312,7 @@ def fused_step(
         momentum_decay=momentum_decay,
         moment_decay=moment_decay,
         epsilon=epsilon,
+        nesterov=nesterov,
     )
     of_rows = _sum_over_tiles(squares), _sum_over_tiles(first_order_squares)
     if slopes is None or first_order_slopes is None:
@@ -363,6 +368,7 @@ def _launch(
     momentum_decay: float = 0.0,
     moment_decay: float = 0.0,
     epsilon: float = 0.0,
+    nesterov: bool = False,
 ) -> None:
     weight = gradient if momentum is None else momentum
     assert weight is not None
@@ -388,6 +394,7 @@ def _launch(
         moment_decay,
         epsilon,
         relative,
+        nesterov,
         **fixed,
         **options(width),
     )

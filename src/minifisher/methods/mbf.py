@@ -209,6 +209,7 @@ class MBF(CurvatureOptimizer):
     """
 
     curvature_decay: float = option(default=0.9)
+    damping: float = option(default=0.03)
     power: float = power_option(1.0)
     output_power: float | None = option(
         default=None,

@@ -138,7 +138,9 @@ class PackedBlocks(FusedCurvature):
             momentum_decay=first_order.momentum_decay,
             moment_decay=first_order.second_moment_decay,
             epsilon=first_order.epsilon,
+            lengths=first_order.lengths,
             with_slopes=first_order.with_slopes,
+            nesterov=first_order.nesterov,
         )
         if computed is None:
             return None

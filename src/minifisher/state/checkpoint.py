@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 """Of the state dict. It is stored in every parameter group, because distributed checkpoints keep those."""
 
 
-EARLIER: dict[str, Any] = {"length": "norm", "jitter": False, "output_power": 0.0}
+EARLIER: dict[str, Any] = {"length": "norm", "jitter": False, "output_power": 0.0, "nesterov": False}
 """Options that format 1 had not at first, and what was done then: such a run goes on as it began."""
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minifisher.step.first_order import graft_length, measure, newest_share
+from minifisher.step.first_order import graft_length, look_ahead, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,17 +88,16 @@ def _steps(stack: LayerStack) -> Iterator[tuple[float, float]]:
 
 
 def _step(stack: LayerStack, gradient: Tensor) -> Tensor:
-    """length P M of the last step, as `minifisher.step.recipe` made it."""
+    """length P N of the last step, as `minifisher.step.recipe` made it."""
     state, curvature, options, mu = stack.state, stack.curvature, stack.options, stack.options["momentum"]
-    joined = gradient if curvature.averages_momentum else stack.with_decay(gradient)
-    accumulated = momentum = state["momentum"] if mu else joined
+    joined = stack.joined(gradient)
+    momentum = state["momentum"] if mu else joined
     first_order = stack.graft.step(state, momentum, stack.step, mu)
     if not stack.observations:
         return first_order
-    if curvature.averages_momentum:
-        momentum = momentum * newest_share(mu, stack.step)
-    direction = curvature.precondition(state, momentum, options["damping"])
-    sloped = accumulated if stack.measures_slope else None
+    ahead = look_ahead(joined, momentum, options, curvature, stack.step)
+    direction = curvature.precondition(state, ahead, options["damping"])
+    sloped = momentum if stack.measures_slope else None
     of_step, of_first_order = (measure(step, sloped, stack.lengths) for step in (direction, first_order))
     length = graft_length(of_step, of_first_order, stack.graft.rescales, options["length_limit"])
     return direction * length.view(stack.length_shape)

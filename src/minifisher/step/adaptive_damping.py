@@ -42,7 +42,7 @@ _BOUNDS = (1e-8, 1e8)  # in float32, a matrix damped by less is the undamped one
 def predicted_change(update: Update) -> Tensor:
     """q(delta) - q(0) for the layers of one stack, before the update is applied."""
     options, rate = update.stack.options, float(update.stack.options["lr"])
-    pull = rate * update.scale * update.length * update.momentum  # c M
+    pull = rate * update.scale * update.length * update.preconditioned  # c N
     step = -rate * update.scale * update.length * update.direction  # u
     change = (step * (update.gradient - 0.5 * pull)).sum()
     if options["weight_decay"] and options["decoupled_weight_decay"]:

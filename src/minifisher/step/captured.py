@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minifisher.curvature import NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import graft_length, measure, usable_and_frozen
+from minifisher.step.first_order import graft_length, look_ahead, measure, usable_and_frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -94,7 +94,7 @@ def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
 def _directions(
     stack: LayerStack, gradient: Tensor, taken: Tensor, observations: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction P M, the first-order step whose length it is to have, and M."""
+    """The direction P N, the first-order step whose length it is to have, and M."""
     options, curvature, graft, mu = stack.options, stack.curvature, stack.graft, stack.options["momentum"]
     if curvature.needs is not None:
         # As LayerStack.corrected_decay; rounding makes it the plain decay long before the count saturates.
@@ -107,7 +107,8 @@ def _directions(
     first_order = graft.step(stack.state, momentum, taken, mu)
     if curvature.needs is None:
         return first_order, first_order, momentum
-    return curvature.precondition(stack.state, momentum, options["damping"]), first_order, momentum
+    ahead = look_ahead(gradient, momentum, options, curvature, taken)
+    return curvature.precondition(stack.state, ahead, options["damping"]), first_order, momentum
 
 
 def _with_length(

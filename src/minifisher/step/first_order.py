@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from minifisher.curvature import Plan
+    from minifisher.curvature import Curvature, Plan
 
     State = dict[str, Tensor]
 
@@ -52,11 +52,9 @@ class Graft:
         """The first-order step for M = direction, before the learning rate."""
         return direction
 
-    def for_kernel(
-        self, state: State, count: int, momentum: float, with_slopes: bool
-    ) -> FirstOrderStep | None:
+    def for_kernel(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
         """The numbers of `update` for a fused kernel; None without momentum, which no kernel expects."""
-        return FirstOrderStep(momentum, state["momentum"], with_slopes=with_slopes) if momentum else None
+        return FirstOrderStep(momentum, state["momentum"]) if momentum else None
 
 
 class MomentumGraft(Graft):
@@ -96,15 +94,13 @@ class AdamGraft(Graft):
         step: Tensor = direction / state["second_moment"].sqrt().add_(epsilon) * scale
         return step
 
-    def for_kernel(
-        self, state: State, count: int, momentum: float, with_slopes: bool
-    ) -> FirstOrderStep | None:
+    def for_kernel(self, state: State, count: int, momentum: float) -> FirstOrderStep | None:
         """Those of Adam."""
         if not momentum:
             return None
         scale, epsilon = _corrections(count, momentum)
         moments = state["momentum"], state["second_moment"]
-        return FirstOrderStep(momentum, *moments, ADAM_DECAY, epsilon, scale, with_slopes)
+        return FirstOrderStep(momentum, *moments, ADAM_DECAY, epsilon, scale)
 
 
 class AdamRowsGraft(AdamGraft):
@@ -174,6 +170,22 @@ def update_momentum(state: State, gradient: Tensor, momentum: float) -> Tensor:
 def newest_share(momentum: float, count: Any) -> Any:
     """The weight of the newest gradient in the mean of `count`, (1 - mu) / (1 - mu^t): mean = share M."""
     return (1 - momentum) / (1 - momentum**count)
+
+
+def look_ahead(
+    gradient: Tensor, momentum: Tensor, options: Mapping[str, Any], curvature: Curvature, count: Any
+) -> Tensor:
+    """N, the vector that is preconditioned: mu M + D with `nesterov`, else M; of the shape of D.
+
+    M holds D already, so mu M + D is what M would be after one more gradient like D: Nesterov's momentum as
+    Sutskever, Martens, Dahl, Hinton, ICML 2013, Section 2, and torch.optim.SGD have it. A curvature that
+    averages momentum gets the mean of the same gradients.
+    """
+    mu = options["momentum"]
+    nesterov = bool(mu) and options["nesterov"]
+    # Not torch.add(alpha=mu), which rounds once: the compiled kernels round twice.
+    ahead = (momentum * mu).add_(gradient) if nesterov else momentum
+    return ahead * newest_share(mu, count + nesterov) if curvature.averages_momentum else ahead
 
 
 def measure(step: Tensor, momentum: Tensor | None, lengths: int, *, by_torch: bool = False) -> Measures:

@@ -143,6 +143,10 @@ class LayerStack:
         gradient = -gradient if self.options["maximize"] else gradient
         return self.with_decay(gradient) if self.curvature.averages_momentum else gradient
 
+    def joined(self, gradient: Tensor) -> Tensor:
+        """D as it joins the momentum: that of a curvature that averages momentum has the decay already."""
+        return gradient if self.curvature.averages_momentum else self.with_decay(gradient)
+
     def with_decay(self, gradient: Tensor) -> Tensor:
         """D + weight_decay W, unless the decay is decoupled."""
         decay = float(self.options["weight_decay"])

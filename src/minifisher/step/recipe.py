@@ -2,8 +2,9 @@
 
     F <- beta F + (1 - beta) E[d d^T]                                      every T1 steps
     P <- (F + lambda I)^-power                                             every T2 steps
-    M <- mu M + D,  direction P M,  length |s| / |P M| or <M, s> / <M, P M>   every step
-    W <- (1 - lr weight_decay) W - lr length P M
+    M <- mu M + D,  N <- mu M + D or M,  direction P N                     every step
+    length |s| / |P N| or <M, s> / <M, P N>
+    W <- (1 - lr weight_decay) W - lr length P N
 
 D is the gradient of the mini-batch, d what the curvature reads of it or of its samples, s the first-order
 step. `ranks` says what processes exchange: nothing (`Alone`), or averages, directions and lengths
@@ -12,14 +13,14 @@ step. `ranks` says what processes exchange: nothing (`Alone`), or averages, dire
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from minifisher.curvature import FusedCurvature
 from minifisher.step.adaptive_damping import predicted_change
-from minifisher.step.first_order import newest_share
+from minifisher.step.first_order import look_ahead
 from minifisher.step.update import Update, clip_divergence
 
 if TYPE_CHECKING:
@@ -142,39 +143,36 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
             stack.curvature.refresh(stack.state, stack.options["damping"])
         if ranks.zero or stack.missed or not stack.observations:
             stack.keep_missed(ranks.zero, decay is not None)
-    # M <- mu M + D, |s|, P M
+    # M <- mu M + D, |s|, P N
     updates = [
         update or compute_direction(stack, gradient)
         for update, stack, gradient in zip(fused, stacks, gradients, strict=True)
     ]
     if not ranks.agree(updates):
         return None
-    # |s| / |P M|, or <M, s> / <M, P M>
+    # |s| / |P N|, or <M, s> / <M, P N>
     for update in updates:
         update.set_length()
     return updates
 
 
 def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
-    """M <- mu M + D; the direction P M, and what is measured of the first-order step.
+    """M <- mu M + D; the direction P N, and what is measured of the first-order step.
 
-    A stack without an observation so far takes the first-order step itself.
+    N is mu M + D (Nesterov), or M. A stack without an observation so far takes the first-order step itself.
     """
     state, curvature, graft, options = stack.state, stack.curvature, stack.graft, stack.options
     mu = options["momentum"]
     stack.step += 1
-    # One that averages momentum has the decay in D already.
-    coupled = not (options["decoupled_weight_decay"] or curvature.averages_momentum)
-    joined = stack.with_decay(gradient) if coupled else gradient
+    joined = stack.joined(gradient)
     first_order = graft.update(state, joined, stack.lengths, stack.step, mu, stack.measures_slope)
-    accumulated = momentum = state["momentum"] if mu else joined
+    momentum = state["momentum"] if mu else joined
     if not stack.observations:
         direction = graft.step(state, momentum, stack.step, mu).clone()
     else:
-        if curvature.averages_momentum:
-            momentum = momentum * newest_share(mu, stack.step)
-        direction = curvature.precondition(state, momentum, options["damping"])
-    return Update(stack, gradient, momentum, direction, accumulated, first_order)
+        ahead = look_ahead(joined, momentum, options, curvature, stack.step)
+        direction = curvature.precondition(state, ahead, options["damping"])
+    return Update(stack, gradient, momentum, direction, first_order)
 
 
 def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Update | None:
@@ -182,17 +180,22 @@ def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Up
     curvature, options, state = stack.curvature, stack.options, stack.state
     assert isinstance(curvature, FusedCurvature)
     coupled_decay = options["weight_decay"] and not options["decoupled_weight_decay"]
-    if not stack.observes_gradient or decay is None or stack.rows or coupled_decay:
+    if not stack.observes_gradient or decay is None or coupled_decay:
         return None
-    mu, with_slopes = options["momentum"], stack.measures_slope
-    first_order = stack.graft.for_kernel(state, stack.step + 1, mu, with_slopes)
+    mu = options["momentum"]
+    first_order = stack.graft.for_kernel(state, stack.step + 1, mu)
     if first_order is None:
         return None
+    first_order = replace(
+        first_order,
+        lengths=1 if stack.rows is None else stack.rows,
+        with_slopes=stack.measures_slope,
+        nesterov=options["nesterov"],
+    )
     fused = curvature.fused_step(state, gradient, decay, options["damping"], first_order)
     if fused is None:
         return None
     direction, *measured = fused
     stack.step, stack.observations, stack.missed = stack.step + 1, stack.observations + 1, 0
     measures, of_first_order = (numbers.map(torch.flatten) for numbers in measured)
-    momentum = state["momentum"]
-    return Update(stack, gradient, momentum, direction, momentum, of_first_order, measures, is_fused=True)
+    return Update(stack, gradient, state["momentum"], direction, of_first_order, measures, is_fused=True)

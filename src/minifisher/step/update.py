@@ -10,7 +10,7 @@ import torch
 
 from minifisher.curvature import Measures
 from minifisher.kernels.choose import elementwise, subtract_scaled
-from minifisher.step.first_order import graft_length, measure, usable_and_frozen
+from minifisher.step.first_order import graft_length, look_ahead, measure, usable_and_frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +26,8 @@ class Update:
 
     stack: LayerStack
     gradient: Tensor  # D of the loss, [*layer.shape] or [layers, *layer.shape]
-    momentum: Tensor  # M, or the mean of past gradients: what the direction was made from, likewise
-    direction: Tensor  # P M, likewise
-    accumulated: Tensor  # the sum M of past gradients, also where the direction was made from their mean
+    momentum: Tensor  # M, likewise
+    direction: Tensor  # P N, likewise
     first_order: Measures  # of the step whose length it takes, [lengths]
     measures: Measures | None = None  # of the direction, likewise; None: it is still to be measured
     is_fused: bool = False
@@ -43,9 +42,15 @@ class Update:
     renewed: int = 0
     """Layers whose curvature begins anew, because its averages were not finite."""
 
+    @property
+    def preconditioned(self) -> Tensor:
+        """N, what the direction was made from, likewise."""
+        joined = self.stack.joined(self.gradient)
+        return look_ahead(joined, self.momentum, self.stack.options, self.stack.curvature, self.stack.step)
+
     def measured(self) -> Measures:
         """What the rule of length reads of the direction, [lengths]."""
-        momentum = None if self.first_order.slope is None else self.accumulated
+        momentum = None if self.first_order.slope is None else self.momentum
         return measure(self.direction, momentum, self.stack.lengths)
 
     def set_length(self) -> None:
@@ -75,7 +80,7 @@ class Update:
             int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
         )
         usable, frozen = usable.view(stack.length_shape), frozen.view(stack.length_shape)
-        step = stack.graft.step(stack.state, self.accumulated, stack.step, stack.options["momentum"])
+        step = stack.graft.step(stack.state, self.momentum, stack.step, stack.options["momentum"])
         self.direction = torch.where(usable, self.direction, step.masked_fill(frozen, 0))
         self.length = self.length.masked_fill(~usable, 1)
         self.renewed = stack.renew_curvature()
@@ -119,12 +124,12 @@ class Update:
     def divergence(self) -> Tensor:
         """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step.
 
-        Where rows have lengths of their own and P mixes rows it is an estimate.
+        P^-1 times the direction is N. An estimate where rows have lengths of their own and P mixes rows.
         """
         if not self.stack.observations:
             return torch.zeros((), dtype=self.length.dtype, device=self.length.device)
         rate = float(self.stack.options["lr"])
-        return rate**2 * (self.length**2 * self.direction * self.momentum).sum()
+        return rate**2 * (self.length**2 * self.direction * self.preconditioned).sum()
 
 
 def clip_divergence(updates: Sequence[Update], bound: float) -> None:

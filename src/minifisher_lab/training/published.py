@@ -83,6 +83,7 @@ _COMMON = {
     "momentum": 0.9,
     "curvature_decay": 0.9,
     "jitter": False,
+    "nesterov": False,
 }
 _OFTEN = {**_COMMON, "statistics_every": 1, "inverse_every": 20}
 _SELDOM = {**_COMMON, "statistics_every": 10, "inverse_every": 100}
