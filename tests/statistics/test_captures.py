@@ -38,11 +38,11 @@ def hooks(module):
     return sum(len(part._forward_hooks) for part in module.modules())
 
 
-def test_captures_without_a_readable_layer_are_false():
+def test_captures_without_a_readable_layer_have_no_estimator():
     case = problem("linear")
-    assert not Captures({}, LARGE)
-    assert not Captures({"empirical": []}, LARGE)
-    assert not Captures({"empirical": [layer_of("bare", torch.ones(2))]}, LARGE)
+    assert not Captures({}, LARGE).by_estimator
+    assert not Captures({"empirical": []}, LARGE).by_estimator
+    assert not Captures({"empirical": [layer_of("bare", torch.ones(2))]}, LARGE).by_estimator
     assert captures_of(case, "empirical")
 
 
@@ -132,14 +132,14 @@ def test_a_disarmed_capture_keeps_what_it_has():
     assert [samples.count for samples in captures.collect(no_scale).values()] == [5]
 
 
-def test_released_captures_have_no_hooks_and_are_false():
+def test_released_captures_have_no_hooks_and_no_estimator():
     case = problem("linear")
     captures = captures_of(case, "empirical", "sampled")
     captures.arm(always)
     assert hooks(case.module) == 2
     captures.release()
     assert hooks(case.module) == 0
-    assert not captures
+    assert not captures.by_estimator
 
 
 def test_captures_that_are_thrown_away_while_armed_leave_no_hooks():
