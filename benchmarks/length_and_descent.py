@@ -29,6 +29,7 @@ from minifisher_lab.training.train import Trainer, evaluate
 
 STEPS = {"mlp-tabular": 200, "cnn-digits": 200, "autoencoder-digits": 300, "vit-digits": 300}
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+PLAIN = ":nesterov=False:damping=0.1"  # P M, as docs/why.md derives it
 OPTIMIZERS = {"adamw": "AdamW", "mbf:length=norm": "MBF, equal length", "mbf": "MBF, equal descent (default)"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # of Okabe and Ito
 STYLES = ("-", "--", "-.", ":", "-", "--")
@@ -112,9 +113,9 @@ def rows_of_a_step(trainer: Trainer, spent: float, steps: int, limit: float) -> 
 
 
 def cosines_over_training(problem: str, rate: float, steps: int, every: int) -> dict[str, Any]:
-    """`rows_of_a_step` for every so many steps of a run of MBF with its defaults."""
+    """`rows_of_a_step` for every so many steps of a run of MBF with plain momentum."""
     splits = batches.load(PROBLEMS[problem], torch.device("cpu"))
-    trainer = Trainer(PROBLEMS[problem], splits, choose("mbf"), rate, seed=0)
+    trainer = Trainer(PROBLEMS[problem], splits, choose("mbf" + PLAIN), rate, seed=0)
     limit = trainer.optimizer.param_groups[0]["length_limit"]
     at = []
     for step in range(steps):
@@ -131,7 +132,8 @@ def cosines_over_training(problem: str, rate: float, steps: int, every: int) -> 
 
 def final_loss(problem: str, splits: batches.Splits, spec: str, rate: float, seed: int, steps: int) -> float:
     """The loss of the training set, at most 5,000 samples of it, after the last step."""
-    trainer = Trainer(PROBLEMS[problem], splits, choose(spec), rate, seed)
+    choice = choose(spec + PLAIN if spec.startswith("mbf") else spec)
+    trainer = Trainer(PROBLEMS[problem], splits, choice, rate, seed)
     for step in range(steps):
         trainer.step(spent=step / steps)
     loss, _ = evaluate(PROBLEMS[problem], trainer.model, splits.train.slice(5000))
