@@ -112,20 +112,9 @@ def test_a_state_that_was_emptied_starts_anew(renewed):
 def test_samples_are_read_again_after_the_state_was_emptied(make):
     module = network()
     optimizer = make(module)
-
-    def closure():
-        optimizer.zero_grad()
-        outputs = module(INPUTS)
-        optimizer.observe(outputs)
-        loss = functional.cross_entropy(outputs, TARGETS)
-        loss.backward()
-        return loss
-
-    for _ in range(3):
-        optimizer.step(closure)
+    train(module, optimizer, 3)
     optimizer.state.clear()  # the hooks are off by now
-    for _ in range(2):
-        optimizer.step(closure)
+    train(module, optimizer, 2)
     assert optimizer.state[module[0].weight]["observations"] == 1
 
 
