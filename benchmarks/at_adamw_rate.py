@@ -2,7 +2,8 @@
 
 On every problem AdamW runs at each rate and seed. Its best rate is the one with the least mean loss of
 training. MBF runs at that rate alone, untuned, from the same starts and on the same batches. Neither decays
-weights. `--saved FILE` keeps every run, so that the next call goes on after a stop.
+weights. `--saved FILE` keeps every run, so that the next call goes on after a stop. `--mbf` gives MBF other
+options, as in mbf:nesterov=False:damping=0.1, and `--rates` tries other rates.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ STEPS = {
     "mlp-regression": 250,
 }
 RATES = (1e-3, 3e-3, 1e-2)
-OPTIMIZERS = {"adamw": "adamw:weight_decay=0", "mbf": "mbf"}
+SPECS = {"adamw": "adamw:weight_decay=0"}  # of a run's name, where the two differ
 
 
 @cache
@@ -49,7 +51,7 @@ def splits(problem: str) -> Any:
 def run(problem: str, optimizer: str, rate: float, seed: int, share: float) -> dict[str, Any]:
     """The losses and the accuracy of one run; `share` of the steps are taken."""
     definition, data = PROBLEMS[problem], splits(problem)
-    trainer = Trainer(definition, data, choose(OPTIMIZERS[optimizer]), rate, seed)
+    trainer = Trainer(definition, data, choose(SPECS.get(optimizer, optimizer)), rate, seed)
     steps = max(1, round(STEPS[problem] * share))
     for step in range(steps):
         trainer.step(spent=step / steps)
@@ -87,11 +89,13 @@ def mean(lines: list[dict[str, Any]], name: str) -> float:
     return statistics.mean(line[name] for line in lines)
 
 
-def row(runs: Runs, problem: str, seeds: list[int], share: float) -> dict[str, Any]:
+def row(
+    runs: Runs, problem: str, mbf: str, rates: Sequence[float], seeds: list[int], share: float
+) -> dict[str, Any]:
     """Both optimizers at AdamW's best rate."""
-    adamw = {rate: [runs.take(problem, "adamw", rate, seed, share) for seed in seeds] for rate in RATES}
-    best = min(RATES, key=lambda rate: mean(adamw[rate], "train"))
-    both = {"adamw": adamw[best], "mbf": [runs.take(problem, "mbf", best, seed, share) for seed in seeds]}
+    adamw = {rate: [runs.take(problem, "adamw", rate, seed, share) for seed in seeds] for rate in rates}
+    best = min(rates, key=lambda rate: mean(adamw[rate], "train"))
+    both = {"adamw": adamw[best], "mbf": [runs.take(problem, mbf, best, seed, share) for seed in seeds]}
     table: dict[str, Any] = {"problem": problem, "steps": round(STEPS[problem] * share), "rate": best}
     for optimizer, lines in both.items():
         losses = [line["train"] for line in lines]
@@ -108,6 +112,8 @@ def row(runs: Runs, problem: str, seeds: list[int], share: float) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", nargs="+", default=list(STEPS), choices=STEPS)
+    parser.add_argument("--mbf", default="mbf", help="the optimizer beside AdamW")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=1.0, help="share of the steps that are taken")
     parser.add_argument("--saved", type=Path)
@@ -115,7 +121,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     runs = Runs(arguments.saved)
-    report({"rows": [row(runs, name, arguments.seeds, arguments.share) for name in arguments.problems]})
+    chosen = arguments.mbf, arguments.rates, arguments.seeds, arguments.share
+    report({"rows": [row(runs, name, *chosen) for name in arguments.problems]})
 
 
 if __name__ == "__main__":
