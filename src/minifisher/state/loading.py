@@ -60,8 +60,14 @@ def _folded_otherwise(
         is_folded = layer.bias is not None
         biases: list[Any] = [layer.bias] if is_folded else [getattr(m, "bias", None) for m in layer.modules]
         for bias in filter(keys.__contains__, biases):
-            entry = state.get(keys[bias])
-            # Only what has a curvature of its own has a count of observations.
-            if isinstance(entry, Mapping) and "step" in entry and ("observations" in entry) == is_folded:
+            own = [state.get(keys[parameter]) for parameter in (layer.weight, bias)]
+            if not _fits_folding(is_folded, *(entry if isinstance(entry, Mapping) else {} for entry in own)):
                 found.update(dict.fromkeys((layer, by_weight.get(bias, layer))))
     return found
+
+
+def _fits_folding(is_folded: bool, weight: Mapping[str, Any], bias: Mapping[str, Any]) -> bool:
+    """Whether these entries may be those of a weight with its bias folded in, or with its bias by itself."""
+    if "step" not in bias:  # a bias by itself that was frozen has no state
+        return not (is_folded and "step" in weight)
+    return ("observations" not in bias) == is_folded  # a count that only what has its own curvature has
