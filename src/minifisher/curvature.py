@@ -113,6 +113,22 @@ class FusedCurvature(Curvature):
         """
 
 
+class FusedDirection(Curvature):
+    """A curvature that can take the first-order step and precondition in one pass over memory.
+
+    Its statistics are observed apart, on their schedule.
+    """
+
+    @abstractmethod
+    def fused_direction(
+        self, state: State, gradient: Tensor, first_order: FirstOrderStep
+    ) -> tuple[Tensor, Measures, Measures] | None:
+        """Update M and V, and precondition N; None, and no change, if no kernel fits.
+
+        Returns what `FusedCurvature.fused_step` returns.
+        """
+
+
 class Measures(NamedTuple):
     """What the rule of length reads of a step x: one number for each length."""
 

@@ -100,14 +100,23 @@ def test_the_mean_square_is_computed_for_each_layer(entries):
     )
 
 
-@pytest.mark.parametrize("entries", ENTRIES)
-def test_subtracting_a_scaled_direction_is_noticed_by_autograd(entries):
+@pytest.mark.parametrize("lengths", [1, 5])
+@pytest.mark.parametrize("entries", [choose.LEAST_ENTRIES + 4, 3 * choose.LEAST_ENTRIES + 22])
+@needs_numba
+def test_a_scaled_direction_is_subtracted_in_one_pass_which_autograd_notices(entries, lengths):
     weight = torch.randn(entries, requires_grad=True)
-    direction, length = torch.randn(entries), torch.tensor(0.7)
-    expected = weight.detach().double() - 0.1 * 0.7 * direction.double()
+    direction, factors = torch.randn(entries), torch.rand(lengths)
+    expected = weight.detach() * (1 - 1e-3)
+    expected.addcmul_((direction.view(lengths, -1) * factors[:, None]).view(-1), torch.ones(()), value=-0.1)
     loss = weight.square().sum()
     with torch.no_grad():
-        choose.subtract_scaled(weight, direction, length, 0.1)
-    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-6, atol=1e-6)
+        assert choose.subtract_scaled(weight, direction, factors, 0.1, 1 - 1e-3)
+    assert torch.equal(weight.detach(), expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_small_weight_is_left_to_torch():
+    weight = torch.zeros(choose.LEAST_ENTRIES - 1)
+    assert not choose.subtract_scaled(weight, torch.ones_like(weight), torch.ones(1), 0.1)
+    assert not weight.any()

@@ -17,7 +17,8 @@ WIDTHS = [2, 4, 8, 9, 16, 25, 49]
 CHILD = """
 import hashlib, sys
 import torch
-from minifisher.kernels import choose, elementwise_cpu, packed
+from minifisher.curvature import FirstOrderStep
+from minifisher.kernels import choose, elementwise_cpu, packed, tiles_cpu
 from minifisher.linalg.blocks import BlockReading
 
 torch.set_num_threads(1)
@@ -55,9 +56,16 @@ for shape in ((1, 70_000), (3, 5_000)):
     _, slope = elementwise_cpu.adam_step(gradient, momentum, moment, **decays, with_slope=True)
     mean = choose.mean_square(gradient, shape[0])
     measures = elementwise_cpu.norm_and_slope(gradient, momentum)
-    choose.subtract_scaled(momentum, gradient, norm[0], 0.1)
+    elementwise_cpu.subtract_scaled(momentum, gradient, norm, 0.1, 0.9)
     length, _ = elementwise_cpu.descent_length(*measures, norm, slope, 4.0)
     told(f"elementwise {shape}", [momentum, moment, norm, slope, mean, *measures, length])
+for shape in ((70, 130), (64, 64)):
+    gradient, momentum, moment = (torch.randn(1, *shape, generator=generator) for _ in range(3))
+    outputs, inputs = (torch.randn(1, -(-size // 50), 50, 50, generator=generator) for size in shape)
+    for moment in (moment.square(), None):
+        step = FirstOrderStep(0.9, momentum, moment, 0.999, 1e-8, lengths=shape[0], with_slopes=True)
+        direction, *measures = tiles_cpu.direction_of_tiles(gradient, outputs, inputs, step)
+        told(f"tiles {shape}", [momentum, direction, *(n for pair in measures for n in pair)])
 """
 
 
@@ -70,7 +78,7 @@ def hashes(cache: str) -> str:
 @needs_numba
 def test_the_process_that_compiles_and_one_that_reads_the_cache_get_the_same_bits(tmp_path):
     compiled, cached = hashes(str(tmp_path)), hashes(str(tmp_path))
-    assert len(compiled.splitlines()) == 2 * 2 * len(WIDTHS) + 2
+    assert len(compiled.splitlines()) == 2 * 2 * len(WIDTHS) + 2 + 4
     assert any(tmp_path.rglob("*.nbc"))
     assert compiled == cached
 

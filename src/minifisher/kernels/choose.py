@@ -109,12 +109,17 @@ def mean_square(gradient: Tensor, layers: int) -> Tensor:
     return norm.square() / rows.shape[1]
 
 
-def subtract_scaled(weight: Tensor, direction: Tensor, length: Tensor, rate: float) -> None:
-    """W <- W - rate length direction, in place; `length` is []."""
-    compiled = elementwise(weight, direction, length) if weight.numel() >= LEAST_ENTRIES else None
-    if compiled is not None:
-        compiled.add_scaled(weight, direction, -rate * float(length))
-        # Autograd must notice that the weight changed, as it does with torch's own in-place operations.
-        torch.autograd.graph.increment_version(weight)
-    else:
-        weight.addcmul_(direction, length.to(direction.dtype), value=-rate)
+def subtract_scaled(
+    weight: Tensor, direction: Tensor, lengths: Tensor, rate: float, keep: float = 1.0
+) -> bool:
+    """W <- keep W - rate lengths direction in place, in one pass; False, and no change, if no kernel fits.
+
+    `lengths` is [n], one for each of n equal parts of the weight.
+    """
+    compiled = elementwise(weight, direction, lengths) if weight.numel() >= LEAST_ENTRIES else None
+    if compiled is None:
+        return False
+    compiled.subtract_scaled(weight, direction, lengths, rate, keep)
+    # Autograd must notice that the weight changed, as it does with torch's own in-place operations.
+    torch.autograd.graph.increment_version(weight)
+    return True

@@ -1,6 +1,6 @@
 """Elementwise operations of a step compiled for the CPU, each one pass over memory; needs numba.
 
-Torch computes `sum_of_squares` and `add_scaled` as fast. But after such a call torch's threads wait actively
+Torch computes `sum_of_squares` as fast. But after such a call torch's threads wait actively
 for some milliseconds, on the cores that the other compiled kernels of the step need.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minifisher.kernels.jit import compiled, inlined
+from minifisher.kernels.jit import compiled, compiled_as_written, inlined
 from minifisher.kernels.threads import run_parallel
 
 if TYPE_CHECKING:
@@ -127,11 +127,19 @@ def _sum_of_squares(vector: Any, start: int, stop: int) -> float:
     return total
 
 
-@compiled
-def _add_scaled(weight: Any, direction: Any, factor: Any, start: int, stop: int) -> float:
-    w, d = weight[start:stop], direction[start:stop]
-    for i in range(w.shape[0]):
-        w[i] += factor * d[i]
+@compiled_as_written
+def _subtract_scaled(
+    weight: Any, direction: Any, lengths: Any, rate: Any, keep: Any, start: int, stop: int
+) -> float:
+    """For chunks start to stop of all rows."""
+    entries = weight.shape[1]
+    chunks = (entries + CHUNK - 1) // CHUNK
+    for index in range(start, stop):
+        row, first = index // chunks, index % chunks * CHUNK
+        last = min(first + CHUNK, entries)
+        w, d, length = weight[row, first:last], direction[row, first:last], lengths[row]
+        for i in range(w.shape[0]):
+            w[i] = keep * w[i] - rate * (length * d[i])
     return 0.0
 
 
@@ -193,7 +201,10 @@ def sum_of_squares(tensor: Tensor) -> float:
     return run_parallel(partial(_sum_of_squares, vector), vector.shape[0], _ENTRIES_PER_THREAD)
 
 
-def add_scaled(weight: Tensor, direction: Tensor, factor: float) -> None:
-    """W <- W + factor direction, in place."""
-    w, d, f = weight.detach().view(-1).numpy(), direction.view(-1).numpy(), np.float32(factor)
-    run_parallel(partial(_add_scaled, w, d, f), w.shape[0], _ENTRIES_PER_THREAD)
+def subtract_scaled(weight: Tensor, direction: Tensor, lengths: Tensor, rate: float, keep: float) -> None:
+    """W <- keep W - rate lengths direction, in place; one length for each of so many equal parts."""
+    rows = lengths.shape[0]
+    w, d = (tensor.detach().view(rows, -1).numpy() for tensor in (weight, direction))
+    loop = partial(_subtract_scaled, w, d, lengths.numpy(), np.float32(rate), np.float32(keep))
+    chunks = -(-w.shape[1] // CHUNK)
+    run_parallel(loop, rows * chunks, max(1, _ENTRIES_PER_THREAD * chunks // w.shape[1]))

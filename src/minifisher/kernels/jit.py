@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,22 @@ _FunctionCache: Any = caching.FunctionCache
 _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "nsz"}, "nogil": True, "error_model": "numpy"}
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], *, reorders: bool = True) -> Any:
     """`function` compiled at its first call, and cached on disk if possible.
 
-    It releases the interpreter lock. Sums may be reordered, which vectorises them. NaN and infinity are
-    handled as IEEE 754 says.
+    It releases the interpreter lock. NaN and infinity are handled as IEEE 754 says. Sums and products may be
+    reordered, which vectorises sums; without `reorders` every operation is done as it is written.
     """
-    kernel = numba.njit(**_OPTIONS)(function)
+    options = _OPTIONS if reorders else {**_OPTIONS, "fastmath": False}
+    kernel = numba.njit(**options)(function)
     try:
         kernel._cache = _Cache(function)
     except (RuntimeError, OSError) as error:  # numba finds no folder that it can write to
         _warn_once(error)
     return kernel
+
+
+compiled_as_written = partial(compiled, reorders=False)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from minifisher.curvature import Curvature, Plan
+from minifisher.curvature import FusedDirection, Measures, Plan
+from minifisher.kernels.choose import suits_numba
 from minifisher.kernels.scratch import scratch_like
 from minifisher.linalg.blocks import (
     BlockReading,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from minifisher.curvature import State
+    from minifisher.curvature import FirstOrderStep, State
     from minifisher.statistics.layers import Layer
 
 # Defaults; docs/methods.md has the measurements.
@@ -43,7 +44,7 @@ _WIDTH_PER_ENTRY = 4
 
 
 @dataclass(frozen=True)
-class TwoSidedBlocks(Curvature):
+class TwoSidedBlocks(FusedDirection):
     """Tiles of b_out x b_in entries with the Fisher matrix G_r (x) A_c / f, a block for each side.
 
     W is read as a matrix [out, in]. Row of tiles r holds b_out outputs, column of tiles c holds b_in inputs.
@@ -199,6 +200,30 @@ class TwoSidedBlocks(Curvature):
         product = multiply_rows(rows, right, out=scratch_like(rows)).flatten(-2)
         product = multiply_columns(product[..., : self.inputs.length], left)
         return product.reshape(direction.shape).to(direction.dtype)
+
+    def fused_direction(
+        self, state: State, gradient: Tensor, first_order: FirstOrderStep
+    ) -> tuple[Tensor, Measures, Measures] | None:
+        """The first-order step and `precondition` in one pass, where a compiled kernel can."""
+        momentum, moment = first_order.momentum, first_order.second_moment
+        outputs, inputs = state["output_inverse"], state["input_inverse"]
+        if not suits_numba(gradient, momentum, outputs, inputs, *() if moment is None else (moment,)):
+            return None
+        from minifisher.kernels import tiles_cpu  # here, since importing numba takes most of a second
+
+        of_matrices = replace(
+            first_order,
+            momentum=self._stacked(momentum),
+            second_moment=None if moment is None else self._stacked(moment),
+        )
+        direction, of_direction, of_first_order = tiles_cpu.direction_of_tiles(
+            self._stacked(gradient), outputs.flatten(0, -4), inputs.flatten(0, -4), of_matrices
+        )
+        return direction.view(gradient.shape), of_direction, of_first_order
+
+    def _stacked(self, weight: Tensor) -> Tensor:
+        """[..., *shape] as [layers, out, in], without a copy."""
+        return weight.view(-1, self.outputs.length, self.inputs.length)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """[..., *shape] as [..., out, in], in the dtype to compute in."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from minifisher.curvature import FusedCurvature
+from minifisher.curvature import FusedCurvature, FusedDirection
 from minifisher.step.adaptive_damping import predicted_change
 from minifisher.step.first_order import look_ahead
 from minifisher.step.update import Update, clip_divergence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from minifisher.curvature import FirstOrderStep, Measures
     from minifisher.statistics.layers import Layer
     from minifisher.step.layer_stack import LayerStack, Samples
 
@@ -165,6 +166,10 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     mu = options["momentum"]
     stack.step += 1
     joined = stack.joined(gradient)
+    fused = fused_direction(stack, joined) if isinstance(curvature, FusedDirection) else None
+    if fused is not None:
+        direction, measures, first_order = fused
+        return Update(stack, gradient, state["momentum"], direction, first_order, measures, is_fused=True)
     first_order = graft.update(state, joined, stack.lengths, stack.step, mu, stack.measures_slope)
     momentum = state["momentum"] if mu else joined
     if not stack.observations:
@@ -175,6 +180,16 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
     return Update(stack, gradient, momentum, direction, first_order)
 
 
+def fused_direction(stack: LayerStack, joined: Tensor) -> tuple[Tensor, Measures, Measures] | None:
+    """Momentum, first-order step and direction by one fused kernel; None where there is none for them."""
+    curvature, first_order = stack.curvature, first_order_numbers(stack, stack.step)
+    assert isinstance(curvature, FusedDirection)
+    # A rank that receives the direction would measure it otherwise, in the last bits.
+    if first_order is None or not stack.observations or stack.placement.owner is not None:
+        return None
+    return curvature.fused_direction(stack.state, joined, first_order)
+
+
 def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Update | None:
     """The update by one fused kernel, statistics and momentum included; None where there is none for it."""
     curvature, options, state = stack.curvature, stack.options, stack.state
@@ -182,16 +197,9 @@ def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Up
     coupled_decay = options["weight_decay"] and not options["decoupled_weight_decay"]
     if not stack.observes_gradient or decay is None or coupled_decay:
         return None
-    mu = options["momentum"]
-    first_order = stack.graft.for_kernel(state, stack.step + 1, mu)
+    first_order = first_order_numbers(stack, stack.step + 1)
     if first_order is None:
         return None
-    first_order = replace(
-        first_order,
-        lengths=1 if stack.rows is None else stack.rows,
-        with_slopes=stack.measures_slope,
-        nesterov=options["nesterov"],
-    )
     fused = curvature.fused_step(state, gradient, decay, options["damping"], first_order)
     if fused is None:
         return None
@@ -199,3 +207,13 @@ def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Up
     stack.step, stack.observations, stack.missed = stack.step + 1, stack.observations + 1, 0
     measures, of_first_order = (numbers.map(torch.flatten) for numbers in measured)
     return Update(stack, gradient, state["momentum"], direction, of_first_order, measures, is_fused=True)
+
+
+def first_order_numbers(stack: LayerStack, count: int) -> FirstOrderStep | None:
+    """The first-order step number `count` as a kernel takes it; None where none takes it."""
+    options = stack.options
+    numbers = stack.graft.for_kernel(stack.state, count, options["momentum"])
+    lengths = 1 if stack.rows is None else stack.rows
+    return numbers and replace(
+        numbers, lengths=lengths, with_slopes=stack.measures_slope, nesterov=options["nesterov"]
+    )

@@ -91,29 +91,29 @@ class Update:
     def apply(self) -> None:
         """W <- (1 - lr weight_decay) W - lr scale length direction."""
         options = self.stack.options
-        decay, rate = options["weight_decay"], float(options["lr"])
+        rate = float(options["lr"])
+        keep = 1 - rate * float(options["weight_decay"]) if options["decoupled_weight_decay"] else 1.0
         direction, length = self.direction, self.length * self.scale
-        if length.ndim:
-            direction, length = direction.mul_(length), length.new_ones(())
         if direction.dtype != self.stack.pieces[0].weight.dtype:
-            self._apply_within_range(direction, length)
+            self._apply_within_range(direction.mul_(length), keep)
             return
         pairs = list(self.stack.local_parameters(direction))
-        if decay and options["decoupled_weight_decay"]:
-            torch._foreach_mul_([parameter for parameter, _ in pairs], 1 - rate * decay)
-        # Both ways round alike, to the last bit: an eigenbasis of few samples would amplify a difference.
-        for parameter, part in pairs:
-            if self.is_fused:  # in the threads of the fused kernel, which still hold the cores
-                subtract_scaled(parameter, part, length, rate)
-            else:
-                parameter.addcmul_(part, length.to(part.dtype), value=-rate)
+        # In one pass, and in the threads of the fused kernel, which still hold the cores.
+        if self.is_fused and self.stack.is_plain and len(pairs) == 1:
+            ((parameter, part),) = pairs
+            if subtract_scaled(parameter, part, length.view(-1), rate, keep):
+                return
+        if length.ndim:
+            length = direction.mul_(length).new_ones(())
+        if keep != 1:
+            torch._foreach_mul_([parameter for parameter, _ in pairs], keep)
+        for parameter, part in pairs:  # rounded as above: an eigenbasis of few samples amplifies a difference
+            parameter.addcmul_(part, length.to(part.dtype), value=-rate)
 
-    def _apply_within_range(self, direction: Tensor, length: Tensor) -> None:
+    def _apply_within_range(self, step: Tensor, keep: float) -> None:
         """The same for weights of a narrower dtype, float16; a layer that would become infinite stays."""
-        options, weights, layers = self.stack.options, self.stack.weights(), len(self.stack.layers)
-        decay = options["weight_decay"] if options["decoupled_weight_decay"] else 0.0
-        moved = weights * (1 - float(options["lr"]) * decay)
-        moved.addcmul_(direction, length.to(direction.dtype), value=-float(options["lr"]))
+        weights, layers = self.stack.weights(), len(self.stack.layers)
+        moved = (weights * keep).sub_(step, alpha=float(self.stack.options["lr"]))
         leaves = weights.isfinite() & ~moved.isfinite()
         stays = leaves.reshape(layers, leaves.numel() // layers).any(1)
         self.frozen += int(stays.sum())
