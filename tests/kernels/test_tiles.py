@@ -181,3 +181,17 @@ def test_the_kernel_is_used_where_it_can_be(monkeypatch):
     trained(2, momentum=0.0)
     trained(2, curvature_dtype=torch.bfloat16)
     assert not taken
+
+
+def test_a_weight_without_statistics_so_far_takes_adams_step():
+    torch.manual_seed(0)
+    module = nn.Linear(40, 30, bias=False)
+    twin = nn.Parameter(module.weight.detach().clone())
+    opt = MBF(module, fisher="empirical", output_power=0.5)
+    adam = torch.optim.Adam([twin])
+    for _ in range(3):
+        module.weight.grad = torch.randn_like(module.weight)  # no backward pass, so no samples
+        twin.grad = module.weight.grad.clone()
+        opt.step()
+        adam.step()
+    torch.testing.assert_close(module.weight, twin)
