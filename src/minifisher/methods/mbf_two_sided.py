@@ -206,7 +206,7 @@ class TwoSidedBlocks(FusedDirection):
     ) -> tuple[Tensor, Measures, Measures] | None:
         """The first-order step and `precondition` in one pass, where a compiled kernel can."""
         momentum, moment = first_order.momentum, first_order.second_moment
-        outputs, inputs = state["output_inverse"], state["input_inverse"]
+        outputs, inputs = (state[f"{side}_inverse"].to(gradient.dtype) for side in ("output", "input"))
         if not suits_numba(gradient, momentum, outputs, inputs, *() if moment is None else (moment,)):
             return None
         from minifisher.kernels import tiles_cpu  # here, since importing numba takes most of a second
