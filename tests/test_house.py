@@ -27,9 +27,9 @@ WALK = [
     ("step",),
     ("state",),
     ("optimizer",),
-    ("methods", "create"),
+    ("methods", "decay_groups"),
     ("integrations",),
-    ("", "__main__"),
+    ("", "__main__", "public"),
 ]
 # Only compiled kernels import extras; numpy and llvmlite come with numba.
 EXTRAS = dict.fromkeys(("llvmlite", "numba", "numpy", "triton"), "kernels")
@@ -138,8 +138,8 @@ def test_the_laboratory_sees_public_names_only(path):
 
 
 def public_names():
-    """What `minifisher/__init__.py` hands out: names imported as themselves, and constants."""
-    tree = ast.parse((CORE / "__init__.py").read_text())
+    """What `minifisher/public.py` hands out: names imported as themselves, and constants."""
+    tree = ast.parse((CORE / "public.py").read_text())
     names = {
         alias.asname
         for node in tree.body
@@ -149,6 +149,21 @@ def public_names():
     }
     assigned = {ast.unparse(node.target) for node in tree.body if isinstance(node, ast.AnnAssign)}
     return names | {name for name in assigned if not name.startswith("_")}
+
+
+def test_import_minifisher_hands_out_the_public_names_and_imports_torch_at_their_first_use():
+    code = """
+import sys, minifisher
+assert minifisher.__version__ and not hasattr(minifisher, "__wrapped__") and "torch" not in sys.modules
+from minifisher import *
+assert set(public) <= set(globals()) and set(public) <= set(dir(minifisher))
+assert minifisher.optimizer.CurvatureOptimizer is CurvatureOptimizer
+assert not hasattr(minifisher, "nonsense")
+"""
+    names = sorted({*public_names(), "create"})
+    command = [sys.executable, "-c", f"public = {names!r}\n{code}"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- sizes ----

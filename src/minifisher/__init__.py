@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
-
-from minifisher.create import groups_by_decay as _groups_by_decay
-from minifisher.methods.kbfgs import KBFGS as KBFGS
-from minifisher.methods.kbfgsl import KBFGSL as KBFGSL
-from minifisher.methods.kfac import KFAC as KFAC
-from minifisher.methods.mbf import MBF as MBF
-from minifisher.methods.shampoo import Shampoo as Shampoo
-from minifisher.methods.soap import SOAP as SOAP
-from minifisher.methods.tnt import TNT as TNT
-from minifisher.optimizer import CurvatureOptimizer as CurvatureOptimizer
-from minifisher.statistics.layers import register_layer as register_layer
 
 if _TYPE_CHECKING:
-    from collections.abc import Collection as _Collection
-
-    from torch import nn as _nn
+    from minifisher.public import *  # noqa: F403 - `public` says what is public, and nothing twice
 
 __version__ = "0.1.0"
 """The version; pyproject.toml reads it here."""
 
-_PUBLIC = (MBF, KFAC, KBFGS, KBFGSL, Shampoo, SOAP, TNT)  # one entry here registers a method
 
-METHODS: dict[str, type[CurvatureOptimizer]] = {method.__name__.lower(): method for method in _PUBLIC}
-"""The methods by lower-case name: the command line, the comparison and the property tests read it."""
+# torch takes seconds to import, and `python -m minifisher --help` needs none of it. A type checker would take
+# `__getattr__` for leave to use any name.
+if not _TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """A public name, or a module that the library has imported; the first use imports the library."""
+        if name == "__all__" or not name.startswith("_"):
+            _load()
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        _load()
+        return sorted(globals())
 
 
-def create(
-    model: _nn.Module, method: str = "mbf", *, no_decay: _Collection[str] = (), **options: _Any
-) -> CurvatureOptimizer:
-    """Make the optimizer of that name: `create(model, "mbf", lr=1e-3, weight_decay=0.01, no_decay=["bias"])`.
-
-    A parameter is not decayed if its name, or the class of its module, contains a word of `no_decay`; upper
-    and lower case are the same. `options` are those of the method. Samples can be read in both groups.
-
-    Raises ValueError for an unknown method, TypeError if `no_decay` is one string.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if not no_decay:
-        return METHODS[method](model, **options)
-    return METHODS[method](_groups_by_decay(model, no_decay), model=model, **options)
+def _load() -> None:
+    """Import the library and take over its public names; `from minifisher import *` asks for `__all__`."""
+    library = vars(_import_module("minifisher.public"))
+    names = {name: value for name, value in library.items() if name[0] != "_" and name != "annotations"}
+    globals().update(names, __all__=list(names))
