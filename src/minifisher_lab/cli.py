@@ -26,17 +26,17 @@ app.add_typer(data_app, name="data")
 
 
 def _complete_problems(incomplete: str) -> list[str]:
-    from minifisher_lab.problems import PROBLEMS
+    from minifisher_lab.presentation import lists
 
-    return [name for name in PROBLEMS if name.startswith(incomplete)]
+    return [name for name in lists.names("problem") if name.startswith(incomplete)]
 
 
 def _complete_optimizers(incomplete: str) -> list[str]:
     """The last of the names that are separated by commas."""
-    from minifisher_lab.training.optimizers import optimizers
+    from minifisher_lab.presentation import lists
 
     before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in optimizers() if name.startswith(last)]
+    return [f"{before}{comma}{name}" for name in lists.names("optimizer") if name.startswith(last)]
 
 
 def _complete_data(incomplete: str) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -233,20 +234,51 @@ def test_optimizers_name_lists_every_argument_with_its_meaning() -> None:
             assert f"{option.name} = {option.default!r}  {option.range}" in output
             assert option.meaning[:40] in " ".join(output.split())
     assert "momentum" in _invoke("optimizers", "sgd")[1]
+    assert "power=0.5" in _invoke("optimizers", "mbf:power=0.5")[1]
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("-h",), ("--version",), ("train", "-h"), ("problems",), ("optimizers",), ("data", "list")],
+    [
+        "-h",
+        "--version",
+        "train -h",
+        "problems",
+        "optimizers",
+        "optimizers mbf",
+        "optimizers mbf --json",
+        "data list",
+    ],
 )
-def test_help_and_lists_import_no_torch(arguments: tuple[str, ...]) -> None:
-    code = f"import sys; from minifisher_lab.cli import app; app({list(arguments)}, standalone_mode=False)"
-    names = ("torch", "matplotlib", "sklearn", "optuna")
-    heavy = f"print([name for name in {names} if name in sys.modules])"
+def test_help_and_lists_import_no_torch(arguments: str) -> None:
+    """What Python says it imports: seconds depend on the machine."""
+    command = [sys.executable, "-X", "importtime", "-m", "minifisher", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "minifisher_lab.cli" in imported
+    assert not imported & {"torch", "matplotlib", "sklearn", "optuna", "scipy.sparse", "scipy.ndimage"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train cnn-dig", "cnn-digits"),
+        ("train cnn-digits --optimizer kb", "kbfgs"),
+        ("compare cnn-digits --optimizers adamw,sha", "adamw,shampoo"),
+        ("data get citese", "citeseer"),
+        ("sui", "suite"),
+    ],
+)
+def test_a_shell_completes_names_without_torch(words: str, expected: str) -> None:
+    asked = {"COMP_WORDS": f"minifisher {words}", "COMP_CWORD": str(len(words.split()))}
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-c", "from minifisher_lab.__main__ import main; main()"],
+        env={**os.environ, **asked, "_MINIFISHER_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
     )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert expected in done.stdout.splitlines()
+    assert " torch\n" not in done.stderr
 
 
 def test_the_package_itself_can_be_run() -> None:
@@ -469,6 +501,20 @@ def test_the_options_change_the_problem_that_is_trained(
     assert _invoke("train", "cnn-digits", *small, "--schedule", "thirds", "--warm-up", 0.5)[0] == 0
     assert _invoke("train", "cnn-digits", *small)[0] == 0
     assert [(problem.schedule, problem.warm_up) for problem in seen] == [("thirds", 0.5), ("linear", 0.0)]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_list_of_problems_is_whole_on_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.console, "width", width)
+    lines = _invoke("problems")[1].splitlines()
+    assert max(map(len, lines)) <= width
+    for problem in PROBLEMS.values():
+        (at,) = [index for index, line in enumerate(lines) if line.split()[:1] == [problem.name]]
+        shown = " ".join(" ".join(lines[at : at + 3]).split())
+        assert problem.description in shown
+        assert f"{problem.batch_size} {problem.epochs:g} {problem.parameters():,}" in shown
 
 
 def test_problems_say_what_runs_offline_and_how_long_an_epoch_took() -> None:

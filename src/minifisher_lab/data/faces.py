@@ -13,8 +13,8 @@ import re
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # imports its parts at their first use: the list of datasets imports this file
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from minifisher_lab.data.records import Array, Arrays, Files, Format, WrongData, refusing
 
@@ -72,7 +72,7 @@ def _roughness(data: bytes) -> int:
 def draw(arrays: Arrays, seed: int) -> Arrays:
     """The training and test views; the targets are the people's numbers."""
     # Smooth the photographs first: a pixel of a view covers two or more of their pixels.
-    smooth = gaussian_filter(arrays["images"].astype(np.float32), (0, 0, 1, 1))
+    smooth = scipy.ndimage.gaussian_filter(arrays["images"].astype(np.float32), (0, 0, 1, 1))
     people = np.arange(PEOPLE)
     generator = np.random.default_rng(seed)
     views: Arrays = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.sparse import csr_matrix
+import scipy  # imports its parts at their first use
 
 from minifisher_lab.data import pickles
 from minifisher_lab.data.archives import named
@@ -53,7 +53,7 @@ def _checked(shape: tuple[int, int]) -> tuple[int, int]:
 def _dense(rows: pickles.SparseRows) -> Array:
     state = rows.state
     shape = _checked(state["_shape"])
-    matrix = csr_matrix((state["data"], state["indices"], state["indptr"]), shape=shape)
+    matrix = scipy.sparse.csr_matrix((state["data"], state["indices"], state["indptr"]), shape=shape)
     matrix.check_format(full_check=True)  # scipy writes to any address that a wrong index means
     return np.asarray(matrix.toarray(), np.float32)
 

@@ -8,7 +8,7 @@ import struct
 import zlib
 
 import numpy as np
-from scipy.io import loadmat, whosmat
+import scipy  # imports its parts at their first use
 
 from minifisher_lab.data.archives import bounded, named
 from minifisher_lab.data.records import MIB, Arrays, Files, Format, WrongData, refusing
@@ -30,13 +30,13 @@ def _decode(files: Files) -> Arrays:
 def _content(data: bytes) -> Arrays:
     with refusing("not a MATLAB 5 file"):
         _check_size(data)
-        content: Arrays = loadmat(io.BytesIO(data), variable_names=["X", "y"])
+        content: Arrays = scipy.io.loadmat(io.BytesIO(data), variable_names=["X", "y"])
         return content
 
 
 def _check_size(data: bytes) -> None:
     """Refuse a small file that would become a large array. A variable may be compressed, each for itself."""
-    variables = {name: (shape, kind) for name, shape, kind in whosmat(io.BytesIO(data))}
+    variables = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(io.BytesIO(data))}
     if not {"X", "y"} <= variables.keys():
         raise WrongData("the MATLAB file lacks the variables X and y")
     for name, (shape, kind) in variables.items():

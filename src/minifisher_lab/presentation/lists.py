@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -16,7 +16,7 @@ from minifisher_lab.names import look_up
 from minifisher_lab.terminal import console, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from minifisher_lab.training.optimizers import Choice
 
@@ -27,15 +27,20 @@ PROBLEMS_HINT = (
     "offline: needs no download; yes: fetched to this machine; -: minifisher data get DATA. suite: the "
     "smallest one that measures it. an epoch: what the last run of that optimizer took here."
 )
-
+COLUMNS = ("data", "here", "suite", "batch", "epochs", "parameters", "an epoch")
 
 WRITTEN = Path(__file__).with_name("lists.json")
 """What the lists say of problems and optimizers, so that they need not import torch; see `write_lists`."""
 
 
-def _written(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(WRITTEN.read_text())[name]
-    return rows
+def _written(name: str) -> Any:
+    return json.loads(WRITTEN.read_text())[name]
+
+
+def names(of: Literal["problem", "optimizer"]) -> list[str]:
+    """The names of all problems or optimizers."""
+    key = {"problem": "problem", "optimizer": "name"}[of]
+    return [row[key] for row in _written(f"{of}s")]
 
 
 def problems(as_json: bool) -> None:
@@ -62,21 +67,39 @@ def problems(as_json: bool) -> None:
 
 
 def _print_problems(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("problem", overflow="fold")
-    for name in ("data", "here", "suite", "batch", "epochs", "parameters", "an epoch"):
-        words = name in ("data", "here", "suite")
-        table.add_column(name, no_wrap=True, justify="left" if words else "right")
+    """Aligned columns beside the names where the terminal is wide enough, else below each name."""
+    lines = [_cells(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
+    indent = max(len(row["problem"]) for row in rows)
+    beside = indent + sum(widths) + 2 * len(widths) <= console.width
+    title = "problem".ljust(indent + 2) if beside else "problem\n    "
+    console.print(f"[bold]{title}{_aligned(COLUMNS, widths)}[/]", highlight=False)
     kind = ""
-    for row in rows:
+    for row, cells in zip(rows, lines, strict=True):
         if row["kind"] != kind:
             kind = row["kind"]
-            table.add_row(f"[bold italic]{kind}[/]")
-        here = "offline" if row["offline"] else _mark(row["here"])
-        numbers = str(row["batch"]), f"{row['epochs']:g}", f"{row['parameters']:,}"
-        about = f"{row['problem']}\n[dim]{row['what it is']}[/]"
-        table.add_row(about, row["data"], here, row["suite"], *numbers, _epoch(row["epoch seconds"]))
-    console.print(table)
+            console.print(f"[bold italic]{kind}[/]")
+        numbers, about = _aligned(cells, widths), f"[dim]{row['what it is']}[/]"
+        if beside:
+            console.print(f"{row['problem'].ljust(indent)}  {numbers}", highlight=False)
+            console.print(Padding(about, (0, 0, 0, 2)), highlight=False)
+        else:
+            console.print(f"{row['problem']}  {about}", highlight=False)
+            console.print(f"    {numbers}", highlight=False)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    here = "offline" if row["offline"] else _mark(row["here"])
+    numbers = str(row["batch"]), f"{row['epochs']:g}", f"{row['parameters']:,}"
+    return row["data"], here, row["suite"], *numbers, _epoch(row["epoch seconds"])
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Words to the left, numbers to the right."""
+    words = 3
+    pairs = list(zip(cells, widths, strict=True))
+    left = [cell.ljust(width) for cell, width in pairs[:words]]
+    return "  ".join([*left, *(cell.rjust(width) for cell, width in pairs[words:])])
 
 
 def _epoch(times: dict[str, float]) -> str:
@@ -113,20 +136,28 @@ def all_optimizers(as_json: bool) -> None:
 
 def optimizer(spec: str, as_json: bool) -> None:
     """The arguments of one optimizer: default, values, meaning."""
-    from minifisher_lab.training.optimizers import choose
-
     try:
-        choice = choose(spec)
+        row = _described(spec)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    rows = list(_arguments(choice))
+    arguments = _written("arguments")[row["class"]]
     if as_json:
-        print_json({**choice_record(choice), "arguments": rows})
+        print_json({**row, "arguments": arguments})
         return
-    console.print(f"{choice.name}: {choice.description}. Learning rate {choice.rate:g}.\n", highlight=False)
-    for row in rows:
-        console.print(f"[bold]{row['argument']}[/] = {row['default']}  [dim]{escape(row['values'])}[/]")
-        console.print(Padding(escape(row["meaning"]), (0, 0, 0, 4)))
+    console.print(f"{row['name']}: {row['description']}. Learning rate {row['lr']:g}.\n", highlight=False)
+    for argument in arguments:
+        values = escape(argument["values"])
+        console.print(f"[bold]{argument['argument']}[/] = {argument['default']}  [dim]{values}[/]")
+        console.print(Padding(escape(argument["meaning"]), (0, 0, 0, 4)))
+
+
+def _described(spec: str) -> dict[str, Any]:
+    """The row of that name; one with arguments, as mbf:power=0.5, is made, and that imports torch."""
+    if ":" in spec:
+        from minifisher_lab.training.optimizers import choose
+
+        return choice_record(choose(spec))
+    return look_up("optimizer", spec, {row["name"]: row for row in _written("optimizers")})
 
 
 def choice_record(choice: Choice) -> dict[str, Any]:
@@ -136,21 +167,24 @@ def choice_record(choice: Choice) -> dict[str, Any]:
         "description": choice.description,
         "lr": choice.rate,
         "grid": list(choice.grid),
+        "class": choice.method.__name__,
     }
 
 
-def _arguments(choice: Choice) -> Iterator[dict[str, str]]:
+def arguments_of(method: Any) -> list[dict[str, str]]:
     """minifisher's methods declare ranges and meanings; of torch's optimizers the signature tells less."""
-    method = choice.method
     options = getattr(method, "options", None)
     if options:
-        for option in options.values():
-            if option.init and option.name not in ("params", "model", "lr"):
-                yield _argument(option.name, option.default, option.range, option.meaning)
-        return
-    for name, parameter in inspect.signature(method).parameters.items():
-        if name not in ("params", "model", "lr") and parameter.default is not inspect.Parameter.empty:
-            yield _argument(name, parameter.default, "", f"see torch.optim.{method.__name__}")
+        return [
+            _argument(option.name, option.default, option.range, option.meaning)
+            for option in options.values()
+            if option.init and option.name not in ("params", "model", "lr")
+        ]
+    return [
+        _argument(name, parameter.default, "", f"see torch.optim.{method.__name__}")
+        for name, parameter in inspect.signature(method).parameters.items()
+        if name not in ("params", "model", "lr") and parameter.default is not inspect.Parameter.empty
+    ]
 
 
 def _argument(name: str, default: object, values: str, meaning: str) -> dict[str, str]:

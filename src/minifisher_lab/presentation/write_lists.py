@@ -9,12 +9,12 @@ import json
 from typing import Any
 
 from minifisher_lab.comparison.sizes import SCALES
-from minifisher_lab.presentation.lists import WRITTEN, choice_record
+from minifisher_lab.presentation.lists import WRITTEN, arguments_of, choice_record
 from minifisher_lab.problems import FAMILIES
 from minifisher_lab.training.optimizers import optimizers
 
 
-def lists() -> dict[str, list[dict[str, Any]]]:
+def lists() -> dict[str, Any]:
     """What the lists say, as far as it is the same on every machine."""
     problems = [
         {
@@ -30,7 +30,12 @@ def lists() -> dict[str, list[dict[str, Any]]]:
         for kind, family in FAMILIES.items()
         for problem in family
     ]
-    return {"problems": problems, "optimizers": [choice_record(choice) for choice in optimizers().values()]}
+    choices = optimizers().values()
+    return {
+        "problems": problems,
+        "optimizers": [choice_record(choice) for choice in choices],
+        "arguments": {choice.method.__name__: arguments_of(choice.method) for choice in choices},
+    }
 
 
 if __name__ == "__main__":
