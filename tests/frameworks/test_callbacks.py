@@ -76,6 +76,43 @@ def test_kbfgs_without_a_closure_says_what_works(tmp_path: Path) -> None:
         run.train()
 
 
+def test_the_callback_refuses_kbfgs_before_the_first_batch(tmp_path: Path) -> None:
+    model = bert()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    optimizer = minifisher.KBFGS(model)
+    run = trainer(model, tmp_path, optimizers=(optimizer, None), callbacks=[MinifisherCallback()])
+    with pytest.raises(TypeError, match=r"KBFGS.*Trainer of transformers and GradScaler pass none"):
+        run.train()
+
+
+@pytest.mark.parametrize("method", ["kbfgs", "kbfgsl"])
+def test_accelerate_passes_a_closure_on(method: str) -> None:
+    """The wrapper's `step` returns no loss; the weights are those of the optimizer alone, to the last bit."""
+
+    def train(prepares: bool) -> nn.Module:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = accelerate.Accelerator(cpu=True)
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        model, optimizer = network, minifisher.METHODS[method](network, lr=1e-2, statistics_every=1)
+        if prepares:
+            model, optimizer = accelerator.prepare(network, optimizer)
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(inputs), (inputs[:, 0] > 0).long())
+            accelerator.backward(loss)
+            return loss
+
+        for _ in range(6):
+            optimizer.step(closure)
+        assert unwrap(optimizer).diagnostics()["weights"]["0.weight"]["pairs"] > 0
+        return network
+
+    torch.testing.assert_close(train(True).state_dict(), train(False).state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_draws_labels(precision: str) -> None:
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -163,6 +163,11 @@ def test_kbfgs_gets_its_closure_or_says_what_works() -> None:
     assert module.losses[-1] < module.losses[0]
     with pytest.raises(TypeError, match="except with 16-mixed precision"):
         trained(Module("kbfgs"), None, plugins=[half_precision(2.0**8)])
+    adaptive = Module(adaptive_damping=True)
+    adaptive.training_step = lambda *_: pytest.fail("a batch was read")  # type: ignore[method-assign]
+    callback = {"callbacks": [MinifisherCallback()], "plugins": [half_precision(2.0**8)]}
+    with pytest.raises(TypeError, match=r"MBF.*except with 16-mixed precision"):
+        trained(adaptive, None, **callback)
 
 
 def test_fabric_in_bfloat16_draws_labels() -> None:

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from minifisher.integrations.outputs import draws_labels, flat_numbers, observe_outputs, unwrap
+from minifisher.integrations.outputs import (
+    draws_labels,
+    flat_numbers,
+    observe_outputs,
+    refuse_trainer_without_closure,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +45,11 @@ class MinifisherCallback(Callback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Register the hooks that draw labels."""
+        """Register the hooks that draw labels; TypeError for K-BFGS with 16-mixed precision."""
+        passes_closure = getattr(trainer.precision_plugin, "scaler", None) is None
         for optimizer in _ours(trainer):
+            if not passes_closure:
+                refuse_trainer_without_closure(optimizer)
             if draws_labels(optimizer):
                 module = self._predictor(optimizer, pl_module)
                 self._hooks.append(observe_outputs(module, optimizer, self.likelihood, self.read))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim: the public one imports the compiler at once
 
 from minifisher.optimizer import CurvatureOptimizer
+from minifisher.statistics.second_pass import refuse_missing_closure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +36,13 @@ def unwrap(optimizer: Any) -> CurvatureOptimizer:
 def draws_labels(optimizer: CurvatureOptimizer) -> bool:
     """Whether it takes labels from the model, so that `observe` must be called."""
     return any(group["fisher"] in ("sampled", "exact") for group in optimizer.param_groups)
+
+
+def refuse_trainer_without_closure(optimizer: CurvatureOptimizer) -> None:
+    """Raise TypeError, before the first batch, if `step` needs a closure: this trainer passes none."""
+    # Two things evaluate a batch twice.
+    if optimizer._secant_layers or any(group["adaptive_damping"] for group in optimizer.param_groups):
+        refuse_missing_closure(type(optimizer).__name__)
 
 
 def observe_outputs(

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from minifisher.integrations.outputs import draws_labels, flat_numbers, observe_outputs, unwrap
+from minifisher.integrations.outputs import (
+    draws_labels,
+    flat_numbers,
+    observe_outputs,
+    refuse_trainer_without_closure,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,8 +38,9 @@ class MinifisherCallback(TrainerCallback):
         self._numbers: Mapping[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Register the hook that draws labels."""
+        """Register the hook that draws labels; TypeError for K-BFGS: the trainer passes no closure."""
         optimizer = unwrap(kwargs["optimizer"])
+        refuse_trainer_without_closure(optimizer)
         if draws_labels(optimizer):
             self._hook = observe_outputs(kwargs["model"], optimizer, self.likelihood, self.read)
 
