@@ -56,3 +56,41 @@ def test_two_graphs_and_the_same_weights(how: str) -> None:
     network, graphs = trained(how)
     assert graphs <= 4 if how == "blocks" else graphs == 2  # a block has one more input that needs a gradient
     torch.testing.assert_close(list(network.parameters()), list(expected.parameters()))
+
+
+class Whole(nn.Module):
+    """Torch compiles nothing of an nn.Sequential that is compiled in place: it has no code of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.network = nn.Linear(6, 6), Network()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(self.embed(inputs))  # so that the input of every block needs a gradient
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+@pytest.mark.parametrize("method", minifisher.METHODS)
+def test_the_defaults_of_every_method_make_at_most_two_graphs_a_region(method: str, how: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, counter = Whole(), CompileCounter()
+    optimizer = minifisher.METHODS[method](model, lr=1e-4, statistics_every=2)
+    for module in [model] if how == "whole" else model.network.blocks:
+        module.compile(backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(8, 6, generator=generator), torch.randint(6, (8,), generator=generator)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        optimizer.observe(outputs)
+        loss = functional.cross_entropy(outputs, targets)
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    seen = optimizer.diagnostics()["weights"]["network.blocks.0.first.weight"]
+    assert 9 <= seen["observations"] <= 11  # steps with statistics, and steps without
+    assert counter.frame_count <= 2
