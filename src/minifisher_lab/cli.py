@@ -283,10 +283,15 @@ def inspect_command(
 
 @app.command("report")
 def report_command(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file that `minifisher suite` wrote.")],
-    folder: Annotated[Path | None, typer.Option(help="Default: STUDY-report.")] = None,
+    study: Annotated[
+        Path,
+        typer.Argument(metavar="STUDY", help="The file that `minifisher suite` wrote, or any run folder."),
+    ],
+    folder: Annotated[
+        Path | None, typer.Option(help="Default: STUDY-report, or the run folder itself.")
+    ] = None,
 ) -> None:
-    """Write a web page and Markdown about a study."""
+    """Write a web page about a run folder, or a web page and Markdown about a study."""
     from minifisher_lab import commands
 
     commands.write_report(study, folder)

@@ -257,12 +257,16 @@ def inspect(problem: str | None, picture: Path) -> None:
 
 
 def write_report(study: Path, folder: Path | None) -> None:
-    """Write a web page and Markdown about a study."""
+    """Write a web page about a run folder, or a web page and Markdown about a study."""
     from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
-    from minifisher_lab.presentation import suite_report
+    from minifisher_lab.presentation import run_report, suite_report
 
-    opened = _valid(lambda: StudyFile(study))
-    for path in suite_report.write(opened, folder or study.with_name(f"{study.stem}-report")):
+    if study.is_dir():
+        written = [_valid(lambda: run_report.write(study, folder or study))]
+    else:
+        opened = _valid(lambda: StudyFile(study))
+        written = suite_report.write(opened, folder or study.with_name(f"{study.stem}-report"))
+    for path in written:
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 

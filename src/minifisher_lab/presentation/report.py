@@ -131,12 +131,13 @@ def _cells(row: Row, reference: Row | None, classifies: bool) -> Iterable[str]:
         yield spread(row.accuracy, digits=3)
     yield number(row.seconds)
     if reference:
-        yield _seconds_to(row, reference)
+        yield seconds_to(row, reference)
     yield number(1000 * row.step_time, ".3g" if row.step_time < 0.1 else ".0f")
     yield number(row.state_per_parameter)
 
 
-def _seconds_to(row: Row, reference: Row) -> str:
+def seconds_to(row: Row, reference: Row) -> str:
+    """The mean seconds to the reference's best loss, and how many seeds reach it."""
     seconds, reached, seeds = row.seconds_to_reference(reference)
     if not reached:
         return "never" if seeds else "-"

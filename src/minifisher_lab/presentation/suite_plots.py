@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from minifisher_lab.comparison.results import Axis, Findings, Result
+    from minifisher_lab.comparison.results import Axis
+    from minifisher_lab.comparison.summary import Row
 
 # (on white, on black): close to Okabe and Ito's palette for colour-blind readers, with enough contrast.
 COLOURS = (
@@ -71,16 +72,21 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def curves(findings: Findings, problem: str) -> dict[str, str]:
-    """The plots of a problem by their names: two quantities, each against seconds and epochs."""
-    results = [result for result in findings.of(problem) if _drawable(result)]
-    if not results:
+def curves(ranking: Sequence[Row], names: Sequence[str]) -> dict[str, str]:
+    """The plots of a problem by their names: two quantities, each against seconds and epochs.
+
+    The best row comes first. The place of an optimizer in `names` decides its colour and line style.
+    """
+    drawable = [row for row in ranking if any(len(run.points) > 1 for run in row.counted)]
+    if not drawable:
         return {}
-    accurate = results[0].row.counted[0].points[0].test_accuracy is not None
+    accurate = drawable[0].counted[0].points[0].test_accuracy is not None
     second = "test_accuracy" if accurate else "test_loss"
-    look = styles(list(findings.plan.by_name))
+    look = styles(names)
     return {
-        f"{LABELS[quantity].partition(',')[0]} against {LABELS[axis]}": _curves(results, look, axis, quantity)
+        f"{LABELS[quantity].partition(',')[0]} against {LABELS[axis]}": _curves(
+            drawable, look, axis, quantity
+        )
         for quantity in ("train_loss", second)
         for axis in ("seconds", "epoch")
     }
@@ -107,29 +113,23 @@ def profile_plot(ratios: Mapping[str, Sequence[float]], names: Sequence[str], pr
     return _svg(figure)
 
 
-def _drawable(result: Result) -> bool:
-    return any(len(run.points) > 1 for run in result.row.counted)
-
-
-def _curves(
-    results: Sequence[Result], look: Mapping[str, Mapping[str, Any]], axis: Axis, quantity: str
-) -> str:
+def _curves(ranking: Sequence[Row], look: Mapping[str, Mapping[str, Any]], axis: Axis, quantity: str) -> str:
     figure, axes = _figure(LABELS[axis], LABELS[quantity])
-    bands = {result.entrant.name: band(result.row, axis, quantity, POINTS) for result in results}
+    bands = {row.optimizer: band(row, axis, quantity, POINTS) for row in ranking}
     right = _right([float(positions[-1]) for positions, *_ in bands.values()])
     ends, means = [], []
-    for result in reversed(results):  # the best one is drawn last, on top
-        positions, mean, low, high = bands[result.entrant.name]
-        style = look[result.entrant.name]
+    for row in reversed(ranking):  # the best one is drawn last, on top
+        positions, mean, low, high = bands[row.optimizer]
+        style = look[row.optimizer]
         axes.fill_between(positions, low, high, color=style["color"], alpha=0.1, linewidth=0)
         axes.plot(positions, mean, linewidth=1.8, **style)
         end = min(float(positions[-1]), right)
-        ends.append((end, float(np.interp(end, positions, mean)), result.entrant.name))
+        ends.append((end, float(np.interp(end, positions, mean)), row.optimizer))
         means.append(mean)
     if quantity == "test_accuracy":
         axes.set_ylim(*_accuracy_limits(means))
     else:
-        bottom, top = limits([result.row for result in results], means)
+        bottom, top = limits(ranking, means)
         axes.set_ylim(bottom * (bottom / top) ** 0.06, top)
         axes.set_yscale("log")
         plain_ticks(axes.yaxis, most=6, wide=top > 10 * bottom)

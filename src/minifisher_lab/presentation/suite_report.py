@@ -64,9 +64,14 @@ def write(study: StudyFile, folder: Path) -> list[Path]:
     for name, svg in plots.items():
         (folder / files[name]).write_text(_on_white(svg))
     page, text = folder / "report.html", folder / "report.md"
-    page.write_text(_rendered("report.html.j2", _with_theme(context)))
+    page.write_text(web_page(context))
     text.write_text(_rendered("report.md.j2", {**context, "files": files}))
     return [page, text]
+
+
+def web_page(context: dict[str, Any]) -> str:
+    """The web page that shows this content; it needs no other file."""
+    return _rendered("report.html.j2", _with_theme(context))
 
 
 def _rendered(template: str, context: dict[str, Any]) -> str:
@@ -159,7 +164,9 @@ def _problem(findings: Findings, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "text": text,
-        "plots": suite_plots.curves(findings, name),
+        "plots": suite_plots.curves(
+            [result.row for result in findings.of(name)], list(findings.plan.by_name)
+        ),
         "table": _table(findings.of(name)),
         "trials": _trials([result for result in findings.results if result.problem == name]),
     }
