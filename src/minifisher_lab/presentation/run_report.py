@@ -149,7 +149,8 @@ def _of_search(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         "settings_text": TRIALS,
         "warnings": [],
     }
-    introduction = f"{_count(len(trials), 'trial')} of {results['optimizer']}, {results['budget']} each; begun {plan['started']}."
+    searched = f"{_count(len(trials), 'trial')} of {results['optimizer']}"
+    introduction = f"{searched}, {results['budget']} each; begun {plan['started']}."
     machine = {name: plan[name] for name in ("device", "torch")}
     return _context(results["problem"], introduction, block, machine)
 
