@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from minifisher_lab.cli import app
+from minifisher_lab.comparison.summary import Spread
 from minifisher_lab.presentation import demo
+from minifisher_lab.presentation.suite_report import with_interval
 
 OWN = f"{Path(__file__).parents[3] / 'examples' / 'own_problem.py'}:make_problem"
 SHORT = ("--epochs", "0.5", "--points", "4")
@@ -45,7 +47,7 @@ def test_a_comparison_of_a_problem_of_ones_own(tmp_path: Path) -> None:
     assert "2 optimizers, 2 seeds, 0.5 epochs a run" in text
     for row in results["all"]:
         assert f"<td>{row['optimizer']}</td><td>{row['rate']:g}</td>" in text
-        assert f"{row['best_loss']['mean']:.3f}"[:4] in text
+        assert f"<td>{with_interval(Spread(**row['best_loss']), count=2)}</td>" in text
     assert text.count("<svg") == 4  # loss and accuracy, against seconds and epochs
     assert "Every learning rate that was tried" in text
 
