@@ -19,7 +19,6 @@ test-frameworks:
 	$(VENV)-frameworks/bin/python -m pytest tests/frameworks -rs
 
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Twenty thousand random networks, options and gradients.
@@ -37,7 +36,7 @@ lint: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt tests/oracles.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fast,lab,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs,fast,lab,test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracles.txt
 	touch $@
 
