@@ -86,6 +86,18 @@ def test_a_scheduled_momentum_does_not_change_the_length_of_steps():
         torch.testing.assert_close(after, before - 0.01 * gradient.sign(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("every", [2, 5])
+def test_a_step_has_a_bound_where_statistics_do_not_see_every_gradient(every):
+    """The first gradient has rank one: a later one meets squares that are zero."""
+    weight = torch.zeros(6, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = SOAP([weight], lr=0.01, statistics_every=every)
+    gradients = [torch.outer(torch.ones(6), torch.ones(8)).double(), *random_gradients((6, 8))[:9]]
+    for gradient in gradients:
+        before = weight.detach().clone()
+        moved = steps(weight, optimizer, [gradient]) - before
+        assert torch.linalg.vector_norm(moved) <= 0.01 * 48**0.5 * (1 + 1e-9)
+
+
 def test_soap_equals_shampoo_with_an_eigenbasis():
     gradients = random_gradients((4, 6))
     ends = []

@@ -38,9 +38,14 @@ class EigenbasisAdam(ModeCurvature):
     An index of mode i whose gradient was always zero, such as an unused row of an embedding, has zeros in
     H_i: it belongs to the null space. In exact arithmetic M' and V are zero there; rounding would leave a
     quotient of two rounding errors. Such indices are left out of the rotation, and stay.
+
+    V that `misses_gradients` is no bound of M': a gradient with a new direction meets V = 0 there, and the
+    step has any length. V is then at least M'^2, so that no entry of the rotated direction is above 1.
     """
 
     power: float = 0.5
+    misses_gradients: bool = False
+    """Whether `observe` does not see every gradient, so that `precondition` bounds its steps itself."""
 
     averages_momentum = True  # M' is a mean, so that a step has Adam's length
 
@@ -87,10 +92,13 @@ class EigenbasisAdam(ModeCurvature):
             square.copy_(square.take_along_dim(index, axis))
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
-        """(M' / (sqrt(V) + lambda)^(2 power)) x_i Q_i."""
+        """(M' / (sqrt(V) + lambda)^(2 power)) x_i Q_i; linear in M', unless V `misses_gradients`."""
         bases = self._bases(state)
         rotated = mode_products(self._read(direction), [basis.mT for basis in bases])
-        rotated /= self._denominator(state, damping)
+        denominator = self._denominator(state, damping)
+        if self.misses_gradients:
+            denominator = torch.maximum(denominator, rotated.abs().pow_(2 * self.power))
+        rotated /= denominator
         return self.reading.write(mode_products(rotated, bases), self.shape).to(direction.dtype)
 
     def _bases(self, state: State) -> list[Tensor]:
@@ -118,6 +126,7 @@ class EigenbasisAdam(ModeCurvature):
 
 def plan_eigenbasis(layer: Layer, options: dict[str, Any]) -> Plan:
     """A basis for each mode of a weight; the entries of a kernel are a mode (measured: docs/methods.md)."""
+    every = options["statistics_every"] or 1
     curvature = EigenbasisAdam(
         reading=choose_reading(layer.shape, options, kept=2),
         shape=layer.shape,
@@ -125,9 +134,9 @@ def plan_eigenbasis(layer: Layer, options: dict[str, Any]) -> Plan:
         dtype=curvature_dtype(layer, options),
         relative_damping=options["relative_damping"],
         power=options["power"],
+        misses_gradients=every > 1 and options["graft"] is None,
     )
-    schedule = options["statistics_every"] or 1, options["inverse_every"] or 10
-    return plan_of(curvature, options["max_dim"], schedule)
+    return plan_of(curvature, options["max_dim"], (every, options["inverse_every"] or 10))
 
 
 class SOAP(ModeOptimizer):
