@@ -56,7 +56,7 @@ def published(name: str, **changes: Any) -> Rival:
 
 RIVALS = {name: published(name) for name, row in PUBLISHED.items() if row.problem == "autoencoder"} | {
     "adam": Rival(partial(choose("adam").build, lr=1e-4), 1e-4, 1e-4, "eps"),  # torch's
-    "mbf": Rival(minifisher.MBF, 1e-3, 0.1),  # with its defaults
+    "mbf": Rival(minifisher.MBF, 1e-3, 0.03),  # with its defaults
 }
 
 
