@@ -341,6 +341,21 @@ def test_the_default_device_need_not_be_that_of_the_model(method, fisher, monkey
     assert optimizer.state[module[0].weight]["observations"] > 0
 
 
+def test_the_default_device_need_not_be_that_of_blocks_of_kernels():
+    module = nn.Conv2d(2, 3, 3)
+    optimizer = MBF(module, conv_blocks="kernel")
+    inputs, before = torch.randn(4, 2, 5, 5), module.weight.detach().clone()
+    torch.set_default_device("meta")
+    try:
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(inputs).square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert not torch.equal(module.weight, before)
+
+
 # ---- checkpoints ----
 
 

@@ -341,8 +341,8 @@ def _run(
     with_slopes: bool = False,
     nesterov: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    direction = torch.empty(0, 0) if momentum is None else torch.empty_like(momentum)
-    squares = torch.empty((2, packed.shape[0]), dtype=torch.float64)
+    direction = torch.empty(0, 0, device="cpu") if momentum is None else torch.empty_like(momentum)
+    squares = torch.empty((2, packed.shape[0]), dtype=torch.float64, device="cpu")
     slopes = torch.empty_like(squares) if with_slopes else None
     arrays = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction, squares)]
     rows, tiles, entries, blocks = packed.shape
@@ -368,9 +368,10 @@ def _scratch(width: int, entries: int, packed: Any) -> tuple[Any, Any, Any]:
     """Vectors and factor of one tile, and a tile of `LANES` blocks, which are zero."""
     # By torch, which aligns to whole vectors; numpy does not, and every second load would take twice as long.
     # Here and not in the compiled loop, where two allocations take 0.4 s to compile.
-    vectors, factor = torch.empty(width, LANES), torch.empty(entries, LANES)
+    # The default device may be another one.
+    vectors, factor = (torch.empty(rows, LANES, device="cpu") for rows in (width, entries))
     dtype = torch.uint16 if packed.dtype == np.uint16 else torch.float32
-    return vectors.numpy(), factor.numpy(), torch.zeros(entries, LANES, dtype=dtype).numpy()
+    return vectors.numpy(), factor.numpy(), torch.zeros(entries, LANES, dtype=dtype, device="cpu").numpy()
 
 
 @lru_cache(maxsize=256)
