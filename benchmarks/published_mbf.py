@@ -87,7 +87,7 @@ def plot(path: Path, epochs: int) -> None:
     defaults = json.loads((PRINTED / "mbf.json").read_text())["mbf"]["curve"]
     curves = {
         "printed by the authors": list(zip(published["epochs"], published["mbf"]["losses"], strict=True)),
-        "former defaults, lr 3e-3": _points(defaults),
+        "MBF's defaults, lr 1e-3": _points(defaults),
     }
     for file in sorted(RESULTS.glob("*.json")):
         result = json.loads(file.read_text())

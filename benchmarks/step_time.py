@@ -20,6 +20,26 @@ from minifisher_lab.problems.cnns import five_layer, resnet, vgg
 RATE = 1e-6  # so small that all networks stay at the start, where they cost the same
 STEPS = 4  # in a turn, or the least common period of statistics and inverses if that is longer
 
+
+def gpt2() -> nn.Module:
+    """The weights of GPT-2 with 12 layers and 124 million parameters, which no batch goes through."""
+    width = 768
+    blocks = [
+        nn.ModuleList(
+            [
+                *(nn.LayerNorm(width) for _ in range(2)),
+                nn.Linear(width, 3 * width),
+                nn.Linear(width, width),
+                nn.Linear(width, 4 * width),
+                nn.Linear(4 * width, width),
+            ]
+        )
+        for _ in range(12)
+    ]
+    embeddings = nn.Embedding(50_257, width), nn.Embedding(1_024, width)
+    return nn.ModuleList([*embeddings, *blocks, nn.LayerNorm(width)])
+
+
 Network = tuple[Callable[[], nn.Module], tuple[int, ...], bool]  # builder, input shape, classifies
 NETWORKS: dict[str, Network] = {
     "autoencoder": (partial(autoencoder, SMALL), (500, 784), False),
@@ -27,6 +47,7 @@ NETWORKS: dict[str, Network] = {
     "five-layer": (partial(five_layer, 1, 32, 10), (128, 1, 28, 28), True),
     "resnet32": (partial(resnet, 32, 3, 10), (128, 3, 32, 32), True),
     "vgg16": (partial(vgg, 16, 3, 10), (128, 3, 32, 32), True),
+    "gpt2": (gpt2, (), True),  # only with --alone
 }
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": lambda network: torch.optim.AdamW(network.parameters(), lr=RATE, foreach=True),
@@ -97,6 +118,8 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    if "gpt2" in arguments.networks and not arguments.alone:
+        parser.error("gpt2 is its weights without a batch: add --alone")
     torch.set_num_threads(arguments.threads)
     optimizers = ["adamw", *arguments.optimizers.split(",")]
     report(
