@@ -263,15 +263,16 @@ def test_the_average_is_bias_corrected(fisher):
         assert_blocks(fisher_of(opt, layer), expected)
 
 
+@pytest.mark.parametrize(("decay", "scale"), [(0.9, 1.0), (1 - 1e-8, 1e4)])  # of the average; of the loss
 @pytest.mark.parametrize("fisher", ["gradient", "empirical"])
-def test_a_warm_start_averages_over_all_batches_and_later_steps_decay_that_average(fisher):
+def test_a_warm_start_averages_over_all_batches_and_later_steps_decay_that_average(fisher, decay, scale):
     case = problem("linear", count=6)
     opt = MBF(
         case.module,
         lr=0.0,
         fisher=fisher,
         statistics_every=1,
-        curvature_decay=0.9,
+        curvature_decay=decay,
         **asked(("row", "layer", 9)),
     )
     loader = [(case.inputs[:2], case.targets[:2]), (case.inputs[2:], case.targets[2:])]
@@ -290,10 +291,10 @@ def test_a_warm_start_averages_over_all_batches_and_later_steps_decay_that_avera
     mean = (dense(*loader[0]) + dense(*loader[1])) / 2
     assert_blocks(opt.state[layer.weight]["fisher"], expected_blocks(mean, layer.shape, "row", "layer", 9))
     assert all(torch.equal(value, before[name]) for name, value in case.module.state_dict().items())
-    fresh = dense(case.inputs, case.targets)
-    case.mean_loss().backward()
+    fresh = dense(case.inputs, case.targets) * scale**2
+    (case.mean_loss() * scale).backward()
     opt.step()
-    expected = expected_blocks(0.9 * mean + 0.1 * fresh, layer.shape, "row", "layer", 9)
+    expected = expected_blocks(decay * mean + (1 - decay) * fresh, layer.shape, "row", "layer", 9)
     assert_blocks(fisher_of(opt, layer), expected)
 
 
