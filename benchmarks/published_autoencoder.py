@@ -57,6 +57,7 @@ def published(name: str, **changes: Any) -> Rival:
 RIVALS = {name: published(name) for name, row in PUBLISHED.items() if row.problem == "autoencoder"} | {
     "adam": Rival(partial(choose("adam").build, lr=1e-4), 1e-4, 1e-4, "eps"),  # torch's
     "mbf": Rival(minifisher.MBF, 1e-3, 0.03),  # with its defaults
+    "mbf-wide": Rival(partial(minifisher.MBF, block_size=256), 7e-4, 0.03),
 }
 
 
