@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional
 
 import minifisher
+from minifisher.distributed import collectives
 from tests.distributed import training
 from tests.distributed.processes import run
 
@@ -344,3 +345,11 @@ def test_samples_of_one_rank_are_not_enough_for_a_piece(found: dict[str, Any]) -
 
 def test_what_one_rank_cannot_use_no_rank_uses(all_found: list[dict[str, Any]]) -> None:
     assert [found["overflow"] for found in all_found] == [True, True]
+
+
+def test_what_another_rank_owns_adds_nothing_to_a_sum(monkeypatch):
+    sent = []
+    monkeypatch.setattr(collectives, "rank", lambda: 0)
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda sums: sent.extend(t.clone() for t, _ in sums))
+    collectives._sum_with_zeros([(torch.ones(3), 0), (torch.ones(3), 1)])
+    assert [tensor.tolist() for tensor in sent] == [[1, 1, 1], [0, 0, 0]]
