@@ -258,12 +258,14 @@ def inspect(problem: str | None, picture: Path) -> None:
 
 def write_report(study: Path, folder: Path | None) -> None:
     """Write a web page about a run folder, or a web page and Markdown about a study."""
-    from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
-    from minifisher_lab.presentation import run_report, suite_report
-
     if study.is_dir():
+        from minifisher_lab.presentation import run_report
+
         written = [_valid(lambda: run_report.write(study, folder or study))]
     else:
+        from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
+        from minifisher_lab.presentation import suite_report
+
         opened = _valid(lambda: StudyFile(study))
         written = suite_report.write(opened, folder or study.with_name(f"{study.stem}-report"))
     for path in written:

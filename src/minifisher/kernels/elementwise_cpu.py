@@ -1,7 +1,7 @@
 """Elementwise operations of a step compiled for the CPU, each one pass over memory; needs numba.
 
-Torch computes `sum_of_squares` as fast. But after such a call torch's threads wait actively
-for some milliseconds, on the cores that the other compiled kernels of the step need.
+Torch computes `sum_of_squares` as fast. But after such a call torch's threads wait actively for some
+milliseconds, on the cores that the other compiled kernels of the step need.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from minifisher.kernels.jit import compiled, compiled_as_written, inlined
 from minifisher.kernels.threads import run_parallel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _ENTRIES_PER_THREAD = 65_536  # with fewer entries, waking a thread costs more than it gains
@@ -50,6 +52,16 @@ def update_chunk(
         if with_slope:
             slope += momentum[i] * step
     return total, slope
+
+
+@inlined
+def update_momentum(gradient: Any, momentum: Any, momentum_decay: Any) -> Any:
+    """M <- mu M + D; returns the sum of the squares of M."""
+    total = np.float32(0)
+    for i in range(gradient.shape[0]):
+        momentum[i] = momentum_decay * momentum[i] + gradient[i]
+        total += momentum[i] * momentum[i]
+    return total
 
 
 @compiled
@@ -162,11 +174,9 @@ def adam_step(
     arrays = [tensor.detach().numpy() for tensor in (gradient, momentum, moment)]
     numbers = [np.float32(number) for number in (momentum_decay, moment_decay, 1 - moment_decay, epsilon)]
     layers, entries = gradient.shape
-    chunks = -(-entries // CHUNK)
-    squares = np.empty((layers, chunks))
-    slopes = np.empty((layers, chunks)) if with_slope else None
-    loop = partial(_update_moments, *arrays, *numbers, squares, slopes)
-    run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
+    squares = np.empty((layers, _chunks(entries)))
+    slopes = np.empty_like(squares) if with_slope else None
+    _run_over_chunks(partial(_update_moments, *arrays, *numbers, squares, slopes), layers, entries)
     norm = torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
     return norm, None if slopes is None else torch.from_numpy(slopes.sum(1).astype(np.float32))
 
@@ -174,10 +184,9 @@ def adam_step(
 def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
     """|x| and <M, x>, [layers], of x and M [layers, entries]."""
     layers, entries = step.shape
-    chunks = -(-entries // CHUNK)
-    sums = np.empty((2, layers, chunks))
+    sums = np.empty((2, layers, _chunks(entries)))
     loop = partial(_measure_chunks, step.detach().numpy(), momentum.detach().numpy(), *sums)
-    run_parallel(loop, layers * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
+    _run_over_chunks(loop, layers, entries)
     square, slope = sums.sum(2).astype(np.float32)
     return torch.from_numpy(np.sqrt(square)), torch.from_numpy(slope)
 
@@ -206,5 +215,14 @@ def subtract_scaled(weight: Tensor, direction: Tensor, lengths: Tensor, rate: fl
     rows = lengths.shape[0]
     w, d = (tensor.detach().view(rows, -1).numpy() for tensor in (weight, direction))
     loop = partial(_subtract_scaled, w, d, lengths.numpy(), np.float32(rate), np.float32(keep))
-    chunks = -(-w.shape[1] // CHUNK)
-    run_parallel(loop, rows * chunks, max(1, _ENTRIES_PER_THREAD * chunks // w.shape[1]))
+    _run_over_chunks(loop, rows, w.shape[1])
+
+
+def _run_over_chunks(loop: Callable[[int, int], float], rows: int, entries: int) -> None:
+    """Call loop(start, stop) for the chunks of all rows, which it counts one row after another."""
+    chunks = _chunks(entries)
+    run_parallel(loop, rows * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
+
+
+def _chunks(entries: int) -> int:
+    return -(-entries // CHUNK)

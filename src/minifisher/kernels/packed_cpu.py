@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minifisher.kernels.elementwise_cpu import CHUNK, update_chunk
+from minifisher.kernels.elementwise_cpu import CHUNK, update_chunk, update_momentum
 from minifisher.kernels.jit import compiled, inlined
 from minifisher.kernels.simd import LANES, fill, load, maximum, store
 from minifisher.kernels.threads import run_parallel
@@ -180,16 +180,6 @@ def _copy_blocks(source: Any, target: Any, blocks: int) -> None:
 
 
 @inlined
-def _update_momentum(gradient: Any, momentum: Any, momentum_decay: Any) -> Any:
-    """M <- mu M + D; returns the sum of the squares of M."""
-    total = np.float32(0)
-    for i in range(gradient.shape[0]):
-        momentum[i] = momentum_decay * momentum[i] + gradient[i]
-        total += momentum[i] * momentum[i]
-    return total
-
-
-@inlined
 def _first_order_row(gradient: Any, momentum: Any, moment: Any, numbers: Any, with_slope: bool) -> Any:
     """Update M and V of one row; returns the squared norm and the slope of its step.
 
@@ -205,7 +195,7 @@ def _first_order_row(gradient: Any, momentum: Any, moment: Any, numbers: Any, wi
             v = moment[0, first:last]
             squared, product = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, with_slope)
         else:
-            squared = product = _update_momentum(d, m, momentum_decay)
+            squared = product = update_momentum(d, m, momentum_decay)
         total, slope = total + squared, slope + product
     return total, slope
 

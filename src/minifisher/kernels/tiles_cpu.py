@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from llvmlite import binding
 
 from minifisher.curvature import Measures
-from minifisher.kernels.elementwise_cpu import update_chunk
+from minifisher.kernels.elementwise_cpu import update_chunk, update_momentum
 from minifisher.kernels.jit import compiled, inlined
 from minifisher.kernels.simd import LANES, multiply_rows
 from minifisher.kernels.threads import run_parallel
@@ -49,16 +49,6 @@ def _multiply(left: Any, right: Any, product: Any, depth: int) -> None:
             _multiply_narrow(left, row, right, column, product, depth)
 
 
-@inlined
-def _update_momentum(gradient: Any, momentum: Any, momentum_decay: Any) -> Any:
-    """M <- mu M + D; the sums of s^2 and of M s for s = M."""
-    total = np.float32(0)
-    for i in range(gradient.shape[0]):
-        momentum[i] = momentum_decay * momentum[i] + gradient[i]
-        total += momentum[i] * momentum[i]
-    return total, total
-
-
 @compiled
 def _process_tiles(
     gradient: Any,  # [layers, out, in], as all up to `direction`
@@ -89,7 +79,7 @@ def _process_tiles(
             row = first + i
             d, m, n = gradient[layer, row, begin:end], momentum[layer, row, begin:end], ahead[i]
             if moment is None:
-                total, slope = _update_momentum(d, m, momentum_decay)
+                total = slope = update_momentum(d, m, momentum_decay)
             else:
                 v = moment[layer, row, begin:end]
                 total, slope = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, True)

@@ -182,12 +182,13 @@ def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
 
 def fused_direction(stack: LayerStack, joined: Tensor) -> tuple[Tensor, Measures, Measures] | None:
     """Momentum, first-order step and direction by one fused kernel; None where there is none for them."""
-    curvature, first_order = stack.curvature, first_order_numbers(stack, stack.step)
+    curvature = stack.curvature
     assert isinstance(curvature, FusedDirection)
     # A rank that receives the direction would measure it otherwise, in the last bits.
-    if first_order is None or not stack.observations or stack.placement.owner is not None:
+    if not stack.observations or stack.placement.owner is not None:
         return None
-    return curvature.fused_direction(stack.state, joined, first_order)
+    first_order = first_order_numbers(stack, stack.step)
+    return None if first_order is None else curvature.fused_direction(stack.state, joined, first_order)
 
 
 def fused_update(stack: LayerStack, gradient: Tensor, decay: float | None) -> Update | None:
