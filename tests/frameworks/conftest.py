@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
 
 
 def needs(package: str) -> None:
@@ -17,3 +20,15 @@ def needs(package: str) -> None:
             "all but timm and fastai, which need a torchvision for this torch",
             allow_module_level=True,
         )
+
+
+class Classifier(nn.Module):
+    """What the Trainer of transformers expects: a dictionary with the loss and the logits."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.net(inputs)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import minifisher
-from tests.frameworks.conftest import needs
+from tests.frameworks.conftest import Classifier, needs
 
 
 def network() -> nn.Sequential:
@@ -110,18 +110,9 @@ def test_the_trainer_of_transformers(fisher: str, tmp_path: Path) -> None:
     needs("accelerate")
     import transformers
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            logits = self.net(inputs)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-
     inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     rows = [{"inputs": row, "labels": (row[0] > 0).long()} for row in inputs]
-    model = Model()
+    model = Classifier(network())
     options: dict[str, Any] = {"lr": 1e-2, "fisher": fisher}
     if fisher == "empirical":
         options["model"] = model  # the trainer then passes the module instead of groups

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import minifisher
-from tests.frameworks.conftest import needs
+from tests.frameworks.conftest import Classifier, needs
 
 METHODS = {"mbf": {"statistics_every": 2}, "kfac": {"statistics_every": 3}, "tnt": {}}
 
@@ -75,18 +75,6 @@ def test_lightning(method: str, tmp_path: Path) -> None:
     assert_same(whole, fit(tmp_path / "epoch=1.ckpt"))
 
 
-class Classifier(nn.Module):
-    """What the Trainer of transformers expects: a dictionary with the loss and the logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = network()
-
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.net(inputs)
-        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_transformers(method: str, tmp_path: Path) -> None:
     needs("transformers")
@@ -96,7 +84,7 @@ def test_transformers(method: str, tmp_path: Path) -> None:
     from minifisher.integrations.transformers import MinifisherCallback
 
     def train(folder: str, **how: Any) -> Classifier:
-        model = Classifier()
+        model = Classifier(network())
         arguments = transformers.TrainingArguments(
             str(tmp_path / folder), max_steps=9, per_device_train_batch_size=16, logging_steps=2,
             report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="steps", save_steps=4,

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 import minifisher
+from tests.helpers import closure_of
 
 
 class Block(nn.Module):
@@ -80,17 +81,8 @@ def test_the_defaults_of_every_method_make_at_most_two_graphs_a_region(method: s
         module.compile(backend=counter)
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(8, 6, generator=generator), torch.randint(6, (8,), generator=generator)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        outputs = model(inputs)
-        optimizer.observe(outputs)
-        loss = functional.cross_entropy(outputs, targets)
-        loss.backward()
-        return loss
-
     for _ in range(20):
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, inputs, targets))
     seen = optimizer.diagnostics()["weights"]["network.blocks.0.first.weight"]
     assert 9 <= seen["observations"] <= 11  # steps with statistics, and steps without
     assert counter.frame_count <= 2
