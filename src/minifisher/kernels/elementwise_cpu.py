@@ -174,7 +174,7 @@ def adam_step(
     arrays = [tensor.detach().numpy() for tensor in (gradient, momentum, moment)]
     numbers = [np.float32(number) for number in (momentum_decay, moment_decay, 1 - moment_decay, epsilon)]
     layers, entries = gradient.shape
-    squares = np.empty((layers, _chunks(entries)))
+    squares = np.empty((layers, -(-entries // CHUNK)))
     slopes = np.empty_like(squares) if with_slope else None
     _run_over_chunks(partial(_update_moments, *arrays, *numbers, squares, slopes), layers, entries)
     norm = torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
@@ -184,7 +184,7 @@ def adam_step(
 def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
     """|x| and <M, x>, [layers], of x and M [layers, entries]."""
     layers, entries = step.shape
-    sums = np.empty((2, layers, _chunks(entries)))
+    sums = np.empty((2, layers, -(-entries // CHUNK)))
     loop = partial(_measure_chunks, step.detach().numpy(), momentum.detach().numpy(), *sums)
     _run_over_chunks(loop, layers, entries)
     square, slope = sums.sum(2).astype(np.float32)
@@ -220,9 +220,5 @@ def subtract_scaled(weight: Tensor, direction: Tensor, lengths: Tensor, rate: fl
 
 def _run_over_chunks(loop: Callable[[int, int], float], rows: int, entries: int) -> None:
     """Call loop(start, stop) for the chunks of all rows, which it counts one row after another."""
-    chunks = _chunks(entries)
+    chunks = -(-entries // CHUNK)
     run_parallel(loop, rows * chunks, max(1, _ENTRIES_PER_THREAD * chunks // entries))
-
-
-def _chunks(entries: int) -> int:
-    return -(-entries // CHUNK)
