@@ -6,6 +6,7 @@ Batch norm is the exception: it averages over the share of one process.
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +36,7 @@ def joined() -> Iterator[None]:
         yield
         dist.barrier()  # wait for the first process, which still writes its results
     finally:
+        gc.collect()  # models still hold the group; its threads have to end before the interpreter does
         dist.destroy_process_group()
 
 
