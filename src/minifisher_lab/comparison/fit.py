@@ -35,6 +35,7 @@ class Cost:
 
     training: float  # of a run with all its epochs
     point: float  # the evaluation of one point
+    start: float = 0.0  # the pass through the data with which a published run begins
 
 
 def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
@@ -50,8 +51,8 @@ def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
         for problem in plan.epochs
         for entrant, cost in _costs(plan, problem, device).items()
     }
-    training, evaluation = _seconds(plan, costs)
-    share = 3600 * plan.hours / (training + evaluation)
+    training, other = _seconds(plan, costs)
+    share = 3600 * plan.hours / (training + other)
     if share >= 1:
         return plan
     trials, points = (round(number * share**0.5) for number in (plan.trials, plan.points))
@@ -60,8 +61,8 @@ def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
         trials=max(trials, min(plan.trials, LEAST_TRIALS)),
         points=max(points, min(plan.points, LEAST_POINTS)),
     )
-    training, evaluation = _seconds(shorter, costs)
-    kept = (3600 * plan.hours - evaluation) / training
+    training, other = _seconds(shorter, costs)
+    kept = (3600 * plan.hours - other) / training
     if kept < LEAST:
         raise StudyError(
             f"{shorter.total} runs in {plan.hours:g} h would have less than {LEAST:.0%} of their epochs: "
@@ -71,10 +72,10 @@ def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
 
 
 def _seconds(plan: SuitePlan, costs: Mapping[tuple[str, str], Cost]) -> tuple[float, float]:
-    """The training and the evaluation of all runs."""
+    """The training of all runs, and the rest: their starts and evaluations."""
     pairs = [(plan.runs_of(plan.by_name[entrant]), cost) for (_, entrant), cost in costs.items()]
     training = sum(runs * cost.training for runs, cost in pairs)
-    return training, sum(runs * plan.points * cost.point for runs, cost in pairs)
+    return training, sum(runs * (cost.start + plan.points * cost.point) for runs, cost in pairs)
 
 
 def _costs(plan: SuitePlan, problem: str, device: torch.device) -> dict[str, Cost]:
@@ -92,9 +93,11 @@ def cost_of_run(plan: SuitePlan, problem: str, entrant: Entrant, splits: Splits)
     run = Run(problem, entrant.name, 0.0, seed=0)
     choice = choose(entrant.spec)
     warm_up(PROBLEMS[problem], splits, choice)
-    began = time.monotonic()
     trainer = Trainer(PROBLEMS[problem], splits, choice, choice.rate, seed=0)
+    began = time.monotonic()
+    trainer.warm_start()
+    start = time.monotonic() - began
     train(run, trainer, splits, Budget(epochs=TIMED_STEPS / trainer.steps_per_epoch), points=1)
-    point = (time.monotonic() - began - run.seconds) / 3  # two points, and the whole test set
+    point = max(0.0, time.monotonic() - began - run.seconds - 2 * start) / 3  # two points, and the test set
     epoch = run.seconds / run.steps * trainer.steps_per_epoch
-    return Cost(epoch * plan.epochs[problem], point)
+    return Cost(epoch * plan.epochs[problem], point, start)

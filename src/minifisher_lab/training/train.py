@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from minifisher_lab.training.runs import Run
     from minifisher_lab.training.samples import Samples, Splits
 
+MOST_WARM_START_BATCHES = 572
+"""Of the pass that begins a published run: an epoch of SVHN in batches of 128, the longest of the papers."""
 FIRST_RATE = 0.01
 """The learning rate of a warm-up's first step, as a share of the full one: a step of 0 would be wasted."""
 
@@ -152,7 +154,8 @@ class Trainer:
         if self._warm_labels is None:
             return
         assert isinstance(self.optimizer, minifisher.CurvatureOptimizer)
-        batch = (map(processes.share, pair) for pair in islice(self._first_pass, self.steps_per_epoch))
+        count = min(self.steps_per_epoch, MOST_WARM_START_BATCHES)
+        batch = (map(processes.share, pair) for pair in islice(self._first_pass, count))
         wanted = ((inputs, self.problem.wanted(inputs, targets)) for inputs, targets in batch)
         self.optimizer.warm_start(
             self.replica,

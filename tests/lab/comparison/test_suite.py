@@ -191,6 +191,25 @@ def test_the_time_of_a_run_is_measured() -> None:
     assert cost.training > 0 < cost.point
 
 
+def test_the_time_of_a_run_has_its_start_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("small", ["cnn-digits"], ["adamw"], trials=8, seeds=1, epochs=1000)
+    _costs(monkeypatch, adamw=fit.Cost(training=100, point=1, start=50))
+    # 9 runs of 25 points
+    whole = 9 * (100 + 25 + 50)
+    assert fit.fitted(replace(plan, hours=whole / 3600 + 1e-6), CPU).epochs == plan.epochs
+    reduced = fit.fitted(replace(plan, hours=whole / 4 / 3600), CPU)
+    kept = (whole / 4 - 5 * (50 + 12)) / (5 * 100)
+    assert (reduced.trials, reduced.points) == (4, 12)
+    assert reduced.epochs["cnn-digits"] == pytest.approx(1000 * kept, rel=0.01)
+
+
+def test_the_start_of_a_published_run_is_measured() -> None:
+    plan = make_plan("small", ["autoencoder-digits"], ["mbf-published"], epochs=10)
+    (entrant,) = plan.entrants
+    splits = batches.load(PROBLEMS["autoencoder-digits"], CPU)
+    assert fit.cost_of_run(plan, "autoencoder-digits", entrant, splits).start > 0.01
+
+
 def test_an_optimizer_that_cannot_run_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan("small", ["cnn-digits"], ["adamw", "kfac"], trials=1, seeds=1, epochs=10, hours=1)
     _costs(monkeypatch, adamw=fit.Cost(1000, 0))

@@ -9,6 +9,7 @@ from torch import nn
 import minifisher
 from minifisher_lab.comparison.suite import make_plan
 from minifisher_lab.problems import PROBLEMS
+from minifisher_lab.training import train as training
 from minifisher_lab.training.batches import load
 from minifisher_lab.training.optimizers import choose
 from minifisher_lab.training.published import PUBLISHED, AdamOfTheMean
@@ -75,6 +76,16 @@ def test_a_published_run_begins_with_a_pass_through_the_data() -> None:
     assert min(observed["mbf-published"] + observed["kfac-published"]) > len(splits.train)
     assert not observed["kfac"]
     assert not observed["adam-published"]
+
+
+def test_that_pass_ends_where_the_longest_of_the_papers_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MOST_WARM_START_BATCHES", 2)
+    splits = load(DIGITS, torch.device("cpu"))
+    trainer = Trainer(DIGITS, splits, choose("mbf-published"), 1e-9, seed=0)
+    batches = []
+    trainer.model.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    trainer.warm_start()
+    assert batches == [DIGITS.batch_size] * 2
 
 
 def test_training_starts_with_that_pass_which_is_not_a_step() -> None:
