@@ -249,20 +249,25 @@ def _solve_by_ldl(triangles: Tensor, levels: Tensor, vectors: Tensor) -> Tensor:
     Triangles are [..., entries, blocks], levels [..., blocks] or [], vectors [..., width, blocks]. A pivot
     that rounding made smaller than `smallest_relative_pivot` times its diagonal entry is raised to that.
     """
-    width = vectors.shape[-2]
-    rest = triangles[..., _entry_indices(width, triangles.device), :].clone()  # [..., width, width, blocks]
-    rest.diagonal(dim1=-3, dim2=-2).add_(levels.unsqueeze(-1) if levels.ndim else levels)
-    least = rest.diagonal(dim1=-3, dim2=-2).mul(smallest_relative_pivot(rest.dtype)).clamp_min(LEAST_SCALE)
-    solved, columns, pivots = vectors.clone(), [], []
+    # All blocks lie in the last dimension: every operation then runs along contiguous numbers.
+    moved = vectors.movedim(-2, 0)  # [width, ..., blocks]
+    width = len(moved)
+    solved = moved.reshape(width, -1).clone()
+    entries = triangles.movedim(-2, 0).reshape(triangles.shape[-2], -1)
+    rest = entries[_entry_indices(width, triangles.device)]  # [width, width, all blocks]
+    diagonal = rest.diagonal().mT  # [width, all blocks]
+    diagonal += levels.flatten()
+    least = diagonal.mul(smallest_relative_pivot(rest.dtype)).clamp_min(LEAST_SCALE)
+    columns, pivots = [], []
     for k in range(width):
-        pivot = torch.maximum(rest[..., k, k, :], least[..., k])
-        below = rest[..., k + 1 :, k, :]
-        column = below / pivot.unsqueeze(-2)
-        solved[..., k + 1 :, :] -= column * solved[..., k : k + 1, :]
-        rest[..., k + 1 :, k + 1 :, :] -= column.unsqueeze(-2) * below.unsqueeze(-3)
+        pivot = torch.maximum(rest[k, k], least[k])
+        below = rest[k + 1 :, k]
+        column = below / pivot
+        solved[k + 1 :].addcmul_(column, solved[k : k + 1], value=-1)
+        rest[k + 1 :, k + 1 :].addcmul_(column[:, None], below[None], value=-1)
         columns.append(column)
         pivots.append(pivot)
-    solved /= torch.stack(pivots, dim=-2)
+    solved /= torch.stack(pivots)
     for k in range(width - 2, -1, -1):
-        solved[..., k, :] -= (columns[k] * solved[..., k + 1 :, :]).sum(-2)
-    return solved
+        solved[k] -= (columns[k] * solved[k + 1 :]).sum(0)
+    return solved.view(moved.shape).movedim(0, -2)
