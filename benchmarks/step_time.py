@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import minifisher
+from minifisher.kernels import choose
 from minifisher_lab.problems.autoencoders import LARGE, SMALL, autoencoder
 from minifisher_lab.problems.cnns import five_layer, resnet, vgg
 
 RATE = 1e-6  # so small that all networks stay at the start, where they cost the same
+WITHOUT_NUMBA = "-without-numba"  # behind an optimizer's name: torch computes what numba would
 STEPS = 4  # in a turn, or the least common period of statistics and inverses if that is longer
 
 
@@ -86,19 +89,41 @@ def optimizer_alone(network: nn.Module, optimizer: torch.optim.Optimizer, *_: ob
     return optimizer.step
 
 
-def measure(name: str, optimizers: list[str], turns: int, clock: str, whole: bool) -> dict[str, Any]:
+@contextmanager
+def numba_for(optimizer: str) -> Iterator[None]:
+    """Without numba if the optimizer's name says so."""
+    installed = choose.NUMBA_INSTALLED
+    choose.NUMBA_INSTALLED = installed and not optimizer.endswith(WITHOUT_NUMBA)
+    try:
+        yield
+    finally:
+        choose.NUMBA_INSTALLED = installed
+
+
+def prepare(optimizer: str, start: nn.Module, make: Any, inputs: Tensor, classifies: bool) -> Any:
+    """A step of a copy of the network, after some steps that allocate and compile."""
+    network = copy.deepcopy(start)
+
+    def step() -> None:
+        with numba_for(optimizer):
+            steps()
+
+    with numba_for(optimizer):
+        built = OPTIMIZERS[optimizer.removesuffix(WITHOUT_NUMBA)](network)
+    steps = make(network, built, inputs, classifies)
+    for _ in range(2 * (10 if "empirical" in optimizer else STEPS)):
+        step()
+    return step
+
+
+def measure(
+    name: str, optimizers: list[str], turns: int, clock: str, whole: bool, batch: int | None
+) -> dict[str, Any]:
     build, shape, classifies = NETWORKS[name]
     torch.manual_seed(0)
-    start, inputs = build(), torch.rand(shape)
-    rivals = {}
-    for optimizer in optimizers:
-        network = copy.deepcopy(start)
-        make = training if whole else optimizer_alone
-        step = make(network, OPTIMIZERS[optimizer](network), inputs, classifies)
-        period = 10 if "empirical" in optimizer else STEPS
-        for _ in range(2 * period):
-            step()
-        rivals[optimizer] = step
+    start, inputs = build(), torch.rand((batch or shape[0], *shape[1:]) if shape else ())
+    make = training if whole else optimizer_alone
+    rivals = {optimizer: prepare(optimizer, start, make, inputs, classifies) for optimizer in optimizers}
     steps = 20 if any("empirical" in optimizer for optimizer in optimizers) else STEPS
     repeated = {name: partial(_repeat, step, steps) for name, step in rivals.items()}
     return compare(alternate(repeated, turns, clock), "adamw", steps)
@@ -112,8 +137,13 @@ def _repeat(step: Callable[[], object], times: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=["autoencoder", "five-layer"], metavar="NETWORK")
-    parser.add_argument("--optimizers", default="mbf", help=f"of {', '.join(OPTIMIZERS)}, with commas")
+    parser.add_argument(
+        "--optimizers",
+        default="mbf",
+        help=f"of {', '.join(OPTIMIZERS)}, with commas; {WITHOUT_NUMBA} may follow a name",
+    )
     parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--batch", type=int, help="samples; default: the network's own number")
     parser.add_argument("--alone", action="store_true", help="the optimizer's step without the network")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -122,12 +152,8 @@ def main() -> None:
         parser.error("gpt2 is its weights without a batch: add --alone")
     torch.set_num_threads(arguments.threads)
     optimizers = ["adamw", *arguments.optimizers.split(",")]
-    report(
-        {
-            name: measure(name, optimizers, arguments.turns, arguments.clock, not arguments.alone)
-            for name in arguments.networks
-        }
-    )
+    chosen = arguments.turns, arguments.clock, not arguments.alone, arguments.batch
+    report({name: measure(name, optimizers, *chosen) for name in arguments.networks})
 
 
 if __name__ == "__main__":
