@@ -1,27 +1,29 @@
-"""The most memory that a step takes beside weights, gradients and state, as a share of the weights' bytes.
+"""The most memory that a step needs beside weights, gradients and state, as a share of the weights' bytes.
 
-Linux with glibc only: the kernel keeps the highest resident memory of a process since the last reset.
+Counted is what torch allocates on the CPU, each allocation and each release, as its profiler records them.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-from pathlib import Path
+import itertools
 from typing import Any
 
 import torch
 from alternate import report
 from step_time import NETWORKS, OPTIMIZERS, optimizer_alone
+from torch.profiler import ProfilerActivity, profile
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STEPS = 12  # three periods of the default's statistics and inverses
 
 
-def resident(name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return 1024 * int(line.split()[1])
+def peak(step: Any) -> int:
+    """Bytes that are in use at most during a step, beyond what was in use before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    changes = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def peaks(name: str, optimizer: str) -> dict[str, Any]:
@@ -31,15 +33,9 @@ def peaks(name: str, optimizer: str) -> dict[str, Any]:
     step = optimizer_alone(network, OPTIMIZERS[optimizer](network))
     for _ in range(STEPS):
         step()
-    weights = sum(p.nbytes for p in network.parameters())
-    shares = []
-    for _ in range(STEPS):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory stays resident and hides the peak
-        RESET.write_text("5")
-        before = resident("VmRSS")
-        step()
-        shares.append((resident("VmHWM") - before) / weights)
-    return {"median": round(sorted(shares)[STEPS // 2], 4), "largest": round(max(shares), 4)}
+    weights = sum(weight.nbytes for weight in network.parameters())
+    shares = sorted(peak(step) / weights for _ in range(STEPS))
+    return {"median": round(shares[STEPS // 2], 4), "largest": round(shares[-1], 4)}
 
 
 def main() -> None:

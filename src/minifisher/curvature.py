@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     State = dict[str, Tensor]
 
+LARGEST_COPY = 4_194_304
+"""Entries. A layer with more of them is read and stepped in parts: no copy of it takes more than 16 MiB."""
+
 
 class Curvature(ABC):
     """A structured approximation of the curvature of one layer.
@@ -118,6 +121,11 @@ class FusedDirection(Curvature):
 
     Its statistics are observed apart, on their schedule.
     """
+
+    @property
+    @abstractmethod
+    def rows_of_block(self) -> int:
+        """How many neighbouring rows of the weight share a block: between them the weight is not cut."""
 
     @abstractmethod
     def fused_direction(

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 
-from minifisher.curvature import FusedDirection, Measures, Plan
+from minifisher.curvature import LARGEST_COPY, FusedDirection, Measures, Plan
 from minifisher.kernels.choose import suits_numba
 from minifisher.kernels.scratch import scratch_like
 from minifisher.linalg.blocks import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # Defaults; docs/methods.md has the measurements.
 _WIDTH = 64  # entries of a block, at most
 _STATISTICS_EVERY = 4  # as for one-sided blocks
+_LARGEST_BATCH = 262_144  # entries of blocks that are inverted together: it takes a few copies of them
 # A block is at most this many times as wide as the other side of the weight is long. The two averages and
 # their inverses then take at most 16 times the memory of the weight.
 _WIDTH_PER_ENTRY = 4
@@ -138,8 +140,8 @@ class TwoSidedBlocks(FusedDirection):
         """A_c and G_r <- decay times themselves + (1 - decay) times those of the new statistics."""
         if isinstance(statistics, BatchGradient):
             matrix = self._matrix(statistics.gradient)
-            average_outer_products(state["input_fisher"], self.inputs.cut(matrix), True, decay)
-            average_outer_products(state["output_fisher"], self.outputs.cut(matrix.mT), True, decay)
+            _average(state["input_fisher"], self.inputs, matrix, decay)
+            _average(state["output_fisher"], self.outputs, matrix.mT, decay)
             if "mean" in state:
                 state["mean"].lerp_(_mean_square(matrix).to(self.dtype), 1 - decay)
             return
@@ -188,10 +190,13 @@ class TwoSidedBlocks(FusedDirection):
     def _invert(self, state: State, side: str, blocks: Tensor, mean: Tensor, damping: float | Tensor) -> None:
         reading, power = (self.inputs, self.power) if side == "input" else (self.outputs, self.output_power)
         relative_to = mean if self.relative_damping else None
-        levels = damping_levels(blocks, reading, damping, relative_to, self.dtype)
+        levels = damping_levels(blocks, reading, damping, relative_to, self.dtype).expand(blocks.shape[:-1])
         inverse = state[f"{side}_inverse"]
-        start = inverse.to(blocks.dtype) if self.inverse == "newton-schulz" else None
-        inverse.copy_(damped_inverse_power(blocks, levels, power, avoid_sync=self.avoid_sync, start=start))
+        several = max(1, _LARGEST_BATCH // reading.width**2)  # matrices that are inverted together
+        parts = (torch.split(tensor, several, dim=-3) for tensor in (inverse, blocks))
+        for of_state, some, level in zip(*parts, torch.split(levels, several, dim=-2), strict=True):
+            start = of_state.to(blocks.dtype) if self.inverse == "newton-schulz" else None
+            of_state.copy_(damped_inverse_power(some, level, power, avoid_sync=self.avoid_sync, start=start))
 
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
         """((G_r + lambda_r I) / (f + l))^(-p) M_rc (A_c + lambda_c I)^(-q) for every tile."""
@@ -200,6 +205,11 @@ class TwoSidedBlocks(FusedDirection):
         product = multiply_rows(rows, right, out=scratch_like(rows)).flatten(-2)
         product = multiply_columns(product[..., : self.inputs.length], left)
         return product.reshape(direction.shape).to(direction.dtype)
+
+    @property
+    def rows_of_block(self) -> int:
+        """b_out."""
+        return self.outputs.width
 
     def fused_direction(
         self, state: State, gradient: Tensor, first_order: FirstOrderStep
@@ -229,6 +239,21 @@ class TwoSidedBlocks(FusedDirection):
         """[..., *shape] as [..., out, in], in the dtype to compute in."""
         leading = weight.shape[: weight.ndim - len(self.shape)]
         return weight.reshape(*leading, self.outputs.length, self.inputs.length).to(working_dtype(self.dtype))
+
+
+def _average(fisher: Tensor, reading: BlockReading, rows: Tensor, decay: float | Tensor) -> None:
+    """F_b <- decay F_b + (1 - decay) mean of x x^T over the rows x, in place.
+
+    An uneven last block of a large weight is read apart: padding would copy the weight.
+    """
+    whole = reading.length // reading.width
+    if rows.ndim > 2 or rows.numel() <= LARGEST_COPY or whole == reading.blocks:
+        average_outer_products(fisher, reading.cut(rows), True, decay)
+        return
+    even, last = rows.tensor_split([whole * reading.width], dim=-1)
+    average_outer_products(fisher[:, :whole], torch.unflatten(even, -1, (whole, reading.width)), True, decay)
+    padded = F.pad(last, (0, reading.padding)).unsqueeze(-2)
+    average_outer_products(fisher[:, whole:], padded, True, decay)
 
 
 def _mean_square(matrix: Tensor) -> Tensor:

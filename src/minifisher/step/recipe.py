@@ -21,10 +21,11 @@ import torch
 from minifisher.curvature import FusedCurvature, FusedDirection
 from minifisher.step.adaptive_damping import predicted_change
 from minifisher.step.first_order import look_ahead
+from minifisher.step.rows import by_rows, is_large
 from minifisher.step.update import Update, clip_divergence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from torch import Tensor
@@ -103,15 +104,16 @@ def take_step(
     taken = StepTaken(ranks.zero)
     alone = ranks.one_by_one and not kl_clip
     for together in [[stack] for stack in stacks] if alone else [stacks]:
-        updates = compute_updates(together, samples, ranks)
+        updates = compute_updates(together, samples, ranks, in_parts=alone)
         if updates is None:
             return None
-        if kl_clip and updates:
+        if kl_clip and (updates := list(updates)):
             clip_divergence(updates, kl_clip)
         for update in updates:
             if predicts:
                 taken.changes.append((predicted_change(update), update.stack.placement.groups))
             update.apply()
+            del update.direction  # its memory is free before the next one is made
             update.stack.keep_counts()
             taken.fallbacks += update.fallbacks
             taken.frozen += update.frozen
@@ -119,8 +121,13 @@ def take_step(
     return taken
 
 
-def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks) -> list[Update] | None:
-    """The update of every stack; None, and nothing changed, where a gradient of any rank is not finite."""
+def compute_updates(
+    stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks, in_parts: bool = False
+) -> list[Update] | Iterator[Update] | None:
+    """The update of every stack; None, and nothing changed, where a gradient of any rank is not finite.
+
+    With `in_parts` the single stack may be so large that its updates have to be taken one after another.
+    """
     # D; zero where it is not finite: the ranks then agree not to step.
     gradients = [stack.gradient() if ranks.finite else torch.zeros_like(stack.gradient()) for stack in stacks]
     decays = [
@@ -145,6 +152,8 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
         if ranks.zero or stack.missed or not stack.observations:
             stack.keep_missed(ranks.zero, decay is not None)
     # M <- mu M + D, |s|, P N
+    if in_parts and is_large(stacks[0]):
+        return updates_by_rows(*stacks)
     updates = [
         update or compute_direction(stack, gradient)
         for update, stack, gradient in zip(fused, stacks, gradients, strict=True)
@@ -155,6 +164,25 @@ def compute_updates(stacks: Sequence[LayerStack], samples: Samples, ranks: Ranks
     for update in updates:
         update.set_length()
     return updates
+
+
+def updates_by_rows(stack: LayerStack) -> Iterator[Update]:
+    """The updates of some rows after another; each is applied before the next one is made.
+
+    A direction of all rows at once would need as much memory as the weight. Rows have lengths of their own.
+    """
+    counted = False, False
+    for part in by_rows(stack):
+        update = compute_direction(part, part.gradient())
+        update.set_length()
+        falls = bool(update.fallbacks), bool(update.frozen)
+        update.fallbacks, update.frozen = (
+            int(now and not before) for now, before in zip(falls, counted, strict=True)
+        )  # the layer counts once
+        counted = falls[0] or counted[0], falls[1] or counted[1]
+        yield update
+    stack.step += 1
+    stack.keep_counts()
 
 
 def compute_direction(stack: LayerStack, gradient: Tensor) -> Update:
