@@ -1,6 +1,7 @@
 """The most memory that a step needs beside weights, gradients and state, as a share of the weights' bytes.
 
 Counted is what torch allocates on the CPU, each allocation and each release, as its profiler records them.
+One thread: the profiler misses what another one releases.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=["gpt2"], metavar="NETWORK")
     parser.add_argument("--optimizers", default="adamw,mbf")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     optimizers = arguments.optimizers.split(",")
     report({name: {o: peaks(name, o) for o in optimizers} for name in arguments.networks})
 
