@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -95,6 +96,46 @@ def interval(spread: Spread, count: int) -> float:
     if count < 2:
         return math.nan
     return float(stats.t.ppf(0.975, count - 1)) * spread.deviation / math.sqrt(count)
+
+
+def equal_time(found: Sequence[Result]) -> float:
+    """The seconds at which the optimizers of a problem are compared: the median of their mean times."""
+    times = [result.row.seconds for result in found if result.row.counted]
+    return statistics.median(times) if times else math.nan
+
+
+def loss_within(result: Result, seconds: float) -> Spread:
+    """The best training loss that was logged within so many seconds of training."""
+    logged = ([p.train_loss for p in run.points if p.seconds <= seconds] for run in result.row.counted)
+    return Spread.of(min(losses) for losses in logged)
+
+
+def standings(findings: Findings) -> dict[str, tuple[int, int]]:
+    """On how many problems an optimizer is first or level with the first: in equal epochs, in equal time.
+
+    It is level if the 95 % intervals of the two means meet.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for problem in findings.plan.epochs:
+        found = [result for result in findings.of(problem) if result.row.counted]
+        seconds = equal_time(found)
+        by_epochs = _level([(result, result.row.best_loss) for result in found])
+        by_time = _level([(result, loss_within(result, seconds)) for result in found])
+        for result in found:
+            name = result.entrant.name
+            epochs, time = counts.get(name, (0, 0))
+            counts[name] = epochs + (name in by_epochs), time + (name in by_time)
+    return counts
+
+
+def _level(losses: Sequence[tuple[Result, Spread]]) -> set[str]:
+    def half(result: Result, spread: Spread) -> float:
+        width = interval(spread, len(result.row.counted))
+        return 0.0 if math.isnan(width) else width
+
+    ends = [(result.entrant.name, spread.mean, half(result, spread)) for result, spread in losses]
+    best = min(((mean, width) for _, mean, width in ends), default=(math.nan, math.nan))
+    return {name for name, mean, width in ends if mean - width <= sum(best)}
 
 
 def time_to_target(result: Result, reference: Result, axis: Axis) -> float:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from minifisher_lab.comparison import results
-from minifisher_lab.comparison.results import interval, reference_of, time_to_target
+from minifisher_lab.comparison.results import (
+    equal_time,
+    interval,
+    loss_within,
+    reference_of,
+    standings,
+    time_to_target,
+)
 from minifisher_lab.comparison.summary import REFERENCE, Spread
 from minifisher_lab.presentation import suite_plots
 from minifisher_lab.presentation.report import number
@@ -25,7 +32,8 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "Numbers are means over seeds with the 95 % interval of the mean (Student's t). Best loss: the lowest "
-    "loss on a fixed slice of up to 2,000 training samples; settings were chosen by it. Test loss and "
+    "loss on a fixed slice of up to 2,000 training samples; settings were chosen by it. After so many "
+    "seconds: the same within equal training time, the median over optimizers. Test loss and "
     "accuracy: whole test set, end of the run; with a validation set, at the best accuracy on that. To "
     "target: until a run reaches the best training loss of "
     "{reference} on the same seed; a dash if one seed never does. Seconds count training alone. Bands in "
@@ -36,6 +44,11 @@ LEGEND = (
 PROFILE = (
     "Performance profiles (Dolan, Moré 2002): the height of a line at x is the share of problems on which "
     "the optimizer reaches {reference}'s best training loss within x times the time of the fastest optimizer."
+)
+STANDINGS = (
+    "On how many of the {count} problems an optimizer has the lowest mean training loss, or one whose 95 % "
+    "interval meets that of the lowest. Equal time is, on each problem, the median over optimizers of the "
+    "training time of a run: slower ones are then read before their end."
 )
 SETTINGS = (
     "Every tuned optimizer had {trials} trials on each problem. Two thirds of them cover the declared "
@@ -111,6 +124,8 @@ def content(study: StudyFile) -> dict[str, Any]:
         "warnings": list(_warnings(findings)),
         "profiles": _profiles(findings),
         "profile_text": PROFILE.format(reference=REFERENCE),
+        "standings": _standings(findings),
+        "standings_text": STANDINGS.format(count=len(plan.epochs)),
         "problems": [_problem(findings, name) for name in plan.epochs],
         "legend": LEGEND.format(reference=REFERENCE),
         "settings_text": SETTINGS.format(trials=plan.trials),
@@ -151,6 +166,12 @@ def _profiles(findings: Findings) -> dict[str, str]:
     return {title: suite_plots.profile_plot(some, names, problems) for title, some in ratios.items() if some}
 
 
+def _standings(findings: Findings) -> Table:
+    found = sorted(standings(findings).items(), key=lambda pair: (-pair[1][1], -pair[1][0]))
+    head = ["optimizer", "first or level in equal epochs", "first or level in equal time"]
+    return Table(head, [[name, str(epochs), str(time)] for name, (epochs, time) in found])
+
+
 # ---- one problem ----
 
 
@@ -174,15 +195,18 @@ def _problem(findings: Findings, name: str) -> dict[str, Any]:
 
 def _table(found: Sequence[Result]) -> Table:
     accurate = any(run.test_accuracy is not None for result in found for run in result.row.counted)
-    head = ["optimizer", "best loss", "test loss", *(["accuracy, %"] if accurate else [])]
+    seconds = equal_time(found)
+    head = ["optimizer", "best loss", f"after {_time(seconds)} s", "test loss"]
+    head += ["accuracy, %"] if accurate else []
     head += ["to target, s", "to target, epochs", "ms a step", "state, B per parameter", "setting", "remarks"]
-    return Table(head, [_row(result, reference_of(found), accurate) for result in found], notes=True)
+    return Table(head, [_row(result, reference_of(found), seconds, accurate) for result in found], notes=True)
 
 
-def _row(result: Result, reference: Result | None, accurate: bool) -> list[str]:
+def _row(result: Result, reference: Result | None, seconds: float, accurate: bool) -> list[str]:
     row, count = result.row, len(result.row.counted)
     test = Spread.of(run.test_loss for run in row.counted if run.test_loss is not None)
-    cells = [result.entrant.name, with_interval(row.best_loss, count), with_interval(test, count)]
+    losses = row.best_loss, loss_within(result, seconds), test
+    cells = [result.entrant.name, *(with_interval(loss, count) for loss in losses)]
     if accurate:
         cells.append(with_interval(row.accuracy, count))
     axes: tuple[Axis, ...] = ("seconds", "epoch")

@@ -122,6 +122,27 @@ def test_time_to_target_is_the_time_to_the_references_best_loss(study: StudyFile
     assert [result.entrant.name for result in found.of("cnn-digits")][-1] == "sgd"  # its runs failed
 
 
+def test_losses_are_compared_at_equal_time(study: StudyFile) -> None:
+    found = results.read(study).of("cnn-digits")
+    by_name = {result.entrant.name: result for result in found}
+    assert results.equal_time(found) == pytest.approx(0.9)
+    # Five steps and a tenth of a second lie between two points.
+    assert results.loss_within(by_name["adamw"], 0.55).mean == pytest.approx(2 * math.exp(-25 / 10))
+    assert results.loss_within(by_name["adamw"], 0.9).mean == by_name["adamw"].row.best_loss.mean
+
+
+def test_standings_count_the_problems_on_which_an_optimizer_is_level_with_the_first(
+    study: StudyFile, page: str
+) -> None:
+    found = results.read(study)
+    assert results.standings(found) == {"adamw": (2, 2), "mbf": (0, 0), "mbf-default": (0, 0), "sgd": (0, 0)}
+    assert "first or level in equal time" in page
+    first, second, third, _ = found.of("cnn-digits")
+    # Three seeds: an interval of 2.48 deviations to either side.
+    losses = [(first, Spread(1.0, 0.1)), (second, Spread(1.2, 0.05)), (third, Spread(1.4, 0.05))]
+    assert results._level(losses) == {first.entrant.name, second.entrant.name}
+
+
 def test_the_interval_is_students() -> None:
     assert interval(Spread(1.0, 0.5), 3) == pytest.approx(4.302653 * 0.5 / math.sqrt(3))
     assert suite_report.with_interval(Spread(12.3456, 0.1), 3) == "12.35 ± 0.25"
