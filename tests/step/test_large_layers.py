@@ -105,6 +105,19 @@ def test_rows_without_a_finite_direction_take_the_first_order_step_and_the_layer
     assert bool((moved > 0).all())
 
 
+def test_averages_that_are_not_finite_begin_anew(in_parts: list[int]) -> None:
+    network, optimizer = _trained(statistics_every=1000, inverse_every=1000)
+    state = optimizer.state[network[0].weight]
+    state["output_fisher"][:, 3] = torch.inf
+    state["output_inverse"][:, 3] = torch.nan
+    network(torch.randn(32, 40)).square().mean().backward()
+    with pytest.warns(RuntimeWarning):
+        optimizer.step()
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values() if torch.is_tensor(tensor))
+    assert state["observations"] == 0
+    assert state["step"] == 10
+
+
 def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(in_parts: list[int]) -> None:
     network, optimizer = _trained()
     network(torch.randn(32, 40)).square().mean().backward()

@@ -1,4 +1,4 @@
-"""Some rows of a large layer at a time: a direction of all of them would take as much memory as the weight."""
+"""Some rows of a large layer at a time: the direction of all would take as much memory as the weight."""
 
 from __future__ import annotations
 
