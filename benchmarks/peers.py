@@ -65,6 +65,14 @@ class Closed:
         self.optimizer.step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """The peer's checkpoint."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state_dict()`."""
+        self.optimizer.load_state_dict(state)
+
 
 def peer(name: str, compile_mode: str | None) -> Choice:
     module, kind, options, rates = PEERS[name]
@@ -75,7 +83,7 @@ def peer(name: str, compile_mode: str | None) -> Choice:
     def build(model: nn.Module, lr: float) -> Any:
         return Closed(make(list(model.parameters()), lr=lr, **options))
 
-    return Choice(name, f"{kind} of {module}", build, rates[0], rates)
+    return Choice(name, f"{kind} of {module}", build, rates[0], rates, make)
 
 
 class Progress:
