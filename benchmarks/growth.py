@@ -13,12 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from alternate import report
+from alternate import alternate, compare, report
 from matplotlib.figure import Figure
+from step_time import repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,10 +81,10 @@ def training(name: str, layers: int, width: int, batch: int) -> Callable[[], obj
     return lambda: optimizer.step(closure)
 
 
-def seconds(step: Callable[[], object], steps: int = LONGEST_PERIOD) -> float:
-    """The mean time of a step; of fewer steps where they take too long."""
+def seconds(step: Callable[[], object]) -> float:
+    """The mean time of the steps of a period; of fewer where they take too long."""
     spent, began = [], time.perf_counter()
-    while len(spent) < steps and time.perf_counter() - began < steps * TOO_LONG:
+    while len(spent) < LONGEST_PERIOD and time.perf_counter() - began < LONGEST_PERIOD * TOO_LONG:
         started = time.perf_counter()
         step()
         spent.append(time.perf_counter() - started)
@@ -92,11 +94,11 @@ def seconds(step: Callable[[], object], steps: int = LONGEST_PERIOD) -> float:
 def ratio(name: str, size: tuple[int, int, int]) -> tuple[float | None, float]:
     """The median ratio to AdamW, None where a step takes too long; and AdamW's least milliseconds."""
     base, own = training("adamw", *size), training(name, *size)
-    seconds(base, 2)
     if seconds(own) > TOO_LONG:  # a whole period, in which memory is allocated and kernels are compiled
         return None, 0.0
-    pairs = [(seconds(own), seconds(base)) for _ in range(TURNS)]
-    return statistics.median(a / b for a, b in pairs), 1000 * min(b for _, b in pairs)
+    rivals = {"adamw": partial(repeat, base, LONGEST_PERIOD), name: partial(repeat, own, LONGEST_PERIOD)}
+    table = compare(alternate(rivals, TURNS), "adamw", LONGEST_PERIOD)
+    return table[name]["ratio"], table["adamw"]["least_ms"]
 
 
 def time_curves(methods: Sequence[str]) -> dict[str, Any]:

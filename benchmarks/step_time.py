@@ -125,11 +125,11 @@ def measure(
     make = training if whole else optimizer_alone
     rivals = {optimizer: prepare(optimizer, start, make, inputs, classifies) for optimizer in optimizers}
     steps = 20 if any("empirical" in optimizer for optimizer in optimizers) else STEPS
-    repeated = {name: partial(_repeat, step, steps) for name, step in rivals.items()}
+    repeated = {name: partial(repeat, step, steps) for name, step in rivals.items()}
     return compare(alternate(repeated, turns, clock), "adamw", steps)
 
 
-def _repeat(step: Callable[[], object], times: int) -> None:
+def repeat(step: Callable[[], object], times: int) -> None:
     for _ in range(times):
         step()
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from benchmarks.allocations import peak
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import minifisher
 from minifisher.methods import mbf_two_sided
 from minifisher.step import rows as rows_of_stack
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SMALL = 40 * 56 * 4  # entries: with 40 inputs, two blocks of 56 outputs at a time
 
@@ -133,15 +129,6 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(in_parts: list[int])
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-def _peak(step: Callable[[], object]) -> int:
-    """Bytes that torch has allocated at most during a step, beyond those before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
-
-
 def test_the_step_of_a_large_layer_needs_a_part_of_its_memory(request: Any) -> None:
     def share() -> float:
         weight = nn.Parameter(torch.randn(2_001, 1_024))
@@ -149,7 +136,7 @@ def test_the_step_of_a_large_layer_needs_a_part_of_its_memory(request: Any) -> N
         optimizer = minifisher.MBF([weight], statistics_every=1, inverse_every=1)
         for _ in range(2):
             optimizer.step()
-        return _peak(optimizer.step) / weight.nbytes
+        return peak(optimizer.step) / weight.nbytes
 
     assert share() > 1  # the direction
     request.getfixturevalue("in_parts")

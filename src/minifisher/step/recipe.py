@@ -171,15 +171,14 @@ def updates_by_rows(stack: LayerStack) -> Iterator[Update]:
 
     A direction of all rows at once would need as much memory as the weight. Rows have lengths of their own.
     """
-    counted = False, False
+    fallbacks = frozen = 0
     for part in by_rows(stack):
         update = compute_direction(part, part.gradient())
         update.set_length()
-        falls = bool(update.fallbacks), bool(update.frozen)
-        update.fallbacks, update.frozen = (
-            int(now and not before) for now, before in zip(falls, counted, strict=True)
-        )  # the layer counts once
-        counted = falls[0] or counted[0], falls[1] or counted[1]
+        # The layer counts once, however many of its parts are concerned.
+        update.fallbacks = min(update.fallbacks, 1 - fallbacks)
+        update.frozen = min(update.frozen, 1 - frozen)
+        fallbacks, frozen = fallbacks + update.fallbacks, frozen + update.frozen
         yield update
     stack.step += 1
     stack.keep_counts()
