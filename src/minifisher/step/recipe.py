@@ -167,7 +167,7 @@ def compute_updates(
 
 
 def updates_by_rows(stack: LayerStack) -> Iterator[Update]:
-    """The updates of some rows after another; each is applied before the next one is made.
+    """The updates of a large layer, a few rows at a time: each is applied before the next one is made.
 
     A direction of all rows at once would need as much memory as the weight. Rows have lengths of their own.
     """

@@ -46,9 +46,9 @@ PROFILE = (
     "the optimizer reaches {reference}'s best training loss within x times the time of the fastest optimizer."
 )
 STANDINGS = (
-    "On how many of the {count} problems an optimizer has the lowest mean training loss, or one whose 95 % "
-    "interval meets that of the lowest. Equal time is, on each problem, the median over optimizers of the "
-    "training time of a run: slower ones are then read before their end."
+    "The table says on how many of the {count} problems an optimizer has the lowest mean training loss, or a "
+    "loss whose 95 % interval meets that of the lowest. Equal time is the median over optimizers of the "
+    "training time of a run, on each problem. The loss of a slower optimizer is that before its run ends."
 )
 SETTINGS = (
     "Every tuned optimizer had {trials} trials on each problem. Two thirds of them cover the declared "
