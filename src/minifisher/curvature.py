@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -138,14 +138,30 @@ class FusedDirection(Curvature):
 
 
 class Measures(NamedTuple):
-    """What the rule of length reads of a step x: one number for each length."""
+    """What the rule of length reads of a step x: one number for each length.
+
+    Where the rule is that of equal norms there is only the first. The last two are those of a first-order
+    step that has a second moment V.
+    """
 
     norm: Tensor  # |x|
-    slope: Tensor | None = None  # <M, x>; None where the rule is that of equal norms
+    slope: Tensor | None = None  # <M, x>
+    newest: Tensor | None = None  # |D|^2
+    usual: Tensor | None = None  # its average over all steps so far: the sum of V / (1 - beta^t)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Measures:
         """The function of each tensor."""
-        return Measures(function(self.norm), None if self.slope is None else function(self.slope))
+        norm, *others = self
+        return Measures(function(norm), *(None if number is None else function(number) for number in others))
+
+    def corrected(self, scale: Any, sum_of_weights: Any) -> Measures:
+        """Of a step that is `scale` times as long, and of V / `sum_of_weights` instead of V; in place."""
+        return Measures(
+            self.norm.mul_(scale),
+            None if self.slope is None else self.slope.mul_(scale),
+            self.newest,
+            None if self.usual is None else self.usual.div_(sum_of_weights),
+        )
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,8 @@ class FirstOrderStep:
     epsilon: float = 0.0
     scale: float = 1.0
     """The factor of the step's length: its bias corrections."""
+    sum_of_weights: float = 1.0
+    """1 - beta^t, by which V is divided."""
     lengths: int = 1
     """How many lengths a layer has: one, or one for each row."""
     with_slopes: bool = False

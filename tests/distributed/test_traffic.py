@@ -310,10 +310,10 @@ def test_lengths_borrowed_row_by_row_need_nothing(found: dict[str, Any]) -> None
     assert found["cut, own rows, raw, descent by row"] == [[vote], [vote]]
 
 
-def test_slopes_are_summed_in_the_call_that_sums_norms(found: dict[str, Any]) -> None:
+def test_slopes_and_squares_are_summed_in_the_call_that_sums_norms(found: dict[str, Any]) -> None:
     matrices_and_means = ("all_reduce", fisher_numbers(training.Network()) + WEIGHTS + VOTE)
-    norms_and_slopes = [("all_reduce", 4 * WEIGHTS + vote) for vote in (0, VOTE)]
-    assert found["cut, shared, descent"] == [[matrices_and_means, norms_and_slopes[0]], [norms_and_slopes[1]]]
+    first, later = [("all_reduce", 6 * WEIGHTS + vote) for vote in (0, VOTE)]
+    assert found["cut, shared, descent"] == [[matrices_and_means, first], [later]]
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -134,7 +134,7 @@ def test_fused_step(width, length, dtype, adam, first, nesterov, with_slopes):
     momentum = MOMENTUM_DECAY * case.momentum.double() + case.gradient
     moment = MOMENT_DECAY * case.moment.double() + (1 - MOMENT_DECAY) * case.gradient.double().square()
     step = momentum / (moment.sqrt() + EPSILON) if adam else momentum
-    direction, squares, slopes = packed_triton.fused_step(
+    direction, sums = packed_triton.fused_step(
         case.packed,
         case.gradient,
         case.momentum,
@@ -153,17 +153,22 @@ def test_fused_step(width, length, dtype, adam, first, nesterov, with_slopes):
     torch.testing.assert_close(case.momentum.double(), momentum, rtol=1e-6, atol=1e-6)
     if adam:
         torch.testing.assert_close(case.moment.double(), moment, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(squares[1].double(), step.square().sum(1), rtol=1e-5, atol=0)
+    of_direction = 2 if with_slopes else 1
+    square = sums[of_direction].double()
+    torch.testing.assert_close(square, step.square().sum(1), rtol=1e-5, atol=0)
     packed_triton.average(average_alone.packed, average_alone.gradient, width=width, decay=DECAY)
     assert torch.equal(case.packed, average_alone.packed)
     ahead = MOMENTUM_DECAY * momentum + case.gradient if nesterov else momentum
     solution = case.solution(ahead, 0.3, True)
-    case.check(direction, squares[0], solution)
-    assert (slopes is not None) == with_slopes
+    case.check(direction, sums[0], solution)
+    assert len(sums) == (2 if not with_slopes else 6 if adam else 4)
     if with_slopes:
-        for slope, expected in zip(slopes, (solution, step.cpu()), strict=True):
+        for slope, expected in zip(sums[1:4:2], (solution, step.cpu()), strict=True):
             products = (momentum.cpu() * expected).sum(1)
             torch.testing.assert_close(slope.double().cpu(), products, rtol=1e-3, atol=0)
+    if len(sums) == 6:
+        squares = torch.stack((case.gradient.double().square().sum(1), moment.sum(1)))
+        torch.testing.assert_close(sums[4:].double(), squares, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("curvature", [0.0, 2.0])

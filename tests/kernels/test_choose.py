@@ -38,11 +38,13 @@ def test_compiled_adam_equals_torch_in_float64(shape, monkeypatch):
 def test_norm_and_slope_are_those_of_the_step(with_slope):
     gradient, state = states((2, 6, 7))
     adam = first_order_step.GRAFTS["adam"]
-    norm, slope = adam.update(state, gradient, 2, 5, 0.9, with_slope)
+    norm, slope, newest, usual = adam.update(state, gradient, 2, 5, 0.9, with_slope)
     step = adam.step(state, state["momentum"], 5, 0.9)
     torch.testing.assert_close(norm, step.flatten(1).norm(dim=1))
     expected = (state["momentum"] * step).sum((1, 2)) if with_slope else None
     torch.testing.assert_close(slope, expected)
+    for square, tensor in ((newest, gradient.square()), (usual, state["second_moment"] / (1 - 0.999**5))):
+        torch.testing.assert_close(square, tensor.sum((1, 2)) if with_slope else None)
 
 
 @needs_numba
@@ -50,18 +52,28 @@ def test_the_compiled_length_is_that_of_torch_to_the_last_bit():
     from minifisher.kernels import elementwise_cpu
 
     edges = torch.tensor([0.0, -1.5, 1.0, 3.0, 1e30, 1e-30, torch.inf, torch.nan])
-    drawn = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(4, 1000, generator=generator)
     numbers = torch.cat((torch.cartesian_prod(*[edges] * 4).T, drawn), 1)
-    direction, first_order = Measures(*numbers[:2]), Measures(*numbers[2:])
-    expected = first_order_step.graft_length(direction, first_order, True, 4.0)
-    length, is_finite = elementwise_cpu.descent_length(*direction, *first_order, 4.0)
-    torch.testing.assert_close(length, expected, rtol=0, atol=0, equal_nan=True)
-    assert not is_finite
-    usable = torch.isfinite(direction.norm + expected)
-    assert elementwise_cpu.descent_length(*numbers[:, usable], 4.0)[1]
-    for position in (~usable).nonzero()[:, 0].tolist():
-        columns = torch.cat((usable.nonzero()[:3, 0], torch.tensor([position])))
-        assert not elementwise_cpu.descent_length(*numbers[:, columns], 4.0)[1]
+    sizes = torch.cat((edges.abs(), torch.tensor([8.0, 30.0, 900.0])))
+    squares = sizes[torch.randint(len(sizes), (2, numbers.shape[1]), generator=generator)]
+
+    def compiled(columns):
+        of_step, of_first_order = columns[:2], columns[2:]
+        measures = Measures(*of_step), Measures(*of_first_order)
+        return elementwise_cpu.descent_length(*measures, 4.0, first_order_step.USUAL_GROWTH)
+
+    for columns in (numbers, torch.cat((numbers, squares))):
+        measures = Measures(*columns[:2]), Measures(*columns[2:])
+        expected = first_order_step.graft_length(*measures, True, 4.0)
+        length, is_finite = compiled(columns)
+        torch.testing.assert_close(length, expected, rtol=0, atol=0, equal_nan=True)
+        assert not is_finite
+        usable = torch.isfinite(measures[0].norm + expected)
+        assert compiled(columns[:, usable])[1]
+        for position in (~usable).nonzero()[:, 0].tolist():
+            mixed = torch.cat((usable.nonzero()[:3, 0], torch.tensor([position])))
+            assert not compiled(columns[:, mixed])[1]
 
 
 @pytest.mark.parametrize(

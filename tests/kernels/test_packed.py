@@ -170,8 +170,12 @@ def test_the_fused_step_equals_the_separate_functions_to_the_last_bit(
         assert torch.equal(state, apart)
         assert torch.equal(momentum, expected_momentum)
         assert torch.equal(direction, expected)
-        for (norm, slope), exact in zip(measures, (expected.double(), step), strict=True):
-            parts = {"dim": 1} if by_rows else {"dim": (0, 1)}
+        parts = {"dim": 1} if by_rows else {"dim": (0, 1)}
+        grows = adam and with_slopes
+        squares = [x.double().sum(**parts).view(-1) for x in (gradient.square(), expected_moment)]
+        for found, square in zip(measures[1][2:], squares, strict=True):
+            assert found is None if not grows else found.tolist() == pytest.approx(square.tolist(), rel=1e-5)
+        for (norm, slope, *_), exact in zip(measures, (expected.double(), step), strict=True):
             assert norm.tolist() == pytest.approx(exact.norm(**parts).view(-1).tolist(), rel=1e-5)
             assert (slope is not None) == with_slopes
             if with_slopes:
@@ -309,7 +313,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
                 with_slopes=True,
                 nesterov=True,
             )
-        results.append((state, direction, *measures[0], *measures[1]))
+        results.append((state, direction, *measures[0][:2], *measures[1]))
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

@@ -17,7 +17,7 @@ WIDTHS = [2, 4, 8, 9, 16, 25, 49]
 CHILD = """
 import hashlib, sys
 import torch
-from minifisher.curvature import FirstOrderStep
+from minifisher.curvature import FirstOrderStep, Measures
 from minifisher.kernels import choose, elementwise_cpu, packed, tiles_cpu
 from minifisher.linalg.blocks import BlockReading
 
@@ -52,20 +52,22 @@ for dtype in (torch.float32, torch.bfloat16):
 for shape in ((1, 70_000), (3, 5_000)):
     gradient, momentum, moment = (torch.randn(shape, generator=generator) for _ in range(3))
     decays = dict(momentum_decay=0.9, moment_decay=0.999, epsilon=1e-8)
-    norm, _ = elementwise_cpu.adam_step(gradient, momentum, moment.square_(), **decays, with_slope=False)
-    _, slope = elementwise_cpu.adam_step(gradient, momentum, moment, **decays, with_slope=True)
+    (norm,) = elementwise_cpu.adam_step(gradient, momentum, moment.square_(), **decays, with_slope=False)
+    of_adam = Measures(*elementwise_cpu.adam_step(gradient, momentum, moment, **decays, with_slope=True))
     mean = choose.mean_square(gradient, shape[0])
-    measures = elementwise_cpu.norm_and_slope(gradient, momentum)
+    measures = Measures(*elementwise_cpu.norm_and_slope(gradient, momentum))
     elementwise_cpu.subtract_scaled(momentum, gradient, norm, 0.1, 0.9)
-    length, _ = elementwise_cpu.descent_length(*measures, norm, slope, 4.0)
-    told(f"elementwise {shape}", [momentum, moment, norm, slope, mean, *measures, length])
+    by_growth, _ = elementwise_cpu.descent_length(measures, of_adam, 4.0, 2.0)
+    length, _ = elementwise_cpu.descent_length(measures, Measures(*of_adam[:2]), 4.0, 2.0)
+    told(f"elementwise {shape}", [momentum, moment, norm, *of_adam, mean, *measures[:2], length, by_growth])
 for shape in ((70, 130), (64, 64)):
     gradient, momentum, moment = (torch.randn(1, *shape, generator=generator) for _ in range(3))
     outputs, inputs = (torch.randn(1, -(-size // 50), 50, 50, generator=generator) for size in shape)
     for moment in (moment.square(), None):
         step = FirstOrderStep(0.9, momentum, moment, 0.999, 1e-8, lengths=shape[0], with_slopes=True)
         direction, *measures = tiles_cpu.direction_of_tiles(gradient, outputs, inputs, step)
-        told(f"tiles {shape}", [momentum, direction, *(n for pair in measures for n in pair)])
+        numbers = [number for of_step in measures for number in of_step if number is not None]
+        told(f"tiles {shape}", [momentum, direction, *numbers])
 """
 
 

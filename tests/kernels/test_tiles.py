@@ -58,9 +58,10 @@ class Case:
         )
         self.left = inverses(layers, out, height, generator)
         self.right = inverses(layers, inputs, width, generator)
-        numbers = (0.999, 1e-3, 1.7) if adam else (0.0, 0.0, 1.0)
+        numbers = (0.999, 1e-3, 1.7, 0.2) if adam else ()
         squares = moment.square() if adam else None
-        self.first_order = FirstOrderStep(0.9, momentum, squares, *numbers, lengths, True, nesterov)
+        flags = {"lengths": lengths, "with_slopes": True, "nesterov": nesterov}
+        self.first_order = FirstOrderStep(0.9, momentum, squares, *numbers, **flags)
 
     def direction(self):
         from minifisher.kernels.tiles_cpu import direction_of_tiles
@@ -82,6 +83,7 @@ def test_direction_and_measures_are_those_of_dense_matrices(shape, nesterov, ada
         assert torch.equal(step.momentum, before.momentum * 0.9 + case.gradient)
         m = 0.9 * before.momentum.double() + d
         first = m
+        v = d
         if adam:
             v = 0.999 * before.second_moment.double() + 0.001 * d.square()
             torch.testing.assert_close(step.second_moment.double(), v, rtol=1e-6, atol=0)
@@ -96,13 +98,17 @@ def test_direction_and_measures_are_those_of_dense_matrices(shape, nesterov, ada
             torch.testing.assert_close(measured.norm.double(), norms, rtol=1e-5, atol=0)
             errors = (measured.slope.double() - slopes.sum(1)).abs()
             assert (errors <= 1e-5 * slopes.abs().sum(1)).all()
+        squares = [square.reshape(layers * lengths, -1).sum(1) for square in (d.square(), v / 0.2) if adam]
+        found = [number.double() for number in of_first_order[2:] if number is not None]
+        torch.testing.assert_close(found, squares, rtol=1e-5, atol=0)
+        assert of_direction[2:] == (None, None)
 
 
 def test_slopes_are_left_out_where_nobody_asks():
     case = Case(SHAPES[0], 1)
     case.first_order = replace(case.first_order, with_slopes=False)
     _, *measured = case.direction()
-    assert [measures.slope for measures in measured] == [None, None]
+    assert [measures[1:] for measures in measured] == [(None, None, None)] * 2
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=str)
@@ -115,7 +121,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads(shape, monkeypatch)
         torch.set_num_threads(threads)
         case = Case(shape, shape[1])
         direction, *measured = case.direction()
-        results.append([direction, case.first_order.momentum, *(n for pair in measured for n in pair)])
+        measures = [number for of_step in measured for number in of_step if number is not None]
+        results.append([direction, case.first_order.momentum, *measures])
     assert all(map(torch.equal, *results))
 
 

@@ -88,7 +88,7 @@ def test_the_fused_step_equals_the_separate_verbs(nesterov):
     gradient, momentum = (random(1, *layer.shape, seed=seed).float() for seed in (0, 1))
     states = [{name: value.unsqueeze(0) for name, value in packed.init(layer).items()} for _ in range(2)]
     tensors = momentum.clone(), torch.ones_like(momentum)
-    flags = {"with_slopes": True, "nesterov": nesterov}
+    flags = {"sum_of_weights": 0.5, "with_slopes": True, "nesterov": nesterov}
     first_order = FirstOrderStep(0.9, *tensors, 0.99, 1e-8, scale=2.0, **flags)
     direction, *measures = packed.fused_step(states[0], gradient, 0.0, 0.1, first_order)
 
@@ -99,9 +99,11 @@ def test_the_fused_step_equals_the_separate_verbs(nesterov):
     torch.testing.assert_close(first_order.momentum, momentum)
     ahead = 0.9 * momentum + gradient if nesterov else momentum
     torch.testing.assert_close(direction, packed.precondition(states[1], ahead, 0.1))
-    for (norm, slope), expected in zip(measures, (direction, step), strict=True):
+    for (norm, slope, *_), expected in zip(measures, (direction, step), strict=True):
         torch.testing.assert_close(norm, expected.norm().view(1, 1))
         torch.testing.assert_close(slope, (momentum * expected).sum().view(1, 1))
+    squares = gradient.square(), (0.99 + 0.01 * gradient.square()) / 0.5
+    torch.testing.assert_close(list(measures[1][2:]), [square.sum().view(1, 1) for square in squares])
 
 
 @pytest.mark.parametrize(

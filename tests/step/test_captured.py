@@ -23,7 +23,7 @@ OPTIONS = [
     {"graft": "sgd"},
     {"graft": None, "damping": 1.0, "relative_damping": False},
     {"momentum": 0.0},
-    {"length": "descent", "length_limit": 1.3},
+    {"length": "descent", "length_limit": 1.8},
     {"length": "descent", "graft": "sgd", "weight_decay": 0.1, "decoupled_weight_decay": False},
     {"share": "row", "block_size": 3},
     {"conv_blocks": "kernel"},
@@ -44,8 +44,9 @@ def network(device="cpu"):
 
 
 def gradients(module, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in module.parameters()]
+    """Random gradients; those of one seed are far longer than the others."""
+    generator, size = torch.Generator().manual_seed(seed), 10.0 if seed == 9 else 1.0
+    return [size * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in module.parameters()]
 
 
 def spoilt(seed):
@@ -109,7 +110,7 @@ def test_a_capturable_step_is_the_ordinary_one_and_asks_the_host_nothing(options
                 opt.step()
         else:
             opt.step()  # makes the state
-    close = {"rtol": 1e-5, "atol": 1e-7} if "curvature_dtype" in options else CLOSE
+    close = {"rtol": 1e-5, "atol": 1e-6} if "curvature_dtype" in options else CLOSE
     torch.testing.assert_close(flat(module), eager(options, 10), **close)
     assert opt.skipped_steps == 2
     assert opt.diagnostics()["weights"]["2.weight"] == {"step": 8, "observations": 8}

@@ -30,6 +30,13 @@ class Unit:
     first_order: Tensor  # s
     by_norm: Tensor  # the step of the run that keeps lengths of equal norm, over the learning rate
     by_descent: Tensor  # of the other run
+    gradient: Tensor  # D of the last step
+    squares: Tensor  # V / (1 - beta^t)
+
+    def limit(self, graft: str, limit: float) -> float:
+        """The limit of the last step, which falls where |D|^2 is more than three times what it has been."""
+        growth = float(self.gradient.square().sum() / self.squares.sum())
+        return limit if graft == "sgd" or not growth > 3 else max(1.0, 3 * limit / growth)
 
 
 class Recorder:
@@ -37,11 +44,12 @@ class Recorder:
 
     def __init__(self, options, graft):
         self.mu, self.graft = options["momentum"], graft
-        self.sums, self.squares, self.count = {}, {}, 0
+        self.sums, self.squares, self.last, self.count = {}, {}, {}, 0
 
     def record(self, gradients):
         self.count += 1
         for index, gradient in enumerate(gradients):
+            self.last[index] = gradient
             self.sums[index] = self.mu * self.sums.get(index, 0) + gradient
             self.squares[index] = 0.999 * self.squares.get(index, 0) + 0.001 * gradient**2
 
@@ -49,12 +57,17 @@ class Recorder:
         if self.graft == "sgd":
             return self.sums[index]
         mean = (1 - self.mu) * self.sums[index] / (1 - self.mu**self.count)
-        square = self.squares[index] / (1 - 0.999**self.count)
-        return mean / (square.sqrt() + 1e-8)
+        return mean / (self.square(index).sqrt() + 1e-8)
+
+    def square(self, index):
+        return self.squares[index] / (1 - 0.999**self.count)
 
 
-def last_step(method, last=None, **options):
-    """The weights before the last step, how far it moved them, both a layer each, and the recorder."""
+def last_step(method, last=None, grows=1.0, **options):
+    """The weights before the last step, how far it moved them, both a layer each, and the recorder.
+
+    The gradient of the last step is `grows` times as long as that of the loss.
+    """
     module = network()
     opt = minifisher.METHODS[method](module, **{"lr": RATE, "length": "norm", **options})
     (group,) = opt.param_groups
@@ -67,6 +80,8 @@ def last_step(method, last=None, **options):
     for step in range(STEPS):
         if step == STEPS - 1:
             group.update(last or {})
+            for parameter in module.parameters():
+                parameter.register_hook(lambda gradient: grows * gradient)
         before = joined("data")
         train(module, opt, 1, start=step)
         decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
@@ -79,7 +94,9 @@ def units(method, graft, limit, **options):
     _, by_norm, recorder = last_step(method, graft=graft, **options)
     _, by_descent, _ = last_step(method, {"length": "descent", "length_limit": limit}, graft=graft, **options)
     for index, (one, other) in enumerate(zip(by_norm, by_descent, strict=True)):
-        quantities = recorder.sums[index], recorder.first_order(index), -one / RATE, -other / RATE
+        steps = -one / RATE, -other / RATE
+        of_gradients = recorder.last[index], recorder.square(index)
+        quantities = recorder.sums[index], recorder.first_order(index), *steps, *of_gradients
         if graft == "adam-rows":
             yield from (
                 Unit(*rows)
@@ -91,11 +108,12 @@ def units(method, graft, limit, **options):
             yield Unit(*(quantity.flatten() for quantity in quantities))
 
 
-def check(found, limit):
-    """Every unit has the length that the rule says; returns how often it was each of its three cases."""
-    cases = {"equal descent": 0, "at the limit": 0, "climbs": 0}
+def check(found, graft, limit):
+    """Every unit has the length that the rule says; returns how often it was each of its cases."""
+    cases = {"equal descent": 0, "at the limit": 0, "at a lower one": 0, "climbs": 0}
     for unit in found:
-        longest = limit * unit.first_order.norm()
+        highest = unit.limit(graft, limit)
+        longest = highest * unit.first_order.norm()
         direction = unit.by_norm / unit.by_norm.norm()
         promised, slope = unit.momentum @ unit.first_order, unit.momentum @ direction
         if slope <= 0:
@@ -106,7 +124,7 @@ def check(found, limit):
             expected = promised / slope
             torch.testing.assert_close(unit.momentum @ unit.by_descent, promised, **CLOSE)
         else:
-            cases["at the limit"] += 1
+            cases["at the limit" if highest == limit else "at a lower one"] += 1
             expected = longest
         torch.testing.assert_close(unit.by_descent, expected * direction, **CLOSE)
     return cases
@@ -115,14 +133,21 @@ def check(found, limit):
 @every_graft
 @every_method
 def test_a_step_promises_the_decrease_of_the_first_order_step(method, graft):
-    assert check(units(method, graft, 1e9), 1e9)["equal descent"] > 5
+    assert check(units(method, graft, 1e9), graft, 1e9)["equal descent"] > 5
 
 
 @every_graft
 @every_method
 def test_no_step_is_longer_than_the_limit(method, graft):
-    cases = check(units(method, graft, 1.01), 1.01)
+    cases = check(units(method, graft, 1.01), graft, 1.01)
     assert cases["at the limit"] > 0
+
+
+@pytest.mark.parametrize("graft", ["adam", "adam-rows"])
+@every_method
+def test_after_a_sudden_growth_of_the_gradient_the_limit_is_lower(method, graft):
+    cases = check(units(method, graft, 1.5, grows=20.0), graft, 1.5)
+    assert cases["at a lower one"] > 0
 
 
 VARIANTS = [
@@ -142,12 +167,12 @@ VARIANTS = [
 @every_graft
 @pytest.mark.parametrize(("method", "options"), VARIANTS, ids=str)
 def test_so_it_does_whatever_momentum_and_decay_are(method, options, graft):
-    assert check(units(method, graft, 2.0, **options), 2.0)["equal descent"] > 0
+    assert check(units(method, graft, 2.0, **options), graft, 2.0)["equal descent"] > 0
 
 
 def test_a_row_that_climbs_has_the_length_of_the_first_order_step():
     """KFAC mixes rows, so a row of P M may point against its row of M; the cases above check its length."""
-    assert check(units("kfac", "adam-rows", 10.0), 10.0)["climbs"] > 0
+    assert check(units("kfac", "adam-rows", 10.0), "adam-rows", 10.0)["climbs"] > 0
 
 
 @every_graft

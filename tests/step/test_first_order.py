@@ -10,6 +10,7 @@ from minifisher.curvature import Measures
 from minifisher.step.first_order import (
     GRAFTS,
     graft_length,
+    limits,
     measure,
     update_momentum,
     usable_and_frozen,
@@ -58,6 +59,19 @@ def test_the_factor_of_equal_descent_in_every_case():
     assert (length == 1).all()
 
 
+def test_the_limit_falls_with_a_sudden_growth_of_the_gradient():
+    growths = {0.0: 6.0, 1.0: 6.0, 3.0: 6.0, 4.5: 4.0, 6.0: 3.0, 18.0: 1.0, 100.0: 1.0, torch.inf: 1.0}
+    newest = torch.tensor(list(growths))
+    usual = torch.ones(len(growths))
+    first_order = Measures(usual, usual, newest, usual)
+    assert limits(first_order, 6.0).tolist() == list(growths.values())
+    # Equal descent asks for ten times the length of the first-order step.
+    direction = Measures(usual, usual / 10)
+    assert graft_length(direction, first_order, rescales=True, limit=6.0).tolist() == list(growths.values())
+    nothing = torch.zeros(1)
+    assert limits(Measures(nothing, nothing, nothing, nothing), 6.0).tolist() == [6.0]
+
+
 def test_without_a_gradient_no_slope_makes_a_length_usable():
     nothing = Measures(torch.zeros(1), torch.zeros(1))
     length = graft_length(nothing, nothing, rescales=True, limit=10.0)
@@ -95,8 +109,13 @@ def test_the_step_of_the_graft_is_that_of_torch(dtype, size):
         before, weight.grad = weight.detach().clone(), gradient.clone()
         adam.step()
         expected = before - weight.detach()
-        norm, slope = graft.update(state, gradient, 1, count, 0.9, with_slope=True)
+        norm, slope, newest, usual = graft.update(state, gradient, 1, count, 0.9, with_slope=True)
         step = graft.step(state, state["momentum"], count, 0.9)
         torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(norm, expected.norm().view(1), rtol=1e-4, atol=0)
         assert slope.item() == pytest.approx((state["momentum"] * expected).sum().item(), rel=1e-4)
+        of_torch = adam.state[weight]["exp_avg_sq"].sum().item() / (1 - 0.999**count)
+        assert usual.item() == pytest.approx(of_torch, rel=1e-4)
+        assert newest.item() == pytest.approx(gradient.square().sum().item(), rel=1e-4)
+        growth = graft.growth(state, gradient, 1, count)
+        torch.testing.assert_close(growth, (newest, usual))

@@ -16,9 +16,11 @@ from minifisher.kernels.jit import compiled, compiled_as_written, inlined
 from minifisher.kernels.threads import run_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from minifisher.curvature import Measures
 
 _ENTRIES_PER_THREAD = 65_536  # with fewer entries, waking a thread costs more than it gains
 CHUNK = 4096
@@ -39,11 +41,12 @@ def update_chunk(
     epsilon: Any,
     with_slope: bool,
 ) -> Any:
-    """M <- mu M + D, V <- beta V + fresh D^2; the sums of s^2 and of M s for s = M / (sqrt(V) + epsilon).
+    """M <- mu M + D, V <- beta V + fresh D^2; the sums of s^2, M s, D^2, V for s = M / (sqrt(V) + epsilon).
 
-    `with_slope` is a constant of the kernel that inlines this; without it the second sum is 0.
+    `with_slope` is a constant of the kernel that inlines this; without it only the first sum is not 0.
     """
     total, slope = np.float32(0), np.float32(0)
+    newest, usual = np.float32(0), np.float32(0)
     for i in range(gradient.shape[0]):
         momentum[i] = momentum_decay * momentum[i] + gradient[i]
         moment[i] = moment_decay * moment[i] + fresh * gradient[i] * gradient[i]
@@ -51,7 +54,9 @@ def update_chunk(
         total += step * step
         if with_slope:
             slope += momentum[i] * step
-    return total, slope
+            newest += gradient[i] * gradient[i]
+            usual += moment[i]
+    return total, slope, newest, usual
 
 
 @inlined
@@ -73,25 +78,25 @@ def _update_moments(
     moment_decay: Any,
     fresh: Any,  # 1 - beta
     epsilon: Any,
-    squares: Any,
-    slopes: Any,  # or None: not summed
+    sums: Any,  # [1 | 4, layers, chunks]
     start: int,
     stop: int,
 ) -> float:
-    """`update_chunk` for chunks start to stop of all layers; the sums are [layers, chunks]."""
-    chunks, entries = squares.shape[1], gradient.shape[1]
+    """`update_chunk` for chunks start to stop of all layers."""
+    chunks, entries = sums.shape[2], gradient.shape[1]
     for index in range(start, stop):
         layer, chunk = index // chunks, index % chunks
         # Slices, because numba does not vectorise a loop whose index might be negative.
         first, last = chunk * CHUNK, min((chunk + 1) * CHUNK, entries)
         d, m, v = gradient[layer, first:last], momentum[layer, first:last], moment[layer, first:last]
-        if slopes is None:
-            total, _ = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, False)
+        if sums.shape[0] == 1:
+            total, _, _, _ = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, False)
         else:
-            total, slopes[layer, chunk] = update_chunk(
+            total, slope, newest, usual = update_chunk(
                 d, m, v, momentum_decay, moment_decay, fresh, epsilon, True
             )
-        squares[layer, chunk] = total
+            sums[1, layer, chunk], sums[2, layer, chunk], sums[3, layer, chunk] = slope, newest, usual
+        sums[0, layer, chunk] = total
     return 0.0
 
 
@@ -112,12 +117,26 @@ def _measure_chunks(step: Any, momentum: Any, squares: Any, slopes: Any, start: 
 
 
 @compiled
-def _descent_lengths(norm: Any, slope: Any, of_norm: Any, of_slope: Any, limit: Any, length: Any) -> bool:
+def _descent_lengths(
+    norm: Any,
+    slope: Any,
+    of_norm: Any,
+    of_slope: Any,
+    newest: Any,  # or None: then the limit is the same for all
+    usual: Any,
+    limit: Any,
+    usual_growth: Any,
+    highest: Any,  # their product
+    length: Any,
+) -> bool:
     """`descent_length` for arrays; writes `length`."""
     finite = True
     for i in range(length.shape[0]):
         quotient = of_norm[i] / norm[i]
-        descent, most = of_slope[i] / slope[i], limit * quotient
+        most = limit
+        if newest is not None and newest[i] > usual_growth * usual[i]:
+            most = max(np.float32(1), highest * usual[i] / newest[i])
+        descent, most = of_slope[i] / slope[i], most * quotient
         if descent > 0:
             length[i] = descent if descent < most else most
         else:
@@ -166,19 +185,19 @@ def adam_step(
     moment_decay: float,
     epsilon: float,
     with_slope: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2; |s| and <M, s> of s = M / (sqrt(V) + epsilon), [layers].
+) -> Iterator[Tensor]:
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2; |s| for s = M / (sqrt(V) + epsilon), [layers].
 
-    All tensors are [layers, entries].
+    `with_slope` also <M, s>, |D|^2 and the sum of V. All tensors are [layers, entries].
     """
     arrays = [tensor.detach().numpy() for tensor in (gradient, momentum, moment)]
     numbers = [np.float32(number) for number in (momentum_decay, moment_decay, 1 - moment_decay, epsilon)]
     layers, entries = gradient.shape
-    squares = np.empty((layers, -(-entries // CHUNK)))
-    slopes = np.empty_like(squares) if with_slope else None
-    _run_over_chunks(partial(_update_moments, *arrays, *numbers, squares, slopes), layers, entries)
-    norm = torch.from_numpy(np.sqrt(squares.sum(1).astype(np.float32)))
-    return norm, None if slopes is None else torch.from_numpy(slopes.sum(1).astype(np.float32))
+    sums = np.empty((4 if with_slope else 1, layers, -(-entries // CHUNK)))
+    _run_over_chunks(partial(_update_moments, *arrays, *numbers, sums), layers, entries)
+    of_layers = sums.sum(2).astype(np.float32)
+    of_layers[0] = np.sqrt(of_layers[0])
+    return map(torch.from_numpy, of_layers)
 
 
 def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,15 +211,16 @@ def norm_and_slope(step: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def descent_length(
-    norm: Tensor, slope: Tensor, of_norm: Tensor, of_slope: Tensor, limit: float
+    direction: Measures, first_order: Measures, limit: float, usual_growth: float
 ) -> tuple[Tensor, bool]:
     """`minifisher.step.first_order.graft_length` by slopes, and whether norm + length is finite everywhere.
 
     All tensors are [lengths].
     """
-    arrays = [tensor.numpy() for tensor in (norm, slope, of_norm, of_slope)]
+    arrays = [None if tensor is None else tensor.numpy() for tensor in (*direction[:2], *first_order)]
     length = np.empty_like(arrays[0])
-    finite = _descent_lengths(*arrays, np.float32(limit), length)
+    numbers = map(np.float32, (limit, usual_growth, limit * usual_growth))
+    finite = _descent_lengths(*arrays, *numbers, length)
     return torch.from_numpy(length), finite
 
 

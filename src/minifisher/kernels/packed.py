@@ -160,15 +160,16 @@ def fused_step(
 
     M <- mu M + D, V <- beta V + (1 - beta) D^2 with mu `momentum_decay` and beta `moment_decay`. Returns the
     direction (F_b + lambda_b I)^-1 n_b, [..., rows, length], where N is M, or mu M + D with `nesterov`; and
-    what is measured of it and of the first-order step M / (sqrt(V) + epsilon), or M where `moment` is None:
-    norms [..., lengths], and `with_slopes` inner products with M, each over an equal part of the rows.
+    what is measured of it and of the first-order step M / (sqrt(V) + epsilon), or M where `moment` is None,
+    each over an equal part of the rows: norms [..., lengths], and `with_slopes` inner products with M, and
+    the sums of D^2 and of V.
     Returns None, and changes nothing, where no compiled kernel takes these tensors: there is no reference.
     """
     kernel = _kernel(packed, gradient, momentum, means, *(() if moment is None else (moment,)))
     if kernel is None:
         return None
     shape = gradient.shape
-    direction, squares, slopes = kernel.fused_step(
+    direction, sums = kernel.fused_step(
         _flatten(packed, 3),
         _flatten(gradient, 1),
         _flatten(momentum.view(shape), 1),
@@ -188,11 +189,12 @@ def fused_step(
     def of_layers(sums: Tensor) -> Tensor:
         return sums.view(*shape[:-2], lengths, shape[-2] // max(1, lengths)).sum(-1)
 
-    norms = [of_layers(square).sqrt().to(gradient.dtype) for square in squares]
-    if slopes is None:
-        return direction.view(shape), Measures(norms[0]), Measures(norms[1])
-    products = [of_layers(slope).to(gradient.dtype) for slope in slopes]
-    return direction.view(shape), Measures(norms[0], products[0]), Measures(norms[1], products[1])
+    def measures(square: Tensor, *others: Tensor) -> Measures:
+        numbers = of_layers(square).sqrt(), *map(of_layers, others)
+        return Measures(*(number.to(gradient.dtype) for number in numbers))
+
+    of_direction = 2 if with_slopes else 1
+    return direction.view(shape), measures(*sums[:of_direction]), measures(*sums[of_direction:])
 
 
 # ---- the choice of a compiled kernel ----

@@ -23,6 +23,8 @@ from minifisher.linalg.damping import LEAST_SCALE
 from minifisher.linalg.dense import smallest_relative_pivot
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _ENTRIES_PER_THREAD = 65_536  # with fewer entries of triangles, waking a thread costs more than it gains
@@ -181,23 +183,26 @@ def _copy_blocks(source: Any, target: Any, blocks: int) -> None:
 
 @inlined
 def _first_order_row(gradient: Any, momentum: Any, moment: Any, numbers: Any, with_slope: bool) -> Any:
-    """Update M and V of one row; returns the squared norm and the slope of its step.
+    """Update M and V of one row; returns the squared norm and the slope of its step, and sums of D^2 and V.
 
     M is [length], V [1, length], or [0, length]: then the step is M. Sums are taken in float32 over chunks,
     and in float64 over all of them.
     """
     momentum_decay, moment_decay, fresh, epsilon = numbers[3:]
-    total, slope, length = 0.0, 0.0, gradient.shape[0]
+    total, slope, newest, usual, length = 0.0, 0.0, 0.0, 0.0, gradient.shape[0]
     for first in range(0, length, CHUNK):
         last = min(first + CHUNK, length)
         d, m = gradient[first:last], momentum[first:last]
         if moment.shape[0]:
             v = moment[0, first:last]
-            squared, product = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, with_slope)
+            squared, product, d_squared, of_moment = update_chunk(
+                d, m, v, momentum_decay, moment_decay, fresh, epsilon, with_slope
+            )
+            newest, usual = newest + d_squared, usual + of_moment
         else:
             squared = product = update_momentum(d, m, momentum_decay)
         total, slope = total + squared, slope + product
-    return total, slope
+    return total, slope, newest, usual
 
 
 @compiled
@@ -208,7 +213,7 @@ def _process_rows(
     moment: Any,  # V, or without rows: then the first-order step is M
     direction: Any,
     squares: Any,  # [2, rows]: of the direction, and of the first-order step
-    slopes: Any,  # likewise their inner products with M; or None
+    slopes: Any,  # [4, rows]: likewise their inner products with M, then the sums of D^2 and V; or None
     means: Any,
     inverse_lengths: Any,  # one over the number of entries without padding of every block, [tiles, LANES]
     scratch: Any,  # three arrays for one tile
@@ -229,9 +234,9 @@ def _process_rows(
     decay, damping, rounding, momentum_decay = numbers[:4]
     length = max(gradient.shape[1], momentum.shape[1])
     for row in range(start, stop):
-        total, first_order_total, slope, first_order_slope = 0.0, 0.0, 0.0, 0.0
+        total, first_order_total, slope, first_order_slope, newest, usual = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         if with_first_order:
-            first_order_total, first_order_slope = _first_order_row(
+            first_order_total, first_order_slope, newest, usual = _first_order_row(
                 gradient[row], momentum[row], moment[row : row + 1], numbers, slopes is not None
             )
         for tile in range(tiles):
@@ -260,6 +265,7 @@ def _process_rows(
         squares[0, row], squares[1, row] = total, first_order_total
         if slopes is not None:
             slopes[0, row], slopes[1, row] = slope, first_order_slope
+            slopes[2, row], slopes[3, row] = newest, usual
     return 0.0
 
 
@@ -297,10 +303,14 @@ def fused_step(
     epsilon: float,
     with_slopes: bool,
     nesterov: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, [2, rows]."""
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """As `minifisher.kernels.packed.fused_step`, but sums over rows, [2 | 4 | 6, rows].
+
+    They are those of x^2 and, `with_slopes`, of M x, for the direction and for the first-order step; then
+    those of D^2 and V.
+    """
     first_order = momentum_decay, moment_decay, 1 - moment_decay, epsilon
-    return _run(
+    direction, squares, slopes = _run(
         packed,
         gradient,
         momentum,
@@ -314,6 +324,10 @@ def fused_step(
         with_slopes=with_slopes,
         nesterov=nesterov,
     )
+    if slopes is None:
+        return direction, [*squares]
+    of_both = (sums[step] for step in range(2) for sums in (squares, slopes))
+    return direction, [*of_both, *(() if moment is None else slopes[2:])]
 
 
 def _run(
@@ -333,7 +347,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     direction = torch.empty(0, 0, device="cpu") if momentum is None else torch.empty_like(momentum)
     squares = torch.empty((2, packed.shape[0]), dtype=torch.float64, device="cpu")
-    slopes = torch.empty_like(squares) if with_slopes else None
+    slopes = squares.new_empty(4, packed.shape[0]) if with_slopes else None
     arrays = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction, squares)]
     rows, tiles, entries, blocks = packed.shape
     length = max(array.shape[1] for array in arrays[1:3])

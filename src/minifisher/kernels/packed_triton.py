@@ -155,15 +155,15 @@ def _updated_moments(
     moment_decay: tl.tensor,
     epsilon: tl.tensor,
 ) -> tl.tensor:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2; returns M and the first-order step."""
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2; returns M, the first-order step, and V or again M."""
     m = momentum_decay * tl.load(momentum + offsets, mask=mask, other=0.0) + d
-    step = m
+    step, v = m, m
     if moment is not None:
         v = moment_decay * tl.load(moment + offsets, mask=mask, other=0.0) + (1.0 - moment_decay) * d * d
         step = tl.where(mask, m / (tl.sqrt(v) + epsilon), 0.0)
         tl.store(moment + offsets, v, mask=mask)
     tl.store(momentum + offsets, m, mask=mask)
-    return m, step
+    return m, step, v
 
 
 @triton.jit
@@ -174,13 +174,18 @@ def _inner_product(one: tl.tensor, other: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _store_measures(
-    step: tl.tensor, m: tl.tensor, squares: tl.tensor, slopes: tl.tensor, tile: tl.tensor, real: tl.tensor
+    step: tl.tensor,
+    m: tl.tensor,
+    sums: tl.tensor,
+    count: tl.tensor,
+    tile: tl.tensor,
+    real: tl.tensor,
+    with_slope: tl.constexpr,
 ) -> None:
-    """Store the squared norm of every tile of a step and, unless `slopes` is None, its product with M."""
-    total = _inner_product(step, step)
-    tl.store(squares + tile, total, mask=real)
-    if slopes is not None:
-        tl.store(slopes + tile, _inner_product(m, step), mask=real)
+    """Store the squared norm of every tile of a step and, `with_slope`, its product with M after `count`."""
+    tl.store(sums + tile, _inner_product(step, step), mask=real)
+    if with_slope:
+        tl.store(sums + count + tile, _inner_product(m, step), mask=real)
 
 
 # Where `packed` is known to be aligned, the compiler makes a thread load a quarter of each of four blocks.
@@ -192,10 +197,7 @@ def _kernel(
     moment: tl.tensor,  # V, or None: then the first-order step is M
     means: tl.tensor,
     direction: tl.tensor,
-    squares: tl.tensor,
-    first_order_squares: tl.tensor,  # or None: then M and V are not updated
-    slopes: tl.tensor,  # or None: then inner products with M are not computed
-    first_order_slopes: tl.tensor,
+    sums: tl.tensor,  # [measures, tiles of all rows]: see `fused_step`; or None without M
     count: tl.tensor,  # tiles of all rows
     tiles: tl.tensor,  # tiles of one row
     length: tl.tensor,
@@ -206,6 +208,8 @@ def _kernel(
     epsilon: tl.tensor,
     relative: tl.constexpr,
     nesterov: tl.constexpr,  # whether mu M + D is solved for, instead of M
+    with_first_order: tl.constexpr,  # whether M and V are updated
+    with_slopes: tl.constexpr,
     width: tl.constexpr,
     blocks: tl.constexpr,
     TILES: tl.constexpr,  # the tiles of one program: a power of two
@@ -228,9 +232,15 @@ def _kernel(
     triangles = packed + first.to(tl.int64) * size + ((place[None, :, None] * size + block)[:, None] + entry)
     if gradient is not None:
         d = tl.load(gradient + offsets, mask=mask, other=0.0)
-    if first_order_squares is not None:
-        m, step = _updated_moments(d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon)
-        _store_measures(step, m, first_order_squares, first_order_slopes, tile, real)
+    if with_first_order:
+        m, step, v = _updated_moments(
+            d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon
+        )
+        of_first_order = sums + (2 if with_slopes else 1) * count
+        _store_measures(step, m, of_first_order, count, tile, real, with_slopes)
+        if with_slopes and moment is not None:
+            tl.store(sums + 4 * count + tile, _inner_product(d, d), mask=real)
+            tl.store(sums + 5 * count + tile, tl.sum(tl.sum(v, 0), 1), mask=real)
     elif momentum is not None:
         m = tl.load(momentum + offsets, mask=mask, other=0.0)
     triangle = tl.load(triangles, mask=stored, other=0.0).to(tl.float32)
@@ -244,7 +254,7 @@ def _kernel(
         # Summed in another order than `offsets`, which the compiler would keep until here, in 60 registers.
         own = index + start + first_row.to(tl.int64) * length + ((row - first_row) * length)[None, :, None]
         tl.store(direction + tl.max_contiguous(own, (1, 1, 1)), solution, mask=mask)
-        _store_measures(solution, own_m, squares, slopes, tile, real)
+        _store_measures(solution, own_m, sums, count, tile, real, with_slopes)
 
 
 # ---- the same for tensors ----
@@ -259,18 +269,18 @@ def solve(
     packed: Tensor, vectors: Tensor, means: Tensor, *, width: int, damping: float, relative: bool
 ) -> tuple[Tensor, Tensor]:
     """(F_b + lambda_b I)^-1 x_b, [rows, length], and the squared norm of each of its rows, [rows]."""
-    direction, squares = torch.empty_like(vectors), _empty_sums(packed)
+    direction, sums = torch.empty_like(vectors), _empty_sums(packed, 1)
     _launch(
         packed,
         momentum=vectors,
         means=means,
         direction=direction,
-        squares=squares,
+        sums=sums,
         width=width,
         damping=damping,
         relative=relative,
     )
-    return direction, _sum_over_tiles(squares)
+    return direction, _sum_over_tiles(sums)[0]
 
 
 def fused_step(
@@ -289,11 +299,14 @@ def fused_step(
     epsilon: float,
     with_slopes: bool,
     nesterov: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """As `minifisher.kernels.packed.fused_step`, but squared norms and slopes of rows, each [rows]."""
-    direction = torch.empty_like(momentum)
-    squares, first_order_squares = _empty_sums(packed), _empty_sums(packed)
-    slopes, first_order_slopes = (_empty_sums(packed) if with_slopes else None for _ in range(2))
+) -> tuple[Tensor, Tensor]:
+    """As `minifisher.kernels.packed.fused_step`, but sums over rows, [2 | 4 | 6, rows].
+
+    They are those of x^2 and, `with_slopes`, of M x, for the direction and for the first-order step; then
+    those of D^2 and V.
+    """
+    measures = 2 if not with_slopes else 4 if moment is None else 6
+    direction, sums = torch.empty_like(momentum), _empty_sums(packed, measures)
     _launch(
         packed,
         gradient,
@@ -301,10 +314,7 @@ def fused_step(
         moment,
         means,
         direction,
-        squares,
-        first_order_squares,
-        slopes,
-        first_order_slopes,
+        sums,
         width=width,
         decay=decay,
         damping=damping,
@@ -313,19 +323,18 @@ def fused_step(
         moment_decay=moment_decay,
         epsilon=epsilon,
         nesterov=nesterov,
+        with_first_order=True,
+        with_slopes=with_slopes,
     )
-    of_rows = _sum_over_tiles(squares), _sum_over_tiles(first_order_squares)
-    if slopes is None or first_order_slopes is None:
-        return direction, of_rows, None
-    return direction, of_rows, (_sum_over_tiles(slopes), _sum_over_tiles(first_order_slopes))
+    return direction, _sum_over_tiles(sums)
 
 
-def _empty_sums(packed: Tensor) -> Tensor:
-    return torch.empty(packed.shape[:2], dtype=torch.float32, device=packed.device)
+def _empty_sums(packed: Tensor, measures: int) -> Tensor:
+    return torch.empty(measures, *packed.shape[:2], dtype=torch.float32, device=packed.device)
 
 
-def _sum_over_tiles(squares: Tensor) -> Tensor:
-    return squares.sum(1, dtype=torch.float64)
+def _sum_over_tiles(sums: Tensor) -> Tensor:
+    return sums.sum(2, dtype=torch.float64)
 
 
 def constants(width: int, blocks: int) -> dict[str, int]:
@@ -349,6 +358,12 @@ def options(width: int) -> dict[str, int]:
     return {"num_warps": _THREADS // 32} | ({"maxnreg": 128} if width <= 9 else {})
 
 
+# What a kernel that does not need them gets.
+_NUMBERS = ("decay", "damping", "momentum_decay", "moment_decay", "epsilon")
+_FLAGS = ("relative", "nesterov", "with_first_order", "with_slopes")
+_NOT_GIVEN = dict.fromkeys(_NUMBERS, 0.0) | dict.fromkeys(_FLAGS, False)
+
+
 def _launch(
     packed: Tensor,
     gradient: Tensor | None = None,
@@ -356,19 +371,10 @@ def _launch(
     moment: Tensor | None = None,
     means: Tensor | None = None,
     direction: Tensor | None = None,
-    squares: Tensor | None = None,
-    first_order_squares: Tensor | None = None,
-    slopes: Tensor | None = None,
-    first_order_slopes: Tensor | None = None,
+    sums: Tensor | None = None,
     *,
     width: int,
-    decay: float = 0.0,
-    damping: float = 0.0,
-    relative: bool = False,
-    momentum_decay: float = 0.0,
-    moment_decay: float = 0.0,
-    epsilon: float = 0.0,
-    nesterov: bool = False,
+    **numbers: float,
 ) -> None:
     weight = gradient if momentum is None else momentum
     assert weight is not None
@@ -381,20 +387,11 @@ def _launch(
         moment,
         means,
         direction,
-        squares,
-        first_order_squares,
-        slopes,
-        first_order_slopes,
+        sums,
         rows * tiles,
         tiles,
         weight.shape[1],
-        decay,
-        damping,
-        momentum_decay,
-        moment_decay,
-        epsilon,
-        relative,
-        nesterov,
+        **_NOT_GIVEN | numbers,
         **fixed,
         **options(width),
     )

@@ -57,7 +57,7 @@ def _process_tiles(
     direction: Any,
     outputs: Any,  # [layers, blocks, rows, b_out], rows as in `_multiply`
     inputs: Any,  # [layers, blocks, b_in, columns], likewise
-    sums: Any,  # [4, layers, out, blocks]: x^2 and M x of the direction, s^2 and M s
+    sums: Any,  # [6, layers, out, blocks]: x^2 and M x of the direction, s^2, M s, and with V D^2 and V
     scratch: Any,  # [2, rows, columns]
     numbers: Any,
     nesterov: bool,
@@ -82,7 +82,10 @@ def _process_tiles(
                 total = slope = update_momentum(d, m, momentum_decay)
             else:
                 v = moment[layer, row, begin:end]
-                total, slope = update_chunk(d, m, v, momentum_decay, moment_decay, fresh, epsilon, True)
+                total, slope, newest, usual = update_chunk(
+                    d, m, v, momentum_decay, moment_decay, fresh, epsilon, True
+                )
+                sums[4, layer, row, block], sums[5, layer, row, block] = newest, usual
             sums[2, layer, row, block], sums[3, layer, row, block] = total, slope
             for j in range(d.shape[0]):
                 n[j] = momentum_decay * m[j] + d[j] if nesterov else m[j]
@@ -114,7 +117,7 @@ def direction_of_tiles(
     direction = torch.empty_like(gradient)
     tensors = gradient, first_order.momentum, first_order.second_moment, direction, outputs, inputs
     arrays = [None if tensor is None else tensor.detach().numpy() for tensor in tensors]
-    sums = np.empty((4, *gradient.shape[:2], blocks))
+    sums = np.empty((4 if first_order.second_moment is None else 6, *gradient.shape[:2], blocks))
     beta = first_order.second_moment_decay
     numbers = first_order.momentum_decay, beta, 1 - beta, first_order.epsilon
     options = tuple(map(np.float32, numbers)), first_order.nesterov
@@ -127,13 +130,13 @@ def direction_of_tiles(
     tiles = gradient.shape[0] * outputs.shape[1] * blocks
     run_parallel(loop, tiles, max(1, _ENTRIES_PER_THREAD // (height * width)))
     of_direction, of_first_order = _measures(sums, first_order)
-    return direction, of_direction, of_first_order.map(lambda number: number.mul_(first_order.scale))
+    return direction, of_direction, of_first_order.corrected(first_order.scale, first_order.sum_of_weights)
 
 
 def _measures(sums: Any, first_order: FirstOrderStep) -> tuple[Measures, Measures]:
-    of_lengths = sums.reshape(4, sums.shape[1] * first_order.lengths, -1).sum(2)
-    norms = torch.from_numpy(np.sqrt(of_lengths[::2].astype(np.float32)))
+    of_lengths = sums.reshape(len(sums), sums.shape[1] * first_order.lengths, -1).sum(2).astype(np.float32)
+    of_lengths[[0, 2]] = np.sqrt(of_lengths[[0, 2]])
+    norm, slope, of_norm, *others = map(torch.from_numpy, of_lengths)
     if not first_order.with_slopes:
-        return Measures(norms[0]), Measures(norms[1])
-    slopes = torch.from_numpy(of_lengths[1::2].astype(np.float32))
-    return Measures(norms[0], slopes[0]), Measures(norms[1], slopes[1])
+        return Measures(norm), Measures(of_norm)
+    return Measures(norm, slope), Measures(of_norm, *others)

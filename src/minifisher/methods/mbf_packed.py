@@ -147,7 +147,7 @@ class PackedBlocks(FusedCurvature):
         if self.relative_damping:
             state["mean"].copy_(means)
         direction, of_direction, of_first_order = computed
-        scaled = of_first_order.map(lambda number: number.mul_(first_order.scale))
+        scaled = of_first_order.corrected(first_order.scale, first_order.sum_of_weights)
         return direction.view(gradient.shape), of_direction, scaled
 
     def _rows(self, weight: Tensor) -> Tensor:

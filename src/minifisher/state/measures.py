@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minifisher.curvature import Measures
 from minifisher.step.first_order import graft_length, look_ahead, measure
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _step(stack: LayerStack, gradient: Tensor) -> Tensor:
     direction = curvature.precondition(state, ahead, options["damping"])
     sloped = momentum if stack.measures_slope else None
     of_step, of_first_order = (measure(step, sloped, stack.lengths) for step in (direction, first_order))
+    growth = stack.graft.growth(state, joined, stack.lengths, stack.step)
+    of_first_order = Measures(*of_first_order[:2], *growth)
     length = graft_length(of_step, of_first_order, stack.graft.rescales, options["length_limit"])
     return direction * length.view(stack.length_shape)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minifisher.curvature import NoCurvature
+from minifisher.curvature import Measures, NoCurvature
 from minifisher.statistics.records import BatchGradient
 from minifisher.step.first_order import graft_length, look_ahead, measure, usable_and_frozen
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from minifisher.curvature import Plan
+    from minifisher.step.first_order import Growth
     from minifisher.step.layer_stack import Enrolled, LayerStack
 
 
@@ -93,8 +94,8 @@ def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
 
 def _directions(
     stack: LayerStack, gradient: Tensor, taken: Tensor, observations: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction P N, the first-order step whose length it is to have, and M."""
+) -> tuple[Tensor, Tensor, Tensor, Growth]:
+    """The direction P N, the first-order step whose length it is to have, M, and how D has grown."""
     options, curvature, graft, mu = stack.options, stack.curvature, stack.graft, stack.options["momentum"]
     if curvature.needs is not None:
         # As LayerStack.corrected_decay; rounding makes it the plain decay long before the count saturates.
@@ -105,14 +106,15 @@ def _directions(
     graft.update(stack.state, gradient, stack.lengths, taken, mu, with_slope=False)
     momentum = stack.state["momentum"] if mu else gradient
     first_order = graft.step(stack.state, momentum, taken, mu)
+    growth = graft.growth(stack.state, gradient, stack.lengths, taken)
     if curvature.needs is None:
-        return first_order, first_order, momentum
+        return first_order, first_order, momentum, growth
     ahead = look_ahead(gradient, momentum, options, curvature, taken)
-    return curvature.precondition(stack.state, ahead, options["damping"]), first_order, momentum
+    return curvature.precondition(stack.state, ahead, options["damping"]), first_order, momentum, growth
 
 
 def _with_length(
-    stack: LayerStack, direction: Tensor, first_order: Tensor, momentum: Tensor
+    stack: LayerStack, direction: Tensor, first_order: Tensor, momentum: Tensor, growth: Growth
 ) -> tuple[Tensor, Tensor]:
     """The direction with its length, or the first-order step if that is not finite; and how many layers."""
     sloped, lengths = momentum if stack.measures_slope else None, stack.lengths
@@ -120,6 +122,7 @@ def _with_length(
     measures, of_first_order = (
         measure(step, sloped, lengths, by_torch=True) for step in (direction, first_order)
     )
+    of_first_order = Measures(*of_first_order[:2], *growth)
     rescales = stack.curvature.needs is not None and stack.graft.rescales
     length = graft_length(measures, of_first_order, rescales, stack.options["length_limit"])
     usable, _ = usable_and_frozen(measures, of_first_order, length)

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from minifisher.curvature import Curvature, Plan
 
     State = dict[str, Tensor]
+    Growth = tuple[Tensor | None, Tensor | None]
 
 ADAM_DECAY = 0.999  # beta_2 of torch.optim.AdamW, so that its learning rate carries over
 ADAM_EPSILON = 1e-8  # likewise
+USUAL_GROWTH = 3.0
+"""|D|^2 is usual up to so many times its average over the steps so far: see docs/why.md."""
 
 
 class Graft:
@@ -47,6 +50,10 @@ class Graft:
         """Update M and the graft's averages in place; returns what is measured of the first-order step."""
         norm = measure(update_momentum(state, gradient, momentum), None, lengths).norm
         return Measures(norm, norm.square() if with_slope else None)
+
+    def growth(self, state: State, gradient: Tensor, lengths: int, count: Any) -> Growth:
+        """`newest` and `usual` of `Measures` after `update`; None without V."""
+        return None, None
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """The first-order step for M = direction, before the learning rate."""
@@ -78,15 +85,22 @@ class AdamGraft(Graft):
         compiled = elementwise(*tensors) if momentum and isinstance(count, int) else None
         if compiled is not None:
             d, m, v = (tensor.view(lengths, -1) for tensor in tensors)
-            norm, slope = compiled.adam_step(d, m, v, momentum, ADAM_DECAY, epsilon, with_slope)
+            measures = Measures(*compiled.adam_step(d, m, v, momentum, ADAM_DECAY, epsilon, with_slope))
         else:
             direction = update_momentum(state, gradient, momentum)
             moment = state["second_moment"].mul_(ADAM_DECAY)
             moment.addcmul_(gradient, gradient, value=1 - ADAM_DECAY)
             denominator = torch.sqrt(moment, out=scratch_like(moment)).add_(epsilon)
             step = torch.div(direction, denominator, out=denominator)
-            norm, slope = measure(step, direction if with_slope else None, lengths)
-        return Measures(norm.mul_(scale), None if slope is None else slope.mul_(scale))
+            measures = measure(step, direction if with_slope else None, lengths)
+            if with_slope:
+                measures = Measures(*measures[:2], *_sums_of_squares(gradient, moment, lengths))
+        return measures.corrected(scale, 1 - ADAM_DECAY**count)
+
+    def growth(self, state: State, gradient: Tensor, lengths: int, count: Any) -> Growth:
+        """|D|^2, and the sum of V / (1 - beta_2^t)."""
+        newest, usual = _sums_of_squares(gradient, state["second_moment"], lengths)
+        return newest, usual / (1 - ADAM_DECAY**count)
 
     def step(self, state: State, direction: Tensor, count: Any, momentum: float) -> Tensor:
         """Adam's step."""
@@ -100,7 +114,7 @@ class AdamGraft(Graft):
             return None
         scale, epsilon = _corrections(count, momentum)
         moments = state["momentum"], state["second_moment"]
-        return FirstOrderStep(momentum, *moments, ADAM_DECAY, epsilon, scale)
+        return FirstOrderStep(momentum, *moments, ADAM_DECAY, epsilon, scale, 1 - ADAM_DECAY**count)
 
 
 class AdamRowsGraft(AdamGraft):
@@ -120,7 +134,7 @@ GRAFTS: dict[str | None, Graft] = {
 def graft_length(direction: Measures, first_order: Measures, rescales: bool, limit: float) -> Tensor:
     """The factor of a direction P M, [lengths]: |s| / |P M|, or that of equal descent; 1 without `rescales`.
 
-    Equal descent, where slopes were measured: <M, s> / <M, P M>, at most `limit` times |s| / |P M|. Both
+    Equal descent, where slopes were measured: <M, s> / <M, P M>, at most `limits` times |s| / |P M|. Both
     steps then promise the same decrease: a step x changes the loss by -lr <gradient, x> to first order, and M
     stands for the gradient. Where the quotient is not positive, no factor of P M promises what s does: a row
     of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor is then
@@ -132,7 +146,20 @@ def graft_length(direction: Measures, first_order: Measures, rescales: bool, lim
     if direction.slope is None or first_order.slope is None:
         return length
     descent = first_order.slope / direction.slope
-    return torch.where(descent > 0, torch.minimum(descent, limit * length), length)
+    return torch.where(descent > 0, torch.minimum(descent, limits(first_order, limit) * length), length)
+
+
+def limits(first_order: Measures, limit: float) -> Tensor:
+    """How many lengths of s a step may have, [lengths]: `limit`, and less after a sudden growth of D.
+
+    Let g be |D|^2 over its average so far. The limit is 3 limit / g where that is less, and at least 1.
+    The curvature of the newest gradient is g times the one that P was made from: P N is too long.
+    """
+    _, _, newest, usual = first_order
+    if newest is None or usual is None:
+        return torch.full_like(first_order.norm, limit)
+    lower = (USUAL_GROWTH * limit * usual / newest).clamp(min=1)
+    return torch.where(newest > USUAL_GROWTH * usual, lower, limit)
 
 
 def usable_and_frozen(direction: Measures, first_order: Measures, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,6 +229,12 @@ def measure(step: Tensor, momentum: Tensor | None, lengths: int, *, by_torch: bo
         norm = torch.linalg.vector_norm(step.reshape(shape), dim=1)
         slope = None if momentum is None else (momentum * step).reshape(shape).sum(1)
     return Measures(norm, slope)
+
+
+def _sums_of_squares(gradient: Tensor, moment: Tensor, lengths: int) -> tuple[Tensor, Tensor]:
+    """|D|^2 and the sum of V for each of so many equal parts, [lengths]."""
+    norm, _ = measure(gradient, None, lengths)[:2]
+    return norm.square(), moment.view(lengths, moment.numel() // max(1, lengths)).sum(1)
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:

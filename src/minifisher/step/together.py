@@ -167,19 +167,23 @@ class Together:
 
 
 def _additive(update: Update) -> Tensor:
-    """The squared norms of direction and first-order step, then their slopes if measured, [2 | 4, ...]."""
-    both = update.measured(), update.first_order
-    squares = torch.stack([measures.norm for measures in both]).double().square_()
-    slopes = [measures.slope for measures in both if measures.slope is not None]
-    return torch.cat((squares, torch.stack(slopes).double())) if slopes else squares
+    """What was measured of direction and first-order step, norms squared, [2 to 6, lengths]."""
+    numbers = [
+        number.double() if index else number.double().square()
+        for measures in (update.measured(), update.first_order)
+        for index, number in enumerate(measures)
+        if number is not None
+    ]
+    return torch.stack(numbers)
 
 
 def _take_measures(update: Update, sums: Tensor) -> None:
     """Measure by what `_additive` gave, summed over the ranks."""
-    dtype = update.first_order.norm.dtype
-    norms, slopes = sums[:2].sqrt().to(dtype), sums[2:].to(dtype)
-    pairs = zip(norms, slopes if len(slopes) else (None, None), strict=True)
-    update.measures, update.first_order = (Measures(*pair) for pair in pairs)
+    dtype, of_direction = update.first_order.norm.dtype, 1 if update.first_order.slope is None else 2
+    update.measures, update.first_order = (
+        Measures(numbers[0].sqrt().to(dtype), *numbers[1:].to(dtype))
+        for numbers in (sums[:of_direction], sums[of_direction:])
+    )
 
 
 def _owner(update: Update) -> int:

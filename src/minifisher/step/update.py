@@ -10,7 +10,13 @@ import torch
 
 from minifisher.curvature import Measures
 from minifisher.kernels.choose import elementwise, subtract_scaled
-from minifisher.step.first_order import graft_length, look_ahead, measure, usable_and_frozen
+from minifisher.step.first_order import (
+    USUAL_GROWTH,
+    graft_length,
+    look_ahead,
+    measure,
+    usable_and_frozen,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,10 +65,11 @@ class Update:
         measures = self.measures or self.measured()
         rescales = stack.graft.rescales and bool(stack.observations)
         first_order, limit = self.first_order, stack.options["length_limit"]
+        by_slopes = measures.slope is not None and first_order.slope is not None
         numbers = [number for number in (*measures, *first_order) if number is not None]
-        compiled = elementwise(*numbers) if rescales and len(numbers) == 4 else None  # with slopes
+        compiled = elementwise(*numbers) if rescales and by_slopes else None
         if compiled is not None:
-            length, is_finite = compiled.descent_length(*numbers, limit)
+            length, is_finite = compiled.descent_length(measures, first_order, limit, USUAL_GROWTH)
         else:
             length = graft_length(measures, first_order, rescales, limit)
             # One question about all numbers. Where only the sum is not finite, nothing falls back below.
