@@ -58,7 +58,8 @@ class CommonOptions(HasOptions):
         default=4.0,
         at_least=1,
         every_step=True,
-        meaning='With "descent": at most so many lengths of the step of `graft`.',
+        meaning='With "descent": at most so many lengths of the step of `graft`, and fewer after a sudden '
+        "growth of the gradient.",
     )
     weight_decay: float = option(
         default=0.0, at_least=0, every_step=True, meaning="Decay of the weights; AdamW's is 0.01."

@@ -145,28 +145,6 @@ def _solve(
 
 
 @triton.jit
-def _updated_moments(
-    d: tl.tensor,
-    momentum: tl.tensor,
-    moment: tl.tensor,
-    offsets: tl.tensor,
-    mask: tl.tensor,
-    momentum_decay: tl.tensor,
-    moment_decay: tl.tensor,
-    epsilon: tl.tensor,
-) -> tl.tensor:
-    """M <- mu M + D, V <- beta V + (1 - beta) D^2; returns M, the first-order step, and V or again M."""
-    m = momentum_decay * tl.load(momentum + offsets, mask=mask, other=0.0) + d
-    step, v = m, m
-    if moment is not None:
-        v = moment_decay * tl.load(moment + offsets, mask=mask, other=0.0) + (1.0 - moment_decay) * d * d
-        step = tl.where(mask, m / (tl.sqrt(v) + epsilon), 0.0)
-        tl.store(moment + offsets, v, mask=mask)
-    tl.store(momentum + offsets, m, mask=mask)
-    return m, step, v
-
-
-@triton.jit
 def _inner_product(one: tl.tensor, other: tl.tensor) -> tl.tensor:
     """The sum of products over every tile, [tiles]."""
     return tl.sum(tl.sum(one * other, 0), 1)
@@ -186,6 +164,37 @@ def _store_measures(
     tl.store(sums + tile, _inner_product(step, step), mask=real)
     if with_slope:
         tl.store(sums + count + tile, _inner_product(m, step), mask=real)
+
+
+@triton.jit
+def _first_order_step(
+    d: tl.tensor,
+    momentum: tl.tensor,
+    moment: tl.tensor,
+    offsets: tl.tensor,
+    mask: tl.tensor,
+    momentum_decay: tl.tensor,
+    moment_decay: tl.tensor,
+    epsilon: tl.tensor,
+    sums: tl.tensor,  # of the whole step, as below up to `with_slopes`
+    count: tl.tensor,
+    tile: tl.tensor,
+    real: tl.tensor,
+    with_slopes: tl.constexpr,
+) -> tl.tensor:
+    """M <- mu M + D, V <- beta V + (1 - beta) D^2; stores what is measured of the step, and returns M."""
+    m = momentum_decay * tl.load(momentum + offsets, mask=mask, other=0.0) + d
+    step = m
+    if moment is not None:
+        v = moment_decay * tl.load(moment + offsets, mask=mask, other=0.0) + (1.0 - moment_decay) * d * d
+        step = tl.where(mask, m / (tl.sqrt(v) + epsilon), 0.0)
+        tl.store(moment + offsets, v, mask=mask)
+        if with_slopes:
+            tl.store(sums + 4 * count + tile, _inner_product(d, d), mask=real)
+            tl.store(sums + 5 * count + tile, tl.sum(tl.sum(v, 0), 1), mask=real)
+    tl.store(momentum + offsets, m, mask=mask)
+    _store_measures(step, m, sums + (2 if with_slopes else 1) * count, count, tile, real, with_slopes)
+    return m
 
 
 # Where `packed` is known to be aligned, the compiler makes a thread load a quarter of each of four blocks.
@@ -233,14 +242,10 @@ def _kernel(
     if gradient is not None:
         d = tl.load(gradient + offsets, mask=mask, other=0.0)
     if with_first_order:
-        m, step, v = _updated_moments(
-            d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon
-        )
-        of_first_order = sums + (2 if with_slopes else 1) * count
-        _store_measures(step, m, of_first_order, count, tile, real, with_slopes)
-        if with_slopes and moment is not None:
-            tl.store(sums + 4 * count + tile, _inner_product(d, d), mask=real)
-            tl.store(sums + 5 * count + tile, tl.sum(tl.sum(v, 0), 1), mask=real)
+        m = _first_order_step(
+            d, momentum, moment, offsets, mask, momentum_decay, moment_decay, epsilon,
+            sums, count, tile, real, with_slopes,
+        )  # fmt: skip
     elif momentum is not None:
         m = tl.load(momentum + offsets, mask=mask, other=0.0)
     triangle = tl.load(triangles, mask=stored, other=0.0).to(tl.float32)
@@ -280,7 +285,7 @@ def solve(
         damping=damping,
         relative=relative,
     )
-    return direction, _sum_over_tiles(sums)[0]
+    return direction, sums[0].sum(1, dtype=torch.float64)
 
 
 def fused_step(
@@ -326,15 +331,11 @@ def fused_step(
         with_first_order=True,
         with_slopes=with_slopes,
     )
-    return direction, _sum_over_tiles(sums)
+    return direction, sums.sum(2, dtype=torch.float64)
 
 
 def _empty_sums(packed: Tensor, measures: int) -> Tensor:
     return torch.empty(measures, *packed.shape[:2], dtype=torch.float32, device=packed.device)
-
-
-def _sum_over_tiles(sums: Tensor) -> Tensor:
-    return sums.sum(2, dtype=torch.float64)
 
 
 def constants(width: int, blocks: int) -> dict[str, int]:
