@@ -21,6 +21,7 @@ from minifisher_lab.problems.cnns import five_layer, resnet, vgg
 
 RATE = 1e-6  # so small that all networks stay at the start, where they cost the same
 WITHOUT_NUMBA = "-without-numba"  # behind an optimizer's name: torch computes what numba would
+COMPILED = "-compiled"  # likewise: the network goes through torch.compile
 STEPS = 4  # in a turn, or the least common period of statistics and inverses if that is longer
 
 
@@ -55,6 +56,7 @@ NETWORKS: dict[str, Network] = {
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": lambda network: torch.optim.AdamW(network.parameters(), lr=RATE, foreach=True),
     "mbf": lambda network: minifisher.MBF(network, lr=RATE),
+    "mbf-inputs": lambda network: minifisher.MBF(network, lr=RATE, output_power=0.0),
     "mbf-kernel": lambda network: minifisher.MBF(
         network, lr=RATE, conv_blocks="kernel", statistics_every=1, inverse_every=1
     ),
@@ -109,8 +111,10 @@ def prepare(optimizer: str, start: nn.Module, make: Any, inputs: Tensor, classif
             steps()
 
     with numba_for(optimizer):
-        built = OPTIMIZERS[optimizer.removesuffix(WITHOUT_NUMBA)](network)
-    steps = make(network, built, inputs, classifies)
+        built = OPTIMIZERS[optimizer.removesuffix(WITHOUT_NUMBA).removesuffix(COMPILED)](network)
+    steps = make(
+        torch.compile(network) if optimizer.endswith(COMPILED) else network, built, inputs, classifies
+    )
     for _ in range(2 * (10 if "empirical" in optimizer else STEPS)):
         step()
     return step
@@ -140,7 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--optimizers",
         default="mbf",
-        help=f"of {', '.join(OPTIMIZERS)}, with commas; {WITHOUT_NUMBA} may follow a name",
+        help=f"of {', '.join(OPTIMIZERS)}, with commas; {WITHOUT_NUMBA} or {COMPILED} may follow a name",
     )
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--batch", type=int, help="samples; default: the network's own number")
