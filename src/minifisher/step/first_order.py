@@ -233,8 +233,8 @@ def measure(step: Tensor, momentum: Tensor | None, lengths: int, *, by_torch: bo
 
 def _sums_of_squares(gradient: Tensor, moment: Tensor, lengths: int) -> tuple[Tensor, Tensor]:
     """|D|^2 and the sum of V for each of so many equal parts, [lengths]."""
-    norm, _ = measure(gradient, None, lengths)[:2]
-    return norm.square(), moment.view(lengths, moment.numel() // max(1, lengths)).sum(1)
+    norm = measure(gradient, None, lengths).norm
+    return norm.square(), moment.reshape(lengths, moment.numel() // max(1, lengths)).sum(1)
 
 
 def _corrections(count: Any, momentum: float) -> tuple[Any, Any]:
