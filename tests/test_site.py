@@ -66,10 +66,11 @@ def test_commands_run(command, tmp_path, monkeypatch):
         return
     source = (ROOT / "examples" / "own_problem.py").read_text()
     (tmp_path / "examples").mkdir()
-    for name in ("my_module.py", "examples/own_problem.py"):
+    for name in ("my_module.py", "resnet32_bfloat16.py", "examples/own_problem.py"):
         (tmp_path / name).write_text(source)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    for module in ("my_module", "resnet32_bfloat16"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     result = CliRunner().invoke(app, small(words))
     assert result.exit_code == 0, result.output
 
