@@ -106,7 +106,9 @@ def _directions(
     graft.update(stack.state, gradient, stack.lengths, taken, mu, with_slope=False)
     momentum = stack.state["momentum"] if mu else gradient
     first_order = graft.step(stack.state, momentum, taken, mu)
-    growth = graft.growth(stack.state, gradient, stack.lengths, taken)
+    growth: Growth = None, None  # which equal norms do not read
+    if stack.measures_slope:
+        growth = graft.growth(stack.state, gradient, stack.lengths, taken)
     if curvature.needs is None:
         return first_order, first_order, momentum, growth
     ahead = look_ahead(gradient, momentum, options, curvature, taken)
