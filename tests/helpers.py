@@ -296,5 +296,7 @@ def read_layers(optimizer: Any, kind: type, reading: type[Read]) -> list[Any]:
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The process that compiles the kernels and those that read them from numba's cache get the same bits."""
+"""The bits of a kernel's results depend neither on numba's cache nor on where its arguments lie in memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from minifisher.kernels import choose
+from minifisher.curvature import FirstOrderStep
+from minifisher.kernels import choose, packed
+from minifisher.linalg.blocks import BlockReading
 
 needs_numba = pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="numba (extra `fast`) is not installed")
 
@@ -101,3 +104,46 @@ def test_no_kernel_calls_another_compiled_function():
         names = re.findall(r"\w+", " ".join(kernel.py_func.__code__.co_names))
         called = [kernel.py_func.__globals__.get(name) for name in names]
         assert not [other for other in called if other in kernels]
+
+
+# ---- wherever the arguments lie ----
+
+
+def of_tiles(gradient, momentum):
+    from minifisher.kernels import tiles_cpu
+
+    step = FirstOrderStep(0.9, momentum, torch.ones_like(gradient), 0.999, 1e-8, with_slopes=True)
+    outputs, inputs = torch.ones(1, 1, 1, 1), torch.rand(1, 1, *2 * gradient.shape[2:])
+    direction, of_direction, _ = tiles_cpu.direction_of_tiles(gradient, outputs, inputs, step)
+    return direction, *of_direction[:2]
+
+
+def of_packed_blocks(gradient, momentum):
+    tiling = packed.Tiling(BlockReading(1, gradient.shape[2], 8))
+    flags = {"relative": True, "lengths": 1, "with_slopes": True, "nesterov": True}
+    numbers = {"decay": 0.95, "damping": 0.1, "momentum_decay": 0.9, "moment_decay": 0.999, "epsilon": 1e-8}
+    tensors = torch.zeros(tiling.shape), gradient[0], momentum[0], torch.ones_like(gradient[0]), torch.ones(1)
+    direction, of_direction, _ = packed.fused_step(*tensors, tiling, **numbers, **flags)
+    return direction, *of_direction[:2]
+
+
+# A loop over vectors writes up to 256 bytes at once: more than a row of 60 numbers has.
+@needs_numba
+@pytest.mark.parametrize("columns", [8, 16, 40, 60])
+@pytest.mark.parametrize("results", [of_tiles, of_packed_blocks])
+def test_neighbours_in_memory_do_not_change_a_bit(results, columns, monkeypatch):
+    torch.manual_seed(0)
+    gradient, values = torch.rand(2, 1, 1, columns)
+
+    def with_direction_before_momentum(entries):
+        memory = torch.empty(512 + columns)
+        direction, momentum = (memory[first : first + columns] for first in (512 - entries, 512))
+        momentum = momentum.view_as(values).copy_(values)
+        monkeypatch.setattr(torch, "empty_like", direction.view_as)
+        torch.manual_seed(1)
+        found = results(gradient, momentum)
+        assert found[0].data_ptr() == direction.data_ptr()
+        return [tensor.clone() for tensor in found]
+
+    apart, close = with_direction_before_momentum(512), with_direction_before_momentum(columns)
+    assert all(map(torch.equal, apart, close))

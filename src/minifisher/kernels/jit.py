@@ -19,13 +19,35 @@ from typing import Any
 import numba
 import numpy as np
 from numba.core import caching
+from numba.core.compiler import Compiler
 
 from minifisher.kernels.simd import LANES, load, store
 
 _CacheFile: Any = caching.IndexDataCacheFile  # numba has no annotations
 _FunctionCache: Any = caching.FunctionCache
 
-_OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "nsz"}, "nogil": True, "error_model": "numpy"}
+_Compiler: Any = Compiler
+
+
+class _WithoutOverlap(_Compiler):  # type: ignore[misc]
+    """Compiles a kernel whose arguments share no memory that it writes to.
+
+    Otherwise LLVM compiles every loop twice, as vectors and number by number, and a loop runs number by number
+    where two arrays lie within some hundred bytes of each other. The two add up in different orders: the last
+    bits of a small network's step would depend on where its tensors happen to lie.
+    """
+
+    def define_pipelines(self) -> Any:
+        self.state.flags.noalias = True
+        return super().define_pipelines()
+
+
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "nsz"},
+    "nogil": True,
+    "error_model": "numpy",
+    "pipeline_class": _WithoutOverlap,
+}
 
 
 def compiled(function: Callable[..., Any], *, reorders: bool = True) -> Any:
