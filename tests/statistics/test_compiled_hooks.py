@@ -6,10 +6,12 @@ import copy
 import gc
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch_config
 from torch.nn import functional
@@ -178,6 +180,21 @@ def test_compiled_code_still_works_after_its_capture_is_deleted():
     model(torch.ones(3, 2)).sum().backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_copy_that_was_compiled_first_has_a_graph_of_its_own(backend):
+    case = problem("conv2d padding")
+    teacher, average = copy.deepcopy(case.module), copy.deepcopy(case.module)
+    capture = Capture(layers_of(case.module, EVERY_KIND), LARGE)
+    capture.arm()
+    counter = CompileCounterWithBackend(backend)  # one backend: torch shares code only within it
+    for network in (teacher, case.module, average):
+        case.loss(torch.compile(network, backend=counter)(case.inputs), case.targets).backward()
+    found = capture.collect()
+    assert set(found) == set(capture.layers)
+    assert_samples(found, case, case.targets)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("end", [Capture.disarm, Capture.release, id], ids=["disarm", "release", "delete"])
 def test_the_setting_of_torch_is_restored_in_whatever_order_captures_end(end):
     first, second = (Capture(layers_of(nn.Linear(2, 2)), LARGE, model_labels=True) for _ in range(2))
@@ -190,6 +207,29 @@ def test_the_setting_of_torch_is_restored_in_whatever_order_captures_end(end):
         assert not functorch_config.donated_buffer
         second.disarm()
         assert functorch_config.donated_buffer
+
+
+def test_torch_checks_for_hooks_until_the_last_capture_is_gone():
+    captures = [Capture(layers_of(nn.Linear(2, 2)), LARGE) for _ in range(2)]
+    assert not dynamo_config.skip_nnmodule_hook_guards
+    captures.pop().release()
+    assert not dynamo_config.skip_nnmodule_hook_guards
+    del captures[:]
+    gc.collect()
+    assert dynamo_config.skip_nnmodule_hook_guards
+
+
+def test_every_thread_makes_the_settings_that_it_needs():
+    def settings():
+        capture = Capture(layers_of(nn.Linear(2, 2)), LARGE, model_labels=True)
+        capture.arm()
+        return capture, dynamo_config.skip_nnmodule_hook_guards, functorch_config.donated_buffer
+
+    with functorch_config.patch(donated_buffer=True), ThreadPoolExecutor(1) as other:
+        (_, *here), (made_there, *there) = settings(), other.submit(settings).result()
+        assert here == there == [False, False]
+        made_there.release()  # in this thread
+        assert not functorch_config.donated_buffer
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -32,9 +32,9 @@ _Compiler: Any = Compiler
 class _WithoutOverlap(_Compiler):  # type: ignore[misc]
     """Compiles a kernel whose arguments share no memory that it writes to.
 
-    Otherwise LLVM compiles every loop twice, as vectors and number by number, and a loop runs number by number
-    where two arrays lie within some hundred bytes of each other. The two add up in different orders: the last
-    bits of a small network's step would depend on where its tensors happen to lie.
+    Otherwise LLVM compiles every loop twice, as vectors and number by number, and runs the second where two
+    arrays lie within some hundred bytes of each other. The two add up in different orders: the last bits of a
+    small network's step would depend on where its tensors happen to lie.
     """
 
     def define_pipelines(self) -> Any:

@@ -22,6 +22,7 @@ from minifisher.statistics.calls import (
     take_from_graph,
 )
 from minifisher.statistics.compiled_hooks import (
+    code_checks_for_hooks,
     discard_compiled_code,
     no_donated_buffers,
 )
@@ -144,7 +145,7 @@ class Capture:
 
     The hooks are registered once and ask a switch whether to record. A compiled model therefore has two
     graphs, one that records and one that does not, however often the switch is turned. Models compiled before
-    the hooks were registered are compiled again.
+    the hooks were registered are compiled again. An equal model without hooks has a graph of its own.
     """
 
     def __init__(self, layers: Iterable[Layer], memory: int, model_labels: bool = False) -> None:
@@ -165,6 +166,7 @@ class Capture:
             hooks.callback(put_on(module, ForwardHook(self, module, self._switch)))
         if self._layer_of:
             discard_compiled_code()
+            hooks.enter_context(code_checks_for_hooks.use())
         # Runs also when the optimizer is deleted while the hooks are on.
         self._remove_hooks = weakref.finalize(self, hooks.close)
         self._remove_hooks.atexit = False
@@ -187,7 +189,7 @@ class Capture:
         self._forget()
         self._switch.on = True
         if self._model_labels:
-            self._switch.settings.enter_context(no_donated_buffers)
+            self._switch.settings.enter_context(no_donated_buffers.use())
 
     @_disable_dynamo
     def disarm(self) -> None:

@@ -9,8 +9,9 @@ copies, because compiled code reuses its buffers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -126,24 +127,40 @@ def discard_compiled_code() -> None:
         torch.compiler.reset()
 
 
-class _SharedSetting:
-    """A setting of the whole process: the first `with` block makes it, the end of the last one undoes it."""
+class _SharedSetting(threading.local):
+    """A setting of torch, which has its own in every thread: made for the first user, undone for the last."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make, self._users, self._setting = make, 0, ExitStack()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """The setting holds in this thread, and is undone here: an optimizer may be deleted elsewhere."""
+        thread = threading.get_ident()
         if not self._users:
             self._setting.enter_context(self._make())
         self._users += 1
+        try:
+            yield
+        finally:
+            if threading.get_ident() == thread:
+                self._users -= 1
+                if not self._users:
+                    self._setting.close()
 
-    def __exit__(self, *_: object) -> None:
-        self._users -= 1
-        if not self._users:
-            self._setting.close()
+
+def _check_for_hooks() -> AbstractContextManager[None]:
+    from torch._dynamo import config  # a second's work, which torch has done once any optimizer was made
+
+    setting: AbstractContextManager[None] = config.patch(skip_nnmodule_hook_guards=False)
+    return setting
 
 
-no_donated_buffers: AbstractContextManager[None] = _SharedSetting(
-    lambda: functorch_config.patch(donated_buffer=False)
-)
+code_checks_for_hooks = _SharedSetting(_check_for_hooks)
+"""Code that was compiled for a layer without hooks does not run for an equal layer with hooks.
+
+Torch's default is not to check for hooks. Then the code of a copy of the model, such as a teacher or an
+average of its weights, would run for the model, too, and record nothing.
+"""
+no_donated_buffers = _SharedSetting(lambda: functorch_config.patch(donated_buffer=False))
 """Compiled graphs allow a second backward pass: the first one must not overwrite the saved tensors."""

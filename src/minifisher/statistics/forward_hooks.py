@@ -38,7 +38,7 @@ class Switch:
     def __init__(self) -> None:
         self.on: bool = False
         self.settings: ExitStack[bool | None] = ExitStack()
-        """Settings of the process that hold while it is on."""
+        """Settings of torch that hold while it is on."""
 
     def turn_off(self) -> None:
         """Record no more."""
