@@ -72,11 +72,17 @@ def test_the_limit_falls_with_a_sudden_growth_of_the_gradient():
     assert limits(Measures(nothing, nothing, nothing, nothing), 6.0).tolist() == [6.0]
 
 
-def test_without_a_gradient_no_slope_makes_a_length_usable():
-    nothing = Measures(torch.zeros(1), torch.zeros(1))
-    length = graft_length(nothing, nothing, rescales=True, limit=10.0)
-    usable, frozen = usable_and_frozen(nothing, nothing, length)
-    assert not usable.any()
+@pytest.mark.parametrize("slope", [None, 0.0])
+def test_without_a_first_order_step_the_length_is_zero(slope):
+    norms = torch.tensor([0.0, 2.0, torch.inf, torch.nan])
+    direction, first_order = (
+        Measures(norm, None if slope is None else torch.full_like(norm, slope))
+        for norm in (norms, torch.zeros_like(norms))
+    )
+    length = graft_length(direction, first_order, rescales=True, limit=10.0)
+    assert length.tolist()[:3] == [0, 0, 0]
+    usable, frozen = usable_and_frozen(direction, first_order, length)
+    assert usable.tolist() == [True, True, False, False]
     assert not frozen.any()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 import minifisher
+from minifisher.step.update import Update
+from tests.helpers import closure_of
 
 
 class TwoHeads(nn.Module):
@@ -59,6 +62,23 @@ def test_a_head_is_observed_at_its_first_gradient_and_nothing_falls_back(method)
         assert observations(optimizer, module)[1] == 1
         train(module, optimizer, [0, 1] * 10, start=2)
     assert optimizer.diagnostics()["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("method", minifisher.METHODS)
+def test_units_without_a_gradient_stay_and_nothing_falls_back(method, monkeypatch):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        module[1].bias[2] = -100.0  # its unit is never active
+    monkeypatch.setattr(Update, "_fall_back", lambda *_: pytest.fail("all layers were looked through"))
+    before, optimizer = copy.deepcopy(module), minifisher.METHODS[method](module, lr=1e-2)
+    for _ in range(6):
+        words, targets = torch.randint(5, (16,)), torch.randint(3, (16,))  # of nine words
+        optimizer.step(closure_of(module, optimizer, words, targets))
+    pairs = zip(module.parameters(), before.parameters(), strict=True)
+    words, weights, biases, *_ = [(now != then).view(len(then), -1).any(1).tolist() for now, then in pairs]
+    assert words == [True] * 5 + [False] * 4
+    assert weights == biases == [unit != 2 for unit in range(8)]
 
 
 def test_what_was_missed_is_observed_at_the_next_gradient_and_inverted_at_once():

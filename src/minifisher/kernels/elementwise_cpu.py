@@ -132,7 +132,7 @@ def _descent_lengths(
     """`descent_length` for arrays; writes `length`."""
     finite = True
     for i in range(length.shape[0]):
-        quotient = of_norm[i] / norm[i]
+        quotient = of_norm[i] / norm[i] if of_norm[i] != 0 else np.float32(0)
         most = limit
         if newest is not None and newest[i] > usual_growth * usual[i]:
             most = max(np.float32(1), highest * usual[i] / newest[i])

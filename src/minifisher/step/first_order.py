@@ -139,10 +139,12 @@ def graft_length(direction: Measures, first_order: Measures, rescales: bool, lim
     stands for the gradient. Where the quotient is not positive, no factor of P M promises what s does: a row
     of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor is then
     |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
+
+    It is 0 where s is 0: such units have no gradient, and 0 / 0 would look like a direction that was lost.
     """
     if not rescales:
         return torch.ones_like(direction.norm)
-    length = first_order.norm / direction.norm
+    length = torch.where(first_order.norm == 0, 0.0, first_order.norm / direction.norm)
     if direction.slope is None or first_order.slope is None:
         return length
     descent = first_order.slope / direction.slope
