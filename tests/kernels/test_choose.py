@@ -6,7 +6,6 @@ from torch import Tensor
 
 from minifisher.curvature import Measures
 from minifisher.kernels import choose
-from minifisher.kernels.threads import run_parallel
 from minifisher.step import first_order as first_order_step
 
 needs_numba = pytest.mark.skipif(not choose.NUMBA_INSTALLED, reason="numba (extra `fast`) is not installed")
@@ -83,19 +82,6 @@ def test_the_compiled_length_is_that_of_torch_to_the_last_bit():
 )
 def test_numba_kernels_refuse_other_dtypes_layouts_and_devices(tensor):
     assert not choose.suits_numba(torch.zeros(3), tensor)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_parts_of_a_parallel_loop_cover_its_range_once(threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    visits = torch.zeros(1000)
-
-    def loop(start: int, stop: int) -> float:
-        visits[start:stop] += 1
-        return float(stop - start)
-
-    assert run_parallel(loop, 1000, 150) == 1000
-    assert (visits == 1).all()
 
 
 ENTRIES = [choose.LEAST_ENTRIES - 1, choose.LEAST_ENTRIES, 3 * choose.LEAST_ENTRIES + 5]

@@ -1,7 +1,7 @@
 """Elementwise operations of a step compiled for the CPU, each one pass over memory; needs numba.
 
-Torch computes `sum_of_squares` as fast. But after such a call torch's threads wait actively for some
-milliseconds, on the cores that the other compiled kernels of the step need.
+Torch computes `sum_of_squares` as fast. But where kernels run in a pool (`minifisher.kernels.threads`), they
+have no core for some milliseconds after such a call.
 """
 
 from __future__ import annotations

@@ -1,33 +1,33 @@
-"""Runs compiled loops, which release the interpreter lock, on as many threads as torch uses."""
+"""Runs compiled loops, which release the interpreter lock, on as many threads as torch uses.
+
+Torch's threads wait actively for some milliseconds after their last work. Other threads have no core
+meanwhile: with a pool of our own, two threads took as long as one. So the loops run on torch's threads where
+they can be reached, which is on Linux. Numba's threads wait actively as well, and numba aborts the process
+where two Python threads enter them at once.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
-# Numba's own thread pool is not used: its threads wait actively on the cores that torch's threads need, and
-# it aborts the process where two Python threads enter it at once.
-
-# Torch's threads wait actively for some milliseconds after their last work, and a core that they hold is not
-# free for ours. So the work is cut in more parts than threads, and a thread that has a core takes the next.
-_PARTS_PER_THREAD = 8
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # The process is in the key because a forked process inherits the pool, but not its threads.
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"minifisher-{process}")
+_PARTS_PER_THREAD = 4  # so that a thread whose core does other work leaves parts to the others
+_PROCESS = os.getpid()
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run_parallel(loop: Callable[[int, int], float], count: int, smallest: int) -> float:
     """Call loop(start, stop) for consecutive parts of range(count), each at least `smallest` long.
 
-    Returns the sum of what the calls return.
+    Returns the sum of what the calls return. Raises the first error of a call.
     """
     threads = torch.get_num_threads()
     parts = 1 if threads == 1 else max(1, min(threads * _PARTS_PER_THREAD, count // smallest))
@@ -35,19 +35,49 @@ def run_parallel(loop: Callable[[int, int], float], count: int, smallest: int) -
         return loop(0, count)
     edges = [count * part // parts for part in range(parts + 1)]
     pending, sums = deque(range(parts)), [0.0] * parts
+    errors: list[BaseException] = []
 
-    def work() -> None:
-        while True:
+    def work(_: object = None) -> None:
+        while pending and not errors:
             try:
                 part = pending.popleft()
-            except IndexError:
+            except IndexError:  # another thread was faster
                 return
-            sums[part] = loop(edges[part], edges[part + 1])
+            try:
+                sums[part] = loop(edges[part], edges[part + 1])
+            except BaseException as error:
+                errors.append(error)
 
-    pool = _pool(os.getpid(), threads)
-    others = [pool.submit(work) for _ in range(min(threads, parts) - 1)]
-    work()
-    for other in others:
-        if not other.cancel():  # a worker that has not started would find no part left
-            other.result()
+    run_on_torch_threads = _openmp_region()
+    # A forked process does not inherit the threads, and OpenMP would wait for them.
+    if run_on_torch_threads is not None and os.getpid() == _PROCESS:
+        run_on_torch_threads(_FUNCTION(work), None, threads, 0)
+    else:
+        pool = _pool(os.getpid(), threads)
+        others = [pool.submit(work) for _ in range(min(threads, parts) - 1)]
+        work()
+        wait([other for other in others if not other.cancel()])  # one that did not start finds no part left
+    if errors:
+        raise errors[0]
     return sum(sums)
+
+
+@lru_cache(maxsize=1)
+def _openmp_region() -> Any:
+    """f(function, its argument, threads, 0): a parallel region of the OpenMP that torch uses; None elsewhere.
+
+    GCC's library has it, and so has Intel's for programs compiled by GCC.
+    """
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        region = torch_library.GOMP_parallel  # looked up in what torch was linked with
+    except (OSError, AttributeError):
+        return None
+    region.argtypes, region.restype = (_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return region
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    # The process is in the key because a forked process inherits the pool, but not its threads.
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"minifisher-{process}")
