@@ -294,7 +294,6 @@ def test_the_damped_block_times_the_direction_is_the_momentum(rows, width, block
 def test_the_number_of_threads_does_not_change_a_bit():
     cut = (64, 64 * 9, 9)
     results = []
-    threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         tiling, state = zeros(cut)
@@ -314,6 +313,5 @@ def test_the_number_of_threads_does_not_change_a_bit():
                 nesterov=True,
             )
         results.append((state, direction, *measures[0][:2], *measures[1]))
-    torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

@@ -24,10 +24,7 @@ def _workers(request, monkeypatch):
 
 @pytest.fixture
 def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(2)  # conftest.py sets the former number again
 
 
 @pytest.mark.usefixtures("_workers")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tests.helpers import one_thread
 
 from minifisher_lab.problems import PROBLEMS
 from minifisher_lab.training import batches, epoch_times
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import one_thread
 from tests.same_weights import train
 
 HERE = Path(__file__).parent
@@ -120,11 +121,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
 @pytest.mark.parametrize("name", train.CHECKPOINTS)
 def test_an_old_checkpoint_goes_on_as_it_did_then(name: str) -> None:
     saved = torch.load(HERE / "checkpoint_format_1.pt", weights_only=True)[name]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         weights = train.gone_on(train.CHECKPOINTS[name], saved)
-    finally:
-        torch.set_num_threads(threads)
     # Equal to the last bit on the machine that wrote the file; another BLAS may round otherwise.
     torch.testing.assert_close(weights, saved["weights"], rtol=1e-12, atol=1e-12)
