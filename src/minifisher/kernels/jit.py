@@ -25,7 +25,6 @@ from minifisher.kernels.simd import LANES, load, store
 
 _CacheFile: Any = caching.IndexDataCacheFile  # numba has no annotations
 _FunctionCache: Any = caching.FunctionCache
-
 _Compiler: Any = Compiler
 
 

@@ -135,7 +135,10 @@ class _SharedSetting(threading.local):
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """The setting holds in this thread, and is undone here: an optimizer may be deleted elsewhere."""
+        """Hold the setting in this thread; a use that ends in another thread undoes nothing there.
+
+        An optimizer may be deleted in another thread than the one that made it.
+        """
         thread = threading.get_ident()
         if not self._users:
             self._setting.enter_context(self._make())
