@@ -59,7 +59,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
         (("suite", "small", "--problems", "cnn-digit"), "did you mean cnn-digits"),
         (("suite", "small", "--optimizers", "adamv"), "did you mean adam"),
         (("suite", "tiny"), "small"),
-        (("suite", "small", "--study", "/dev/null/study"), "cannot make /dev/null/study"),
+        (("suite", "small", *TINY, "--study", "/dev/null/study"), "cannot make /dev/null/study"),
         (("report", "nowhere.sqlite"), "there is no study nowhere.sqlite"),
         (("inspect", "vgg16-cifar10"), "inspect one of autoencoder-digits"),
     ],

@@ -210,13 +210,18 @@ def test_the_setting_of_torch_is_restored_in_whatever_order_captures_end(end):
 
 
 def test_torch_checks_for_hooks_until_the_last_capture_is_gone():
-    captures = [Capture(layers_of(nn.Linear(2, 2)), LARGE) for _ in range(2)]
-    assert not dynamo_config.skip_nnmodule_hook_guards
-    captures.pop().release()
-    assert not dynamo_config.skip_nnmodule_hook_guards
-    del captures[:]
-    gc.collect()
-    assert dynamo_config.skip_nnmodule_hook_guards
+    def skips_hooks():
+        captures = [Capture(layers_of(nn.Linear(2, 2)), LARGE) for _ in range(2)]
+        yield dynamo_config.skip_nnmodule_hook_guards
+        captures.pop().release()
+        yield dynamo_config.skip_nnmodule_hook_guards
+        del captures[:]
+        gc.collect()
+        yield dynamo_config.skip_nnmodule_hook_guards
+
+    # A new thread has the settings of torch, whichever optimizers of other tests are still alive here.
+    with ThreadPoolExecutor(1) as new_thread:
+        assert new_thread.submit(list, skips_hooks()).result() == [False, False, True]
 
 
 def test_every_thread_makes_the_settings_that_it_needs():
