@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from functools import partial
@@ -235,10 +236,45 @@ def test_a_warm_start_averages_for_each_layer_the_batches_that_reach_it(method):
 
 @pytest.mark.parametrize("batches", [[], [(INPUTS * math.inf, TARGETS)]])
 @pytest.mark.filterwarnings("ignore:a gradient was NaN")
-def test_a_warm_start_without_a_batch_is_refused(batches):
+def test_a_warm_start_without_a_batch_is_refused_and_changes_nothing(batches):
     module = network()
+    optimizer = MBF(module)
+    train(module, optimizer, 3)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
     with pytest.raises(ValueError, match="no batch to average: the loader is empty or used up"):
-        MBF(module).warm_start(module, iter(batches), functional.cross_entropy)
+        optimizer.warm_start(module, iter(batches), functional.cross_entropy)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+
+
+def test_a_warm_start_whose_first_batch_raises_changes_nothing():
+    module = network()
+    optimizer = MBF(module)
+    train(module, optimizer, 3)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match="batch_size"):
+        optimizer.warm_start(module, [(INPUTS, TARGETS[:2])], functional.cross_entropy)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+
+
+def test_a_warm_start_after_an_option_was_changed_reads_every_batch():
+    module = network()
+    optimizer = KFAC(module, fisher="empirical", statistics_every=4)
+    train(module, optimizer, 2)
+    optimizer.param_groups[0]["curvature_decay"] = 0.8
+    optimizer.warm_start(module, [(INPUTS, TARGETS)], functional.cross_entropy)
+    weights = optimizer.diagnostics()["weights"].values()
+    assert all(weight["observations"] > 5 for weight in weights if "observations" in weight)
+
+
+def test_the_step_after_a_warm_start_in_mid_run_uses_its_averages():
+    module = network()
+    optimizer = KFAC(module, fisher="empirical", statistics_every=50, inverse_every=50)
+    train(module, optimizer, 3)
+    state = optimizer.state[module[0].weight]
+    optimizer.warm_start(module, [(INPUTS, TARGETS), (-INPUTS, TARGETS)], functional.cross_entropy)
+    before = state["input_inverse"].clone()
+    train(module, optimizer, 1)
+    assert not torch.equal(optimizer.state[module[0].weight]["input_inverse"], before)
 
 
 # ---- an installation that cannot be written to ----

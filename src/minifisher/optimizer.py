@@ -290,7 +290,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             if taken.changes:
                 groups = [group for group in self.param_groups if group["adaptive_damping"]]
                 if world_size() > 1:
-                    loss, loss_after = mean_over_ranks((loss, loss_after))
+                    loss, loss_after = mean_over_ranks((loss, loss_after), taken.changes[0][0].device)
                 factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
                 for group in groups:
                     group["damping"] = within_bounds(group["damping"] * factor)
@@ -334,36 +334,50 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
         `loss(model(inputs), targets)` is the mean loss of a batch. With `labels="model"` labels drawn from
         the model's prediction under `likelihood` replace the targets: class indices for "categorical", as the
-        outputs for "bernoulli" and "gaussian". Afterwards every `.grad` is None. This is the published start
-        of TNT and K-BFGS, and with `labels="model"` of MBF (docs/methods.md). A batch with a gradient that is
-        not finite is left out and counts among `skipped_steps`. Raises ValueError where no batch is left.
+        outputs for "bernoulli" and "gaussian". Afterwards every `.grad` is None, and the next step recomputes
+        the inverses. This is the published start of TNT and K-BFGS, and with `labels="model"` of MBF
+        (docs/methods.md). A batch with a gradient that is not finite is left out and counts among
+        `skipped_steps`. Raises ValueError where no batch is left; the averages are then as before.
         """
         if labels not in ("data", "model"):
             raise ValueError(f"labels must be one of 'data', 'model', got {labels!r}")
-        self._set_observations(0)
-        taken = [self._warm_up(model, batch, loss, likelihood, labels == "model") for batch in loader]
+        before = self._observed()
+        self._set_observations(dict.fromkeys(before, 0))
+        any_taken = False
+        try:
+            for batch in loader:
+                any_taken |= self._warm_up(model, batch, loss, likelihood, labels == "model")
+        finally:
+            if not any_taken:  # the averages are as before
+                self._set_observations(before)
         self.zero_grad()
-        if not any(taken):
+        if not any_taken:
             raise ValueError(
                 "warm_start got no batch to average: the loader is empty or used up, or no gradient of its "
                 "batches is finite; pass a loader that can be read from its beginning"
             )
-        self._set_observations(SATURATED)
+        observed = self._observed()
+        self._set_observations(dict.fromkeys(observed, SATURATED))
+        for layer in observed:
+            write(self._entry(layer), "missed", 1)  # so that the next step recomputes the inverses
         self._arm()
 
-    def _set_observations(self, number: int) -> None:
-        """Set the number of observations of every layer that was observed."""
-        for layer in self._enrolled:
+    def _observed(self) -> dict[Layer, Any]:
+        """The number of observations of every layer that was observed."""
+        numbers = {layer: self._entry(layer).get("observations", 0) for layer in self._enrolled}
+        return {layer: 0 + number for layer, number in numbers.items() if number}
+
+    def _set_observations(self, numbers: dict[Layer, Any]) -> None:
+        for layer, number in numbers.items():
             entry = self._entry(layer)
-            if entry.get("observations"):
-                write(entry, "observations", 0 * entry["observations"] + number)
+            write(entry, "observations", 0 * entry["observations"] + number)  # a count may be a tensor
         self._stacked = None
 
     def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str, draws: bool) -> bool:
         """Average in one batch, perhaps with drawn labels; returns whether it was finite."""
         inputs, targets = batch
-        self._arm(always=True)
         self.zero_grad()
+        self._arm(always=True)
         with torch.enable_grad():
             outputs = model(inputs)
             self.observe(outputs, likelihood)
