@@ -39,8 +39,25 @@ def _two_equal_ranks(monkeypatch):
     monkeypatch.setattr(together, "sum_over_ranks", doubled)
 
 
-def test_the_mean_loss_of_equal_losses_is_that_loss():
-    assert together.mean_over_ranks((torch.tensor(3.0), 0.5)) == [3.0, 0.5]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_loss_of_equal_losses_is_that_loss(dtype):
+    mean, of_number = together.mean_over_ranks((torch.tensor(3.1, dtype=dtype), 0.5), torch.device("cpu"))
+    assert torch.equal(mean, torch.tensor(3.1, dtype=dtype))
+    assert of_number == 0.5
+
+
+def test_losses_are_summed_where_the_weights_are(monkeypatch):
+    devices = []
+    monkeypatch.setattr(
+        together, "sum_over_ranks", lambda sums: devices.extend(tensor.device.type for tensor, _ in sums)
+    )
+    together.mean_over_ranks((torch.tensor(3.0), 0.5), torch.device("meta"))
+    assert devices == ["meta", "meta"]
+
+
+def test_a_closure_without_a_loss_is_refused_before_ranks_exchange_it():
+    with pytest.raises(TypeError, match="the closure must return one, got None"):
+        together.mean_over_ranks((None, torch.tensor(3.0)), torch.device("cpu"))
 
 
 def test_the_mean_of_equal_secants_is_that_secant():

@@ -3,15 +3,15 @@
 Source: Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML
 2015, arXiv 1503.05671, Section 6.5; its quadratic model is that of Section 6.4, damping included.
 
-A step moves the weights by delta = u + w. The update is u = -c P M, with the damped inverse curvature P, the
-momentum M, and the factor c = lr x length. The decoupled decay is w = -lr weight_decay W. The model of the
-loss has the gradient D of the mini-batch and the curvature P^-1:
+A step moves the weights by delta = u + w. The update is u = -c P N, with the damped inverse curvature P, the
+momentum N (`minifisher.step.first_order.look_ahead`), and the factor c = lr x length. The decoupled decay is
+w = -lr weight_decay W. The model of the loss has the gradient D of the mini-batch and the curvature P^-1:
 
     q(delta) = D^T delta + delta^T P^-1 delta / 2
 
-P is symmetric and P^-1 u = -c M, so all terms but one need inner products only:
+P is symmetric and P^-1 u = -c N, so all terms but one need inner products only:
 
-    q(delta) = u^T (D - c M / 2) + w^T (D - c M) + w^T P^-1 w / 2
+    q(delta) = u^T (D - c N / 2) + w^T (D - c N) + w^T P^-1 w / 2
 
 The last term is of the order (lr weight_decay)^2 and is left out. The prediction is for the step that was
 taken: c includes the length of the graft, and a layer that took the first-order step counts with the metric
@@ -58,11 +58,11 @@ def damping_factor(before: Any, after: Any, predicted: float, maximize: bool) ->
     step says nothing if the model predicts no progress (because of momentum, or a graft longer than the
     model's own step), or less progress than the rounding of the loss.
     """
-    start, end = _as_number(before), _as_number(after)
+    start, end = as_number(before), as_number(after)
     if not math.isfinite(end):
         return 1 / _FACTOR
     progress = predicted if maximize else -predicted
-    if not progress > _rounding(before) * abs(start):
+    if not progress > torch.finfo(dtype_of_loss(before)).eps * abs(start):
         return 1.0
     ratio = (end - start) / predicted
     return _FACTOR if ratio > _TRUSTED else 1 / _FACTOR if ratio < _DISTRUSTED else 1.0
@@ -73,7 +73,8 @@ def within_bounds(damping: float) -> float:
     return min(max(damping, _BOUNDS[0]), _BOUNDS[1])
 
 
-def _as_number(loss: Any) -> float:
+def as_number(loss: Any) -> float:
+    """The loss that a closure returned; TypeError where it is no number."""
     try:
         return float(loss.detach() if isinstance(loss, Tensor) else loss)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -82,6 +83,6 @@ def _as_number(loss: Any) -> float:
         ) from error
 
 
-def _rounding(loss: Any) -> float:
-    dtype = loss.dtype if isinstance(loss, Tensor) and loss.is_floating_point() else torch.float32
-    return torch.finfo(dtype).eps
+def dtype_of_loss(loss: Any) -> torch.dtype:
+    """The dtype that a loss was rounded to."""
+    return loss.dtype if isinstance(loss, Tensor) and loss.is_floating_point() else torch.float32

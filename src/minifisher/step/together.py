@@ -18,6 +18,7 @@ from minifisher.distributed.collectives import (
     world_size,
 )
 from minifisher.statistics.records import BatchGradient, Secant, mean_gradient
+from minifisher.step.adaptive_damping import as_number, dtype_of_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -291,11 +292,14 @@ def total(parts: Sums) -> float:
     return sum(float(number) for number, _ in numbers)
 
 
-def mean_over_ranks(numbers: Sequence[Any]) -> list[float]:
-    """The mean of each number over the batches of all ranks."""
-    means = torch.tensor([float(number) / world_size() for number in numbers], dtype=torch.float64)
-    sum_over_ranks([(means, ALL_RANKS)])
-    return [float(number) for number in means]
+def mean_over_ranks(losses: Sequence[Any], device: torch.device) -> list[Tensor]:
+    """The mean of each loss [] over the batches of all ranks, in the dtype of the loss.
+
+    It is summed on the device of the weights: a process group may know no other.
+    """
+    means = [torch.as_tensor(as_number(loss), dtype=torch.float64, device=device) for loss in losses]
+    sum_over_ranks([(mean.div_(world_size()), ALL_RANKS) for mean in means])
+    return [mean.to(dtype_of_loss(loss)) for mean, loss in zip(means, losses, strict=True)]
 
 
 def mean_secants(secants: Mapping[Layer, Secant]) -> dict[Layer, Secant]:
