@@ -402,7 +402,10 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were not taken because a gradient was NaN or infinite."""
+        """Steps that were not taken because a gradient, or the square of its norm, was NaN or infinite.
+
+        An overflow that a torch.amp.GradScaler finds is not counted: it belongs to the search for its scale.
+        """
         return int(self._counters.skipped)
 
     def describe(self) -> Description:

@@ -229,6 +229,7 @@ def test_a_grad_scaler_stays_on_the_device():
                 parameter.grad /= 4
             other.step()
     torch.testing.assert_close(flat(module), flat(plain), **CLOSE)
+    assert opt.skipped_steps == 0  # as in the ordinary step: the scaler searches for its scale
 
 
 def test_it_resumes_from_a_checkpoint():

@@ -11,19 +11,20 @@ from minifisher.step.first_order import (
     GRAFTS,
     graft_length,
     limits,
+    masks_of_steps,
     measure,
     update_momentum,
-    usable_and_frozen,
 )
 
 
 def test_a_length_that_is_not_finite_is_not_used():
-    direction = Measures(torch.tensor([2.0, 1e-30, torch.inf, torch.nan]))
-    first_order = Measures(torch.tensor([1.0, 1e30, 1.0, torch.inf]))
+    direction = Measures(torch.tensor([2.0, 1e-30, torch.inf, torch.nan, 0.0]))
+    first_order = Measures(torch.tensor([1.0, 1e30, 1.0, torch.inf, 1.0]))
     length = graft_length(direction, first_order, rescales=True, limit=10.0)
-    usable, frozen = usable_and_frozen(direction, first_order, length)
-    assert usable.tolist() == [True, False, False, False]
-    assert frozen.tolist() == [False, False, False, True]
+    usable, fallen, frozen = masks_of_steps(direction, first_order, length)
+    assert usable.tolist() == [True, False, False, False, False]
+    assert fallen.tolist() == [False, True, True, False, False]
+    assert frozen.tolist() == [False, False, False, True, False]
     assert length[0] == 0.5
 
 
@@ -36,7 +37,7 @@ def test_momentum_is_the_sum_of_past_gradients():
 def test_without_a_graft_the_direction_keeps_its_length():
     direction, first_order = Measures(torch.tensor([2.0, torch.nan])), Measures(torch.ones(2))
     length = graft_length(direction, first_order, rescales=False, limit=10.0)
-    usable, _ = usable_and_frozen(direction, first_order, length)
+    usable, _, _ = masks_of_steps(direction, first_order, length)
     assert length[0] == 1
     assert usable.tolist() == [True, False]
 
@@ -81,8 +82,9 @@ def test_without_a_first_order_step_the_length_is_zero(slope):
     )
     length = graft_length(direction, first_order, rescales=True, limit=10.0)
     assert length.tolist()[:3] == [0, 0, 0]
-    usable, frozen = usable_and_frozen(direction, first_order, length)
+    usable, fallen, frozen = masks_of_steps(direction, first_order, length)
     assert usable.tolist() == [True, True, False, False]
+    assert not fallen.any()
     assert not frozen.any()
 
 

@@ -158,8 +158,9 @@ class Counters:
         self.skipped += 1
         if self.skipped == 1:
             warn_caller(
-                "a gradient was NaN or infinite: the step was skipped, weights and curvature are as before; "
-                "optimizer.skipped_steps counts on, this warning is not repeated"
+                "a gradient was NaN or infinite, or so large that the square of its norm is: the step was "
+                "skipped, weights and curvature are as before; optimizer.skipped_steps counts on, this "
+                "warning is not repeated"
             )
 
     def add(self, fallbacks: int, frozen: int, renewed: int = 0) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minifisher.curvature import Measures, NoCurvature
 from minifisher.statistics.records import BatchGradient
-from minifisher.step.first_order import graft_length, look_ahead, measure, usable_and_frozen
+from minifisher.step.first_order import graft_length, look_ahead, masks_of_steps, measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -66,15 +66,16 @@ def take_captured_step(
     """Step on D of every stack; returns the steps skipped (0 or 1) and the layers that fell back, [].
 
     `scale` is what a GradScaler multiplied the loss by, `overflow` is positive where it found an infinity.
+    Such a step is left out, too, but not counted as skipped.
     """
     if scale is not None:
         gradients = [gradient / scale for gradient in gradients]
     of_gradients = torch.stack([torch.linalg.vector_norm(gradient).float() for gradient in gradients])
-    usable = torch.isfinite(of_gradients.square()).all()
-    if overflow is not None:
-        usable = usable & (overflow.sum() == 0)
+    finite = torch.isfinite(of_gradients.square()).all()
+    overflowed = torch.zeros_like(finite) if overflow is None else overflow.sum() != 0
+    usable = finite & ~overflowed
     fallbacks = [_step(stack, gradient, usable) for stack, gradient in zip(stacks, gradients, strict=True)]
-    return (~usable).long(), torch.stack(fallbacks).sum()
+    return (~finite & ~overflowed).long(), torch.stack(fallbacks).sum()
 
 
 def _step(stack: LayerStack, gradient: Tensor, usable: Tensor) -> Tensor:
@@ -118,7 +119,10 @@ def _directions(
 def _with_length(
     stack: LayerStack, direction: Tensor, first_order: Tensor, momentum: Tensor, growth: Growth
 ) -> tuple[Tensor, Tensor]:
-    """The direction with its length, or the first-order step if that is not finite; and how many layers."""
+    """The direction with its length, or the first-order step if that is not finite; and how many layers.
+
+    Layers that stay, because neither is finite, are counted, too.
+    """
     sloped, lengths = momentum if stack.measures_slope else None, stack.lengths
     # By torch: no graph can record compiled loops.
     measures, of_first_order = (
@@ -127,14 +131,10 @@ def _with_length(
     of_first_order = Measures(*of_first_order[:2], *growth)
     rescales = stack.curvature.needs is not None and stack.graft.rescales
     length = graft_length(measures, of_first_order, rescales, stack.options["length_limit"])
-    usable, _ = usable_and_frozen(measures, of_first_order, length)
-    fallen = ~usable & (of_first_order.norm != 0)
-    # Where the first-order step is not finite either the layer stays, and counts as a fallback, too.
-    finite, length, usable = (
-        numbers.view(stack.length_shape) for numbers in (torch.isfinite(of_first_order.norm), length, usable)
-    )
-    update = torch.where(usable, direction * length, torch.where(finite, first_order, 0))
-    return update, fallen.view(len(stack.layers), -1).any(1).sum()
+    usable, fallen, frozen = masks_of_steps(measures, of_first_order, length)
+    count = (fallen | frozen).view(len(stack.layers), -1).any(1).sum()
+    length, usable, frozen = (each.view(stack.length_shape) for each in (length, usable, frozen))
+    return torch.where(usable, direction * length, first_order.masked_fill(frozen, 0)), count
 
 
 def _apply(stack: LayerStack, update: Tensor, usable: Tensor) -> Tensor:

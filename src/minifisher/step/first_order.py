@@ -164,14 +164,19 @@ def limits(first_order: Measures, limit: float) -> Tensor:
     return torch.where(newest > USUAL_GROWTH * usual, lower, limit)
 
 
-def usable_and_frozen(direction: Measures, first_order: Measures, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Two masks, [lengths]: where a direction has a finite length, and where nothing has.
+def masks_of_steps(
+    direction: Measures, first_order: Measures, length: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three masks, [lengths]: where the direction is usable, where it was lost, and where nothing moves.
 
-    Where it is not `usable`, the layer takes the first-order step s; where that is not finite either, the
-    layer is `frozen`.
+    A direction is usable if it has a finite length. Where it has not, the layer takes the first-order step s;
+    it has `fallen` back unless one of the two is zero: that unit has no gradient, and nothing was lost. Where
+    s is not finite either, the layer is `frozen`.
     """
     usable = torch.isfinite(direction.norm + length)
-    return usable, ~(usable | torch.isfinite(first_order.norm))
+    frozen = ~(usable | torch.isfinite(first_order.norm))
+    fallen = ~(usable | frozen) & (first_order.norm != 0) & (direction.norm != 0)
+    return usable, fallen, frozen
 
 
 def graft_of(plan: Plan, options: Mapping[str, Any]) -> Graft:

@@ -14,8 +14,8 @@ from minifisher.step.first_order import (
     USUAL_GROWTH,
     graft_length,
     look_ahead,
+    masks_of_steps,
     measure,
-    usable_and_frozen,
 )
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ class Update:
 
     def _fall_back(self, measures: Measures, length: Tensor) -> None:
         stack = self.stack
-        usable, frozen = usable_and_frozen(measures, self.first_order, length)
-        # Where one of the two norms is zero no direction was lost: that unit has no gradient.
-        fallen = ~usable & ~frozen & (self.first_order.norm != 0) & (measures.norm != 0)
+        usable, fallen, frozen = masks_of_steps(measures, self.first_order, length)
         self.fallbacks, self.frozen = (
             int(mask.view(len(stack.layers), -1).any(1).sum()) for mask in (fallen, frozen)
         )
