@@ -356,6 +356,37 @@ def test_the_default_device_need_not_be_that_of_blocks_of_kernels():
     assert not torch.equal(module.weight, before)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "chosen"),
+    [*((name, {}) for name in METHODS), ("mbf", {"share": "row"}), ("mbf", {"conv_blocks": "kernel"})],
+)
+def test_the_default_dtype_need_not_be_that_of_the_model(method, chosen, default):
+    def trained(dtype):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(45, 70), nn.LayerNorm(70))
+        optimizer = METHODS[method](module, lr=0.01, **chosen)
+        inputs = torch.randn(6, 2, 5, 5)
+
+        def closure():
+            optimizer.zero_grad()
+            outputs = module(inputs)
+            optimizer.observe(outputs)
+            loss = outputs.square().mean()
+            loss.backward()
+            return loss
+
+        torch.set_default_dtype(dtype)
+        try:
+            for _ in range(3):
+                optimizer.step(closure)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return [parameter.detach() for parameter in module.parameters()]
+
+    torch.testing.assert_close(trained(default), trained(torch.float32), rtol=0, atol=0)
+
+
 # ---- checkpoints ----
 
 

@@ -345,7 +345,11 @@ def _run(
     with_slopes: bool = False,
     nesterov: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    direction = torch.empty(0, 0, device="cpu") if momentum is None else torch.empty_like(momentum)
+    direction = (
+        torch.empty(0, 0, dtype=torch.float32, device="cpu")
+        if momentum is None
+        else torch.empty_like(momentum)
+    )
     squares = torch.empty((2, packed.shape[0]), dtype=torch.float64, device="cpu")
     slopes = squares.new_empty(4, packed.shape[0]) if with_slopes else None
     arrays = [_array(tensor) for tensor in (packed, gradient, momentum, moment, direction, squares)]
@@ -372,8 +376,10 @@ def _scratch(width: int, entries: int, packed: Any) -> tuple[Any, Any, Any]:
     """Vectors and factor of one tile, and a tile of `LANES` blocks, which are zero."""
     # By torch, which aligns to whole vectors; numpy does not, and every second load would take twice as long.
     # Here and not in the compiled loop, where two allocations take 0.4 s to compile.
-    # The default device may be another one.
-    vectors, factor = (torch.empty(rows, LANES, device="cpu") for rows in (width, entries))
+    # The default device and dtype may be others.
+    vectors, factor = (
+        torch.empty(rows, LANES, dtype=torch.float32, device="cpu") for rows in (width, entries)
+    )
     dtype = torch.uint16 if packed.dtype == np.uint16 else torch.float32
     return vectors.numpy(), factor.numpy(), torch.zeros(entries, LANES, dtype=dtype, device="cpu").numpy()
 

@@ -124,7 +124,8 @@ def direction_of_tiles(
 
     def loop(start: int, stop: int) -> float:
         # By torch, which aligns to whole vectors; numpy does not, and every second load would take longer.
-        scratch = torch.zeros(2, outputs.shape[2], inputs.shape[3], device="cpu").numpy()
+        shape = 2, outputs.shape[2], inputs.shape[3]
+        scratch = torch.zeros(shape, dtype=torch.float32, device="cpu").numpy()
         return float(_process_tiles(*arrays, sums, scratch, *options, start, stop))
 
     tiles = gradient.shape[0] * outputs.shape[1] * blocks
