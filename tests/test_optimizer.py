@@ -344,6 +344,20 @@ def test_schedulers_drive_the_step(schedule):
             assert length == pytest.approx((twin - before).norm().item(), rel=1e-4)
 
 
+def test_a_schedule_may_end_a_rounding_error_below_zero():
+    weight = nn.Parameter(torch.ones(3, 3))
+    opt = MBF([weight], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.3, end_factor=0.0, total_iters=6)
+    for _ in range(6):
+        random_gradients([weight], torch.Generator().manual_seed(0))
+        opt.step()
+        scheduler.step()
+    assert -1e-15 < opt.param_groups[0]["lr"] < 0
+    before = weight.detach().clone()
+    opt.step()
+    torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-15)
+
+
 def test_a_learning_rate_in_a_tensor_is_read_every_step():
     weight = nn.Parameter(torch.zeros(2, 2))
     rate = torch.tensor(0.1)

@@ -36,6 +36,8 @@ NOT_IN_GROUPS = ("params", "model")
 """Arguments whose values are not kept in the parameter groups."""
 
 _UNSET: Any = object()  # an override keeps what it does not set
+# A schedule that ends at 0 may end a rounding error below it; so does torch's LinearLR.
+_ROUNDING = 1e-9
 
 # Arguments of torch.optim.AdamW that have another name here, or none.
 _OF_ADAMW = {
@@ -103,7 +105,7 @@ class Option:
             return isinstance(value, Integral) and (self.at_least or 0) <= int(value) <= sys.maxsize
         number = _as_float(value)
         return number < (math.inf if self.below is None else self.below) and (
-            number > self.above if self.above is not None else number >= (self.at_least or 0)
+            number > self.above if self.above is not None else number >= (self.at_least or 0) - _ROUNDING
         )
 
     @property
