@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from minifisher import MBF
+from minifisher import KBFGS, KFAC, MBF
 from tests.helpers import problem
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -490,6 +490,48 @@ def test_frozen_parameters_stay_and_may_thaw(fisher):
     module[0].requires_grad_(True)
     train(module, opt, 3)
     assert not torch.equal(flat(module[0]), before)
+
+
+@pytest.mark.parametrize("method", [KFAC, KBFGS])
+def test_a_frozen_layer_does_not_make_statistics_due(method):
+    def closure_calls_and_draws(freezes):
+        module = network()
+        module[0].requires_grad_(not freezes)
+        opt = method(module, lr=0.01, statistics_every=5)
+        calls = []
+
+        def closure():
+            calls.append(opt.zero_grad())
+            outputs = module(batch()[0])
+            opt.observe(outputs)
+            loss = nn.functional.cross_entropy(outputs, batch()[1])
+            loss.backward()
+            return loss
+
+        for _ in range(20):
+            opt.step(closure)
+        return len(calls), opt.param_groups[0].get("label_draws")
+
+    assert closure_calls_and_draws(freezes=True) == closure_calls_and_draws(freezes=False)
+
+
+@pytest.mark.parametrize("method", [partial(KFAC, fisher="empirical"), KBFGS])
+def test_a_layer_that_thaws_is_observed_at_once(method):
+    module = network()
+    module[0].requires_grad_(False)
+    opt = method(module, lr=0.01, statistics_every=5)
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(module(batch()[0]), batch()[1])
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        opt.step(closure)
+    module[0].requires_grad_(True)
+    opt.step(closure)
+    assert opt.state[module[0].weight]["observations"] == 1
 
 
 def test_gradients_that_are_zero_forever_move_nothing_and_warn_of_nothing():

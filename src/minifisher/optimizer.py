@@ -312,6 +312,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         super().zero_grad(set_to_none)
         if self._captures.by_estimator:  # which an option may turn on or off for the coming pass
             self._notice()
+            self._arm()  # for layers that were frozen or are trained again since the last step
             self._captures.forget_backward()
 
     def _arm(self, always: bool = False) -> None:
@@ -319,7 +320,8 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._captures.arm(lambda layer: always or self._statistics_due(layer))
 
     def _statistics_due(self, layer: Layer) -> bool:
-        return self._enrolled[layer].statistics_due(self._entry(layer))
+        # A frozen layer takes no steps: by its count, its first statistics would be due in every step.
+        return layer.weight.requires_grad and self._enrolled[layer].statistics_due(self._entry(layer))
 
     @torch.no_grad()
     def warm_start(
