@@ -157,6 +157,10 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         `closure` clears the gradients, computes the loss, calls its `backward()` and returns it. If a second
         look at the mini-batch is due, it is called again after the step; `SecondPass` says what that leaves
         unchanged.
+
+        Raises TypeError where the method needs a closure and gets none, RuntimeError where labels were to be
+        drawn and `observe` was not called, and ValueError for an option out of its range. Nothing has changed
+        then.
         """
         return self._step_on_device(closure) if self.defaults["capturable"] else self._step(closure)
 
@@ -301,7 +305,11 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         """Draw labels from the model's own prediction and do the extra backward pass, when one is due.
 
         Call it between the forward pass and `loss.backward()`; no `.grad` changes. The outputs are logits
-        with the classes last ("categorical"), logits ("bernoulli") or means ("gaussian").
+        [n, ..., classes] ("categorical"), logits [n, ...] ("bernoulli") or means [n, ...] ("gaussian") of n
+        samples. Of a network with several outputs, observe each one once: their Fisher matrices add up.
+
+        Raises ValueError for an unknown likelihood and for "categorical" with one class, TypeError where the
+        outputs are not one floating-point tensor, and RuntimeError where no layer can be found behind them.
         """
         generator = partial(next_generator, self.param_groups[0], rank())
         self._captures.draw_labels(outputs, likelihood, generator)

@@ -171,3 +171,24 @@ def test_a_gradient_without_samples_warns_once_and_names_the_line_of_the_caller(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert captures.collect(no_scale) == {}
+
+
+def test_outputs_without_their_last_dimension_are_warned_of_once():
+    module = nn.Linear(3, 1)
+    captures = Captures({"sampled": layers_of(module)}, 2**20)
+    captures.arm(always)
+    with pytest.warns(RuntimeWarning, match=r"outputs of shape \[4\] as the logits of 4 classes"):
+        captures.draw_labels(module(torch.randn(4, 3)).squeeze(1), "categorical")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captures.draw_labels(module(torch.randn(4, 3)).squeeze(1), "categorical")
+        captures.draw_labels(module(torch.randn(4, 3)).squeeze(1), "bernoulli")
+
+
+def test_one_sample_without_a_batch_dimension_is_not_warned_of():
+    module = nn.Linear(3, 4)
+    captures = Captures({"sampled": layers_of(module)}, 2**20)
+    captures.arm(always)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captures.draw_labels(module(torch.randn(3)), "categorical")

@@ -154,3 +154,10 @@ def test_one_label_is_drawn_for_each_position_of_a_sequence():
     labels = (0.5 - tokens).argmax(-1)
     assert all(0.2 < labels[:, t].double().mean() < 0.8 for t in range(7))
     assert any(not torch.equal(labels[:, s], labels[:, t]) for s, t in itertools.combinations(range(7), 2))
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (4, 3, 1)])
+def test_one_class_is_refused(shape):
+    with pytest.raises(ValueError, match=r"are logits of one class.*bernoulli"):
+        sampled_loss(torch.zeros(shape), "categorical")
+    assert sampled_loss(torch.zeros(shape), "bernoulli") > 0

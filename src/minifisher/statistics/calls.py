@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakValueDictionary
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from minifisher.statistics.positions import with_sample_dimension
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.autograd.graph import Node
@@ -29,8 +29,6 @@ class PendingCall:
     inputs: Tensor  # [n, ...]
     number: int
     """Counts the calls in the order in which they were made."""
-    compiled: bool = False
-    """Whether compiled code made the call."""
     output_index: int = 0
     """Which output of its autograd node the output of the module is."""
     forward_pass: int = 0
@@ -40,16 +38,11 @@ class PendingCall:
     backward_pass: int = -1
     """Autograd's id of the training loss's backward pass through it; -1 where `.grad` has none of it."""
     output_gradients: tuple[Tensor, ...] = ()  # [n, ...] each
-    """One of the training loss, or one of each loss on labels from the model."""
-    compiled_gradient: Tensor | None = None
-    """What compiled code has delivered of the loss that is being differentiated."""
+    """One of the training loss, or one of each loss on labels from the model, in the order of `observe`."""
 
-    def take_gradient(self, from_autograd: Tensor | None) -> Tensor | None:
-        """The output gradient of the loss just differentiated: compiled code delivers its own."""
-        if not self.compiled:
-            return from_autograd
-        gradient, self.compiled_gradient = self.compiled_gradient, None
-        return gradient
+    def release(self) -> None:
+        """Free the memory: the autograd graph, which somebody may keep, refers to the call."""
+        self.inputs, self.output_gradients = self.inputs.new_empty(0), ()
 
 
 class CallsOfLayer:
@@ -83,9 +76,9 @@ class CallsOfLayer:
         call.forward_pass, call.recomputed = self._forward_pass, torch._C._current_graph_task_id() != -1
         self._calls[call.number] = call
 
-    def without_gradient(self) -> list[PendingCall]:
-        """The calls that have no gradient yet."""
-        return [call for call in self._calls.values() if not call.output_gradients]
+    def alive(self) -> list[PendingCall]:
+        """The calls that have a gradient or may still receive one."""
+        return list(self._calls.values())
 
     def add_gradient(self, call: PendingCall, gradients: Tensor) -> None:
         """Add an output gradient of the training loss; two backward passes on one graph bring two terms."""
@@ -120,13 +113,34 @@ class CallsOfLayer:
                 call.output_gradients = call.output_gradients if self._model_labels else ()
         self._with_gradient = [call for call in self._with_gradient if call.output_gradients]
 
-    def set_gradients(self, call: PendingCall, gradients: Iterable[Tensor | None]) -> None:
-        """Store the output gradients of several losses; where a loss does not depend on the call, zeros."""
+    def add_losses(self, gradients: Mapping[PendingCall, Sequence[Tensor | None]]) -> None:
+        """Add the output gradients of the E losses of one `observe`; None where a loss ignores a call.
+
+        Several outputs of one forward pass, such as those of two heads, are observed one after the other.
+        Their Fisher matrices add up. As the mean over all L losses of the pass is taken, those of each output
+        are multiplied by sqrt(L / E).
+        """
+        reached = {
+            call: of_call for call, of_call in gradients.items() if any(g is not None for g in of_call)
+        }
+        for number in {call.forward_pass for call in reached}:
+            peers = [call for call in self.alive() if call.forward_pass == number]
+            before = max(len(peer.output_gradients) for peer in peers)
+            for peer in peers if before else []:
+                factor = (1 + len(next(iter(reached.values()))) / before) ** 0.5
+                peer.output_gradients = tuple(factor * each for each in peer.output_gradients)
+            for call in peers:
+                if call in reached:
+                    self._append(call, reached[call], before)
+
+    def _append(self, call: PendingCall, gradients: Sequence[Tensor | None], before: int) -> None:
+        """Add those of one call, whose pass had so many losses `before`."""
         batches = [None if g is None else with_sample_dimension(call.module, g.detach()) for g in gradients]
-        arrived = next((batch for batch in batches if batch is not None), None)
-        if arrived is not None:
-            zeros = torch.zeros_like(arrived)
-            self._store(call, tuple(zeros if batch is None else batch for batch in batches))
+        zeros = torch.zeros_like(next(batch for batch in batches if batch is not None))
+        factor = (1 + before / len(batches)) ** 0.5
+        missing = before - len(call.output_gradients)
+        new = [zeros] * missing + [zeros if batch is None else factor * batch for batch in batches]
+        self._store(call, (*call.output_gradients, *new))
 
     def _store(self, call: PendingCall, gradients: tuple[Tensor, ...]) -> None:
         if call.number not in self._calls:  # already collected
@@ -143,7 +157,9 @@ class CallsOfLayer:
         trained = {call.forward_pass for call in complete if call.backward_pass != -1}
         for call in complete:
             if call.forward_pass in trained or not trained:
-                forward_passes[call.forward_pass].append(call)
+                forward_passes[call.forward_pass].append(replace(call))
+        for call in self._calls.values():
+            call.release()
         self._calls.clear()
         self._with_gradient.clear()
         return list(forward_passes.values())
@@ -174,23 +190,20 @@ def accumulates_into_grad(weight: Tensor) -> bool:
 
 
 def attach_to_graph(call: PendingCall, output: Tensor) -> None:
-    """Let the autograd graph of the output keep the call alive, until `take_from_graph` finds it there."""
+    """Let the autograd graph of the output keep the call alive, where `find_in_graph` finds it."""
     edge = get_gradient_edge(output)
     call.output_index = edge.output_nr
     _metadata(edge.node)[call] = None
 
 
-def take_from_graph(
-    losses: Iterable[Tensor], calls: Iterable[PendingCall]
-) -> dict[PendingCall, GradientEdge]:
-    """The outputs of the calls that the losses depend on, as edges; the graph lets go of these calls."""
-    wanted, edges = set(calls), {}
-    for node in _nodes(losses):
-        metadata = _metadata(node)
-        for call in wanted.intersection(metadata):
-            del metadata[call]
-            edges[call] = GradientEdge(node, call.output_index)
-    return edges
+def find_in_graph(losses: Iterable[Tensor], calls: Iterable[PendingCall]) -> dict[PendingCall, GradientEdge]:
+    """The outputs of the calls that the losses depend on, as edges."""
+    wanted = set(calls)
+    return {
+        call: GradientEdge(node, call.output_index)
+        for node in _nodes(losses)
+        for call in wanted.intersection(_metadata(node))
+    }
 
 
 def hides_layers(losses: Iterable[Tensor]) -> bool:

@@ -18,8 +18,8 @@ from minifisher.statistics.calls import (
     PendingCall,
     attach_to_graph,
     can_receive_gradient,
+    find_in_graph,
     hides_layers,
-    take_from_graph,
 )
 from minifisher.statistics.compiled_hooks import (
     code_checks_for_hooks,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
+    from torch.autograd.graph import GradientEdge
 
     from minifisher.statistics.layers import Layer
     from minifisher.statistics.likelihood import NextGenerator
@@ -55,6 +56,15 @@ _HIDDEN = (
     "optimizer.observe found none of the layers behind these outputs: torch.utils.checkpoint with "
     'use_reentrant=True hides them until loss.backward(). Set use_reentrant=False, or use fisher="empirical"'
 )
+_TOO_LATE = (
+    "optimizer.observe came after loss.backward(), which has freed the graph: call it between the forward "
+    "pass and loss.backward()"
+)
+_SAMPLES_AS_CLASSES = (
+    "optimizer.observe reads outputs of shape [{0}] as the logits of {0} classes of one sample, and the "
+    'layers saw {0} samples: pass likelihood="bernoulli" or "gaussian", or outputs [samples, classes]. This '
+    "warning is shown once"
+)
 _NO_SAMPLES_BECAUSE = {
     False: ("took part in loss.backward()", "and let loss.backward() fill .grad"),
     True: ("led to the outputs given to optimizer.observe", "and observe outputs that depend on it"),
@@ -62,7 +72,7 @@ _NO_SAMPLES_BECAUSE = {
 
 
 class Captures:
-    """The captures of one optimizer, one for each estimator that reads samples; false where there are none.
+    """The captures of one optimizer, one for each estimator that reads samples.
 
     `arm` turns the hooks on for the coming step. `collect` returns what they recorded. The hooks of one
     estimator are on as soon as statistics of one of its layers are due, so that a compiled model has two
@@ -103,6 +113,8 @@ class Captures:
         """
         for estimator, capture in self.by_estimator.items():
             if estimator in MODEL_LABEL_LOSSES and capture.armed:
+                if likelihood == "categorical":
+                    capture.warn_of_samples_as_classes(outputs)
                 with torch.enable_grad():
                     capture.differentiate(*MODEL_LABEL_LOSSES[estimator](outputs, likelihood, generator))
 
@@ -156,9 +168,14 @@ class Capture:
         self._model_labels = model_labels
         self._is_differentiating = False
         self._warned_of: set[Layer] = set()
+        self._warned_of_shape = False
         self._calls: dict[Layer, CallsOfLayer] = {}
         self._switch = Switch()
         self._compiled_calls: weakref.WeakValueDictionary[int, PendingCall] = weakref.WeakValueDictionary()
+        self._compiled_layers: dict[Layer, None] = {}
+        """Those that compiled code has called."""
+        self._delivered: dict[PendingCall, Tensor] = {}
+        """What compiled code has delivered of the loss that is being differentiated."""
         self._numbers = count()
         hooks = ExitStack()
         hooks.callback(self._switch.turn_off)
@@ -209,32 +226,40 @@ class Capture:
         """
         if not self._model_labels:
             raise RuntimeError("this capture reads the training loss: make it with model_labels=True")
-        waiting = [call for calls in self._calls.values() for call in calls.without_gradient()]
-        if waiting and not all(loss_sum.requires_grad for loss_sum in loss_sums):
+        if self._calls and not all(loss_sum.requires_grad for loss_sum in loss_sums):
             raise RuntimeError(
                 "the outputs do not require a gradient: pass optimizer.observe the outputs as the model "
                 "returned them, not detached and not computed under torch.no_grad()"
             )
-        targets: dict[PendingCall, Any] = take_from_graph(loss_sums, waiting)
-        # Compiled graphs have no edges at layer outputs: they deliver the gradient on the way to the weight.
-        targets.update({call: self._layer_of[call.module].weight for call in waiting if call.compiled})
-        if not targets:
+        edges = find_in_graph(loss_sums, (call for calls in self._calls.values() for call in calls.alive()))
+        if not (edges or self._compiled_layers):
             if hides_layers(loss_sums):
                 raise RuntimeError(_HIDDEN)
             return
-        by_loss = [self._output_gradients(loss_sum, targets) for loss_sum in loss_sums]
-        for call, gradients in zip(targets, zip(*by_loss, strict=True), strict=True):
-            self._calls[self._layer_of[call.module]].set_gradients(call, gradients)
+        by_loss = [self._output_gradients(loss_sum, edges) for loss_sum in loss_sums]
+        by_layer: dict[Layer, dict[PendingCall, list[Tensor | None]]] = defaultdict(dict)
+        for call in dict.fromkeys(call for gradients in by_loss for call in gradients):
+            by_layer[self._layer_of[call.module]][call] = [gradients.get(call) for gradients in by_loss]
+        for layer, of_layer in by_layer.items():
+            self._calls[layer].add_losses(of_layer)
 
-    def _output_gradients(self, loss_sum: Tensor, targets: dict[PendingCall, Any]) -> list[Tensor | None]:
+    def _output_gradients(
+        self, loss_sum: Tensor, edges: dict[PendingCall, GradientEdge]
+    ) -> dict[PendingCall, Tensor | None]:
+        # Compiled graphs have no edges at layer outputs: they deliver the gradient on the way to the weight,
+        # to the call of the forward pass or, inside a checkpoint, to one that is made in the backward pass.
+        targets: list[Any] = [*edges.values(), *(layer.weight for layer in self._compiled_layers)]
         self._is_differentiating = True
         try:
-            gradients = torch.autograd.grad(
-                loss_sum, list(targets.values()), retain_graph=True, allow_unused=True
-            )
+            gradients = torch.autograd.grad(loss_sum, targets, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "a second time" in str(error):
+                raise RuntimeError(_TOO_LATE) from error
+            raise
         finally:
             self._is_differentiating = False
-        return [call.take_gradient(gradient) for call, gradient in zip(targets, gradients, strict=True)]
+            delivered, self._delivered = self._delivered, {}
+        return {**dict(zip(edges, gradients, strict=False)), **delivered}
 
     def forget_backward(self) -> None:
         """Forget the backward passes of the training loss, not the forward passes: `.grad` was cleared."""
@@ -276,6 +301,15 @@ class Capture:
             message = _NO_SAMPLES.format(names, *_NO_SAMPLES_BECAUSE[self._model_labels])
             warn_caller(message)
 
+    def warn_of_samples_as_classes(self, outputs: Tensor) -> None:
+        """Warn, once, of outputs [n] that are read as n classes of one sample, where layers saw n samples."""
+        if self._warned_of_shape or getattr(outputs, "ndim", 0) != 1:
+            return
+        calls = (call for calls in self._calls.values() for call in calls.alive())
+        if len(outputs) in {call.inputs.shape[0] for call in calls}:
+            self._warned_of_shape = True
+            warn_caller(_SAMPLES_AS_CLASSES.format(len(outputs)))
+
     def record_call(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Record a call of a module in eager mode."""
         layer = self._layer_of.get(module)
@@ -306,8 +340,9 @@ class Capture:
     def record_compiled_call(self, module: nn.Module, inputs: Tensor) -> PendingCall:
         """Record a call of a module in compiled code, which has to keep the result alive."""
         inputs = with_sample_dimension(module, inputs)
-        call = PendingCall(module, inputs, next(self._numbers), compiled=True)
-        self._calls_of(self._layer_of[module]).add(call)
+        layer, call = self._layer_of[module], PendingCall(module, inputs, next(self._numbers))
+        self._calls_of(layer).add(call)
+        self._compiled_layers[layer] = None
         self._compiled_calls[call.number] = call
         return call
 
@@ -319,8 +354,7 @@ class Capture:
         if not self._model_labels:
             self._calls[self._layer_of[call.module]].add_gradient(call, gradients)
         elif self._is_differentiating:
-            earlier = call.compiled_gradient
-            call.compiled_gradient = gradients if earlier is None else earlier + gradients
+            self._delivered[call] = self._delivered.get(call, 0) + gradients
         else:
             self._calls[self._layer_of[call.module]].note_backward(call)
 
@@ -330,6 +364,7 @@ class Capture:
     def _forget(self) -> None:
         self._calls.clear()
         self._compiled_calls.clear()
+        self._compiled_layers.clear()
 
 
 def _has_gradient(weight: Tensor) -> bool:

@@ -58,6 +58,11 @@ def _checked(outputs: Tensor, likelihood: str) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         got = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise TypeError(f"outputs must be the model's floating-point prediction, one tensor, got {got}")
+    if likelihood == "categorical" and outputs.shape[-1:] == (1,):
+        raise ValueError(
+            f"outputs {list(outputs.shape)} are logits of one class, which is certain: pass "
+            'likelihood="bernoulli" for one logit of a yes or no, "gaussian" for a mean'
+        )
     # In half precision small probabilities would be lost, and the sum would be too coarse.
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
