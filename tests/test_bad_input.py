@@ -114,6 +114,15 @@ def test_parameters_without_gradients_of_their_kind_are_left_out(dtype):
         MBF([weight(), weight(dtype)])
 
 
+def test_a_model_that_holds_none_of_the_parameters_is_refused():
+    network, another = nn.Linear(2, 2), nn.Linear(2, 2)
+    for params in (network, list(network.parameters())):
+        with pytest.raises(ValueError, match="model, a Linear, holds none of the parameters"):
+            MBF(params, model=another)
+        with pytest.raises(TypeError, match=r"model must be the nn.Module .*, got 3"):
+            MBF(params, model=3)
+
+
 def test_what_is_no_tensor_is_named():
     with pytest.raises(TypeError, match="str"):
         MBF(["weight"])

@@ -15,7 +15,7 @@ from minifisher.common_options import CommonOptions
 from minifisher.curvature import Plan
 from minifisher.distributed.collectives import rank, world_size
 from minifisher.kernels.choose import compiled_kernels
-from minifisher.parameters import as_groups
+from minifisher.parameters import as_groups, check_model
 from minifisher.state.checkpoint import FORMAT_VERSION, check_form, pack, refuse_strays, without_stacks
 from minifisher.state.enrolment import Enrolment, enrol, placed
 from minifisher.state.groups import check_group
@@ -88,6 +88,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self.check(values)
         signed = {**values, "format_version": FORMAT_VERSION, "method": type(self).__name__}
         Optimizer.__init__(self, as_groups(params), signed)
+        check_model(self._enrolment.model, self.param_groups)
         self._enrol()
         self._complete = True
 
@@ -447,11 +448,12 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with an entry for every parameter, also if it had no gradient so far."""
         self._notice()
-        self._initialise(
-            layer
-            for layer in self._enrolled
-            if self._entry(layer) or any(parameter.requires_grad for parameter in layer.parameters)
-        )
+        with torch.inference_mode(False), torch.no_grad():  # a step cannot write to an inference tensor
+            self._initialise(
+                layer
+                for layer in self._enrolled
+                if self._entry(layer) or any(parameter.requires_grad for parameter in layer.parameters)
+            )
         members, groups = self._enrolled.values(), self.param_groups
         refuse_strays(self.state, groups)
         # Before the hooks of others, which then see all that will be saved.

@@ -35,6 +35,20 @@ def as_groups(params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
     return entries if isinstance(entries[0], Mapping) else [{"params": entries}]
 
 
+def check_model(model: Any, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise TypeError for a `model` that is no module, and ValueError for one of other parameters."""
+    if model is None:
+        return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the nn.Module that the tensors in params belong to, got {model!r}")
+    own = set(model.parameters())
+    if not any(parameter in own for group in groups for parameter in group["params"]):
+        raise ValueError(
+            f"model, a {type(model).__name__}, holds none of the parameters: "
+            "pass the module that they belong to"
+        )
+
+
 def check_parameter(name: str, parameter: Tensor) -> None:
     """Raise TypeError for a parameter that is no tensor of real floating-point numbers."""
     if parameter.is_complex():

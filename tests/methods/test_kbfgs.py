@@ -416,6 +416,12 @@ def test_the_loss_falls_and_a_resumed_run_equals_an_uninterrupted_one(method, ki
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("asked", "every", "expected"), [(20, 2, 20), (3, 2, 2), (10, 4, 8), (1, 4, 4)])
+def test_describe_says_how_often_the_input_matrix_is_inverted(asked, every, expected):
+    optimizer = KBFGS(nn.Linear(3, 2), inverse_every=asked, statistics_every=every)
+    assert f"H_a inverted every {expected} steps" in str(optimizer.describe())
+
+
 def test_diagnostics_count_pairs_and_describe_names_weights_without_curvature():
     module, inputs, targets = problem("convolution")
     optimizer = KBFGS(module, lr=1e-2, statistics_every=1)

@@ -293,6 +293,16 @@ def test_another_method_is_refused() -> None:
         other.load_state_dict(state)
 
 
+def test_a_state_that_is_saved_under_inference_mode_can_be_trained() -> None:
+    network = nn.Linear(3, 2)
+    optimizer = minifisher.MBF(network)
+    with torch.inference_mode():
+        optimizer.state_dict()
+    network(torch.ones(4, 3)).square().mean().backward()
+    optimizer.step()
+    assert optimizer.state[network.weight]["step"] == 1
+
+
 def test_schedulers_and_counts_survive() -> None:
     network, optimizer = make()
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)

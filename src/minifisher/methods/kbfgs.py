@@ -225,8 +225,8 @@ class KroneckerBFGSOptimizer(KroneckerOptimizer):
         plan = super().plan(layer, options)
         if not isinstance(plan.curvature, KroneckerBFGS):
             return plan
-        inverse_every = options["inverse_every"] or _INVERSE_EVERY
-        return replace(plan, reason=f"{plan.reason}; H_a inverted every {inverse_every} steps")
+        steps = plan.curvature.inverse_every * plan.statistics_every
+        return replace(plan, reason=f"{plan.reason}; H_a inverted every {steps} steps")
 
     def _schedule(self, options: dict[str, Any]) -> tuple[int, int]:
         """Every observation is followed by an update of H_a and H_g."""
