@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -82,11 +83,14 @@ def test_an_error_in_a_part_is_raised(kind):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.usefixtures("_workers", "_two_threads")
-def test_a_forked_process_has_threads_of_its_own():
+@pytest.mark.parametrize("is_imported_anew", [False, True])
+def test_a_forked_process_has_threads_of_its_own(is_imported_anew):
     assert run_parallel(lambda start, stop: float(stop - start), 8, 1) == 8
     child = os.fork()
     if not child:
-        os._exit(0 if run_parallel(lambda start, stop: float(stop - start), 8, 1) == 8 else 1)
+        if is_imported_anew:  # as where the parent process had no kernel to run
+            importlib.reload(threads)
+        os._exit(0 if threads.run_parallel(lambda start, stop: float(stop - start), 8, 1) == 8 else 1)
     deadline = time.monotonic() + 20
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)

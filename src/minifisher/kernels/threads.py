@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from minifisher.kernels.choose import PROCESS
+
 _PARTS_PER_THREAD = 4  # so that a thread whose core does other work leaves parts to the others
-_PROCESS = os.getpid()
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -49,8 +50,8 @@ def run_parallel(loop: Callable[[int, int], float], count: int, smallest: int) -
                 errors.append(error)
 
     run_on_torch_threads = _openmp_region()
-    # A forked process does not inherit the threads, and OpenMP would wait for them.
-    if run_on_torch_threads is not None and os.getpid() == _PROCESS:
+    # In a forked process OpenMP would wait for threads that are not there.
+    if run_on_torch_threads is not None and os.getpid() == PROCESS:
         run_on_torch_threads(_FUNCTION(work), None, threads, 0)
     else:
         pool = _pool(os.getpid(), threads)
