@@ -56,6 +56,22 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
     return transformers.Trainer(model, arguments, train_dataset=rows, **options)
 
 
+def test_a_training_that_was_interrupted_leaves_no_hook_to_the_next(tmp_path: Path) -> None:
+    model = bert()
+    optimizer = minifisher.MBF(model, lr=1e-3, fisher="sampled", statistics_every=1)
+    callback = MinifisherCallback()
+
+    class Interrupted(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path, callbacks=[callback, Interrupted()], optimizers=(optimizer, None)).train()
+    draws = optimizer.param_groups[0]["label_draws"]
+    trainer(model, tmp_path, callbacks=[callback], optimizers=(optimizer, None)).train()
+    assert optimizer.param_groups[0]["label_draws"] == draws + 6
+
+
 def test_the_callback_draws_labels_and_logs(tmp_path: Path) -> None:
     model = bert()
     optimizer = minifisher.MBF(model, fisher="sampled", statistics_every=2)

@@ -39,6 +39,7 @@ class MinifisherCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Register the hook that draws labels; TypeError for K-BFGS: the trainer passes no closure."""
+        self.on_train_end(args, state, control)  # training may have ended with an error, without that call
         optimizer = unwrap(kwargs["optimizer"])
         refuse_trainer_without_closure(optimizer)
         if draws_labels(optimizer):
