@@ -64,7 +64,7 @@ def compiled(function: Callable[..., Any], *, reorders: bool = True) -> Any:
     return kernel
 
 
-compiled_as_written = partial(compiled, reorders=False)
+compiled_as_written: Callable[[Callable[..., Any]], Any] = partial(compiled, reorders=False)
 
 
 def inlined(function: Callable[..., Any]) -> Any:

@@ -159,11 +159,11 @@ def _check_for_hooks() -> AbstractContextManager[None]:
     return setting
 
 
-code_checks_for_hooks = _SharedSetting(_check_for_hooks)
+code_checks_for_hooks: _SharedSetting = _SharedSetting(_check_for_hooks)
 """Code that was compiled for a layer without hooks does not run for an equal layer with hooks.
 
 Torch's default is not to check for hooks. Then the code of a copy of the model, such as a teacher or an
 average of its weights, would run for the model, too, and record nothing.
 """
-no_donated_buffers = _SharedSetting(lambda: functorch_config.patch(donated_buffer=False))
+no_donated_buffers: _SharedSetting = _SharedSetting(lambda: functorch_config.patch(donated_buffer=False))
 """Compiled graphs allow a second backward pass: the first one must not overwrite the saved tensors."""
