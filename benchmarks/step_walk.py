@@ -19,7 +19,7 @@ from torch import nn
 import minifisher
 
 PACKAGE = Path(minifisher.__file__).parent
-WARM_UP, PERIOD = 17, 8  # statistics are due in every eighth step
+WARM_UP, PERIOD = 17, 8  # two periods of T1 = 4 steps
 
 
 def walked(optimizer: minifisher.MBF) -> dict[str, list[str]]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from minifisher import MBF
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -108,6 +110,12 @@ def given():
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
         loader = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(3)]
     return {"__name__": __name__, "model": model, "loader": loader, "loss_function": nn.CrossEntropyLoss()}
+
+
+def test_the_bound_on_the_condition_number_is_that_of_the_defaults():
+    damping = MBF.options["damping"].default
+    bound = f"b = 64 and d = {damping}, the bound is {1 + 2 * 64 / damping:,.0f}."
+    assert bound in " ".join((ROOT / "docs" / "numerics.md").read_text().split())
 
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "options.md"], ids=lambda page: page.name)
