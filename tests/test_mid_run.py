@@ -271,7 +271,12 @@ def test_the_step_after_a_warm_start_in_mid_run_uses_its_averages():
     optimizer = KFAC(module, fisher="empirical", statistics_every=50, inverse_every=50)
     train(module, optimizer, 3)
     state = optimizer.state[module[0].weight]
-    optimizer.warm_start(module, [(INPUTS, TARGETS), (-INPUTS, TARGETS)], functional.cross_entropy)
+    batches = [(INPUTS, TARGETS), (-INPUTS, TARGETS)]
+    optimizer.warm_start(module, batches, functional.cross_entropy)
+    fresh = KFAC(module, fisher="empirical")
+    fresh.warm_start(module, batches, functional.cross_entropy)
+    for factor in ("input_factor", "gradient_factor"):  # nothing of the steps before is left
+        torch.testing.assert_close(state[factor], fresh.state[module[0].weight][factor])
     before = state["input_inverse"].clone()
     train(module, optimizer, 1)
     assert not torch.equal(optimizer.state[module[0].weight]["input_inverse"], before)

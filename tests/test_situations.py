@@ -458,7 +458,7 @@ def test_the_state_of_another_method_is_refused():
         ("observations", True, "'observations' of 0.weight must be a whole number"),
         ("momentum", torch.full((6, 6), math.nan), "'momentum' of 0.weight .* not finite"),
         ("second_moment", -torch.ones(6, 6), "'second_moment' of 0.weight .* wrong sign"),
-        ("momentum", torch.zeros(4, 9), "'momentum' of 0.weight was saved as .4, 9. and must be .6, 6."),
+        ("momentum", torch.zeros(4, 9), "'momentum' of 0.weight is .4, 9. and must be .6, 6."),
         ("momentum", torch.zeros(6, 6, dtype=torch.int8), "'momentum' of 0.weight .*int8"),
         ("momentum", torch.zeros(6, 6, dtype=torch.complex64), "'momentum' of 0.weight .*complex"),
         ("momentum", torch.zeros(6, 6).to_sparse(), "'momentum' of 0.weight .*sparse"),

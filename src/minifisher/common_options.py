@@ -68,7 +68,9 @@ class CommonOptions(HasOptions):
         default=True, meaning="W <- (1 - lr weight_decay) W, instead of weight_decay W in the gradient."
     )
     adaptive_damping: bool = option(
-        default=False, meaning="Adapt `damping` in every fifth step; `step` then needs a closure."
+        default=False,
+        meaning="Adapt `damping` in every fifth step; `step` then needs a closure, and the optimizer the "
+        "module, or `model`, whose buffers it restores.",
     )
     fisher: Literal["gradient", "empirical", "sampled", "exact"] = option(
         default="gradient",

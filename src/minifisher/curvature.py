@@ -47,7 +47,11 @@ class Curvature(ABC):
 
     @abstractmethod
     def precondition(self, state: State, direction: Tensor, damping: float) -> Tensor:
-        """The damped inverse curvature times `direction`, [..., *layer.shape]: linear in it, a new tensor."""
+        """The damped inverse curvature times `direction`, [..., *layer.shape]: a new tensor.
+
+        Linear in the direction, but for SOAP with `statistics_every` above 1, whose denominator is then at
+        least that of the direction itself.
+        """
 
     # ---- what the engine asks ----
 

@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 from minifisher.common_options import CommonOptions
 from minifisher.curvature import Plan
-from minifisher.distributed.collectives import rank, world_size
+from minifisher.distributed.collectives import rank
 from minifisher.kernels.choose import compiled_kernels
 from minifisher.parameters import as_groups, check_model
 from minifisher.state.checkpoint import FORMAT_VERSION, check_form, pack, refuse_strays, without_stacks
+from minifisher.state.diagnostics import StepClock, diagnostics_of_step
 from minifisher.state.enrolment import Enrolment, enrol, placed
 from minifisher.state.groups import check_group
 from minifisher.state.loading import Loaded, read_state_dict
-from minifisher.state.measures import StepClock, measures
 from minifisher.state.reading import complete_entries
 from minifisher.state.report import Counters, Description, counts, describe_layer, layers_by_name
 from minifisher.statistics.capture import Captures
@@ -29,11 +29,10 @@ from minifisher.statistics.layers import Layer, parameters_of
 from minifisher.statistics.likelihood import drawn_labels
 from minifisher.statistics.records import BatchGradient, LayerSamples, Secant
 from minifisher.statistics.second_pass import SecondPass, refuse_missing_closure
-from minifisher.step.adaptive_damping import ADAPT_EVERY, damping_factor, within_bounds
+from minifisher.step.adaptive_damping import ADAPT_EVERY
 from minifisher.step.captured import take_captured_step
-from minifisher.step.entries import StateOfStacks, write
+from minifisher.step.entries import StateOfStacks
 from minifisher.step.layer_stack import (
-    SATURATED,
     Enrolled,
     LayerStack,
     form_stacks,
@@ -42,7 +41,8 @@ from minifisher.step.layer_stack import (
 from minifisher.step.loss_scale import DrivenByScaler
 from minifisher.step.precision import all_finite, full_precision, loss_scale, unscale
 from minifisher.step.recipe import Alone, StepTaken, take_step
-from minifisher.step.together import Together, mean_over_ranks, mean_secants, total
+from minifisher.step.together import Together, adapt_damping, mean_secants
+from minifisher.step.warm_start import new_average
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,13 +54,15 @@ if TYPE_CHECKING:
 class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
     """Base of every method: `plan` chooses a curvature for each layer, all else is the same for all methods.
 
-    A step: M <- mu M + D; direction P M with the damped inverse curvature P, with the length that `graft`
-    gives it; W <- (1 - lr weight_decay) W - lr direction. `minifisher.step.recipe` is the step as one page.
+    A step: M <- mu M + D; N <- mu M + D with the new M (Nesterov's momentum), or N = M; the direction P N,
+    with the damped inverse curvature P and the length that `graft` gives it; W <- (1 - lr weight_decay) W
+    - lr direction. `minifisher.step.recipe` is the step as one page.
 
     With `adaptive_damping=True`, `step` needs a closure and evaluates it once more in every fifth step: the
     group's `damping` is multiplied by 0.95^5 if the loss fell by more than 3/4 of what the damped quadratic
     model predicted, and divided by it if the loss fell by less than 1/4 (Martens and Grosse, 2015, Section
-    6.5; `minifisher.step.adaptive_damping` derives the prediction).
+    6.5; `minifisher.step.adaptive_damping` derives the prediction). Pass the module, or `model=`: without it
+    the second pass updates buffers, such as those of batch norm, once more.
     """
 
     folds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -245,7 +247,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
             active != self._stacked
             or not self._state_of_stacks.still_is(self.state)
             or any(s.options["momentum"] and "momentum" not in s.state for s in self._stacks)
-            or ((samples or zero) and any(stack.parts(samples, zero) for stack in self._stacks))
+            or ((samples or zero) and any(stack.must_split(samples, zero) for stack in self._stacks))
         ):
             self._initialise(active)
             self._stacks = form_stacks([self._enrolled[layer] for layer in active], self.state, samples, zero)
@@ -286,19 +288,14 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         self._captures.disarm()
         loss_after = two_passes.second()
         with torch.no_grad(), full_precision(self.param_groups):
-            secants = two_passes.secants(loss_scale(self, captured=False))
+            secants = two_passes.secants(loss_scale(self, needed=False))
             if not self._alone:
                 secants = mean_secants(secants)
             secants = {layer: secant for layer, secant in secants.items() if layer not in taken.zero}
             for stack in self._stacks:
                 stack.observe_secants(secants)
             if taken.changes:
-                groups = [group for group in self.param_groups if group["adaptive_damping"]]
-                if world_size() > 1:
-                    loss, loss_after = mean_over_ranks((loss, loss_after), taken.changes[0][0].device)
-                factor = damping_factor(loss, loss_after, total(taken.changes), groups[0]["maximize"])
-                for group in groups:
-                    group["damping"] = within_bounds(group["damping"] * factor)
+                adapt_damping(self.param_groups, loss, loss_after, taken.changes)
 
     # ---- statistics ----
 
@@ -352,37 +349,15 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         """
         if labels not in ("data", "model"):
             raise ValueError(f"labels must be one of 'data', 'model', got {labels!r}")
-        before = self._observed()
-        self._set_observations(dict.fromkeys(before, 0))
-        any_taken = False
         try:
-            for batch in loader:
-                any_taken |= self._warm_up(model, batch, loss, likelihood, labels == "model")
+            with new_average(lambda: map(self._entry, self._enrolled)) as taken:
+                self._stacked = None  # stacks hold the counts, too
+                for batch in loader:
+                    taken.append(self._warm_up(model, batch, loss, likelihood, labels == "model"))
+                self.zero_grad()
         finally:
-            if not any_taken:  # the averages are as before
-                self._set_observations(before)
-        self.zero_grad()
-        if not any_taken:
-            raise ValueError(
-                "warm_start got no batch to average: the loader is empty or used up, or no gradient of its "
-                "batches is finite; pass a loader that can be read from its beginning"
-            )
-        observed = self._observed()
-        self._set_observations(dict.fromkeys(observed, SATURATED))
-        for layer in observed:
-            write(self._entry(layer), "missed", 1)  # so that the next step recomputes the inverses
+            self._stacked = None
         self._arm()
-
-    def _observed(self) -> dict[Layer, Any]:
-        """The number of observations of every layer that was observed."""
-        numbers = {layer: self._entry(layer).get("observations", 0) for layer in self._enrolled}
-        return {layer: 0 + number for layer, number in numbers.items() if number}
-
-    def _set_observations(self, numbers: dict[Layer, Any]) -> None:
-        for layer, number in numbers.items():
-            entry = self._entry(layer)
-            write(entry, "observations", 0 * entry["observations"] + number)  # a count may be a tensor
-        self._stacked = None
 
     def _warm_up(self, model: Any, batch: tuple[Any, Any], loss: Any, likelihood: str, draws: bool) -> bool:
         """Average in one batch, perhaps with drawn labels; returns whether it was finite."""
@@ -436,7 +411,7 @@ class CurvatureOptimizer(CommonOptions, Optimizer, ABC):
         """
         if flat:
             self._notice()
-            step = measures(self._stacks, self.param_groups)
+            step = diagnostics_of_step(self._stacks, self.param_groups)
             return {**step, **self._counters.report(), **self._clock.seconds}
         groups = [seen.group for seen in self._enrolment.seen]
         named = layers_by_name(self._enrolled.values(), groups)

@@ -101,7 +101,7 @@ def factors(monkeypatch):
         given.append((float(before.detach()), float(after.detach()), predicted))
         return adaptive.damping_factor(before, after, predicted, maximize)
 
-    monkeypatch.setattr("minifisher.optimizer.damping_factor", spy)
+    monkeypatch.setattr("minifisher.step.together.damping_factor", spy)
     return given
 
 

@@ -139,7 +139,7 @@ def test_only_a_grad_scaler_is_told_that_the_step_unscales() -> None:
     assert optimizer._step_supports_amp_scaling is False
     assert type(optimizer)._step_supports_amp_scaling is False
     scaled_step(network, optimizer, torch.amp.GradScaler("cpu"), 0, clip=True)
-    assert loss_scale(optimizer, captured=True) == 1.0  # the scaler no longer drives a step
+    assert loss_scale(optimizer, needed=True) == 1.0  # the scaler no longer drives a step
 
 
 @pytest.mark.parametrize("clip", [False, True])

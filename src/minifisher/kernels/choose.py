@@ -5,7 +5,6 @@ Kernels are compiled by numba (extra `fast`) on the CPU, and by triton on a GPU.
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 
 NUMBA_INSTALLED = find_spec("numba") is not None
 TRITON_INSTALLED = find_spec("triton") is not None
-
-PROCESS = os.getpid()
-"""The process that imported the library; one that it forks does not inherit its threads."""
 
 _PLAIN = (Tensor, nn.Parameter)  # a subclass, such as DTensor, may define other operations
 

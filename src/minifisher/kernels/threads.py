@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from minifisher.kernels.choose import PROCESS
+from minifisher.kernels import PROCESS
 
 _PARTS_PER_THREAD = 4  # so that a thread whose core does other work leaves parts to the others
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

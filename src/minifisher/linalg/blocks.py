@@ -85,7 +85,7 @@ def damped_inverse_power(
     avoid_sync: bool = False,
     start: Tensor | None = None,
 ) -> Tensor:
-    """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b].
+    """(F_b + diag(lambda_b))^(-power) for every block: blocks [..., b, b], damping [..., b | 1].
 
     With `avoid_sync` and power 1 the CPU does not wait for the device, see `inverse_without_sync`. With
     `start`, the inverses of the last time, inverses are computed by the Newton-Schulz iteration from there.

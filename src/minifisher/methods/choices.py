@@ -22,7 +22,7 @@ def power_option(default: float) -> Any:
         default=default,
         above=0,
         note="1 for the inverse, 0.5 for the inverse root",
-        meaning="Exponent p of the inverse curvature in the direction (F + lambda I)^(-p) M.",
+        meaning="Exponent of the inverse of the damped curvature, or of each of its factors.",
     )
 
 

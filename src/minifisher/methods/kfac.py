@@ -124,6 +124,7 @@ class CorrectedFactors(KroneckerFactors):
     """
 
     reads_caches = True
+    recomputed: ClassVar[tuple[str, ...]] = ("input_basis", "gradient_basis")
     structure: ClassVar[str] = "Kronecker factors, eigenvalues corrected"
 
     def init(self, layer: Layer) -> State:
@@ -251,8 +252,8 @@ class KFAC(KroneckerOptimizer):
         default=None,
         above=0,
         per_group=False,
-        meaning="Largest lr^2 step^T F step, summed over all layers; beyond it all steps shrink by one "
-        "factor (Ba et al., 2017).",
+        meaning="Largest lr^2 step^T P^-1 step, with the damped curvature P^-1, summed over all layers; "
+        "beyond it all steps shrink by one factor (Ba et al., 2017).",
     )
 
     def _schedule(self, options: dict[str, Any]) -> tuple[int, int]:

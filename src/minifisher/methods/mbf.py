@@ -185,21 +185,23 @@ class MiniBlocks(Curvature):
 
 
 class MBF(CurvatureOptimizer):
-    """Mini-block Fisher: W <- W - lr (F + lambda I)^(-power) M, F block-diagonal inside every layer.
+    """Mini-block Fisher: W <- W - lr P N, P the inverse of a Fisher matrix of many small blocks.
 
-    F_b = E[d_b d_b^T] for each block b, with d_b the entries of the block in a gradient: that of the
-    mini-batch, or with `fisher="empirical"` or "sampled" those of the samples. Fully connected layers are
-    cut along their rows, convolutions along their rows or into their kernels, everything else into single
-    entries; `describe()` shows the choice for each weight. Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124; the
-    published algorithm as arguments: docs/methods.md.
+    By default matrices and convolutions, read as [out, in k1 k2], have two-sided blocks: A_c over inputs and
+    G_r over outputs. With p = `output_power` = 0.5 and q = `power` = 1, the direction of a tile N_rc is
 
-    With `output_power` p > 0, and q = `power`, the direction of a tile M_rc of a matrix is
-    ((G_r + lambda_r I) / (f + l))^(-p) M_rc (A_c + lambda_c I)^(-q): blocks G_r over outputs beside the
-    blocks A_c over inputs. `minifisher.methods.mbf_two_sided.TwoSidedBlocks` defines them; they are not in
-    the paper.
+        ((G_r + lambda_r I) / (f + l))^(-p) N_rc (A_c + lambda_c I)^(-q).
+
+    `minifisher.methods.mbf_two_sided.TwoSidedBlocks` defines them; they are not in the paper. With
+    `output_power=0` there are blocks over inputs alone, and the direction is (F_b + lambda I)^(-q) N_b for
+    each block b, with F_b = E[d_b d_b^T] and d_b the entries of the block in a gradient. This is the method
+    of Bahamou, Goldfarb, Ren 2023, arXiv 2202.04124; the published algorithm as arguments: docs/methods.md.
+
+    The gradient is that of the mini-batch, or with `fisher="empirical"` or "sampled" those of the samples.
+    Other weights, biases and norms, have blocks of single entries; `describe()` shows the choice for each.
 
     `lr` is in step lengths of `graft`: the learning rate of AdamW carries over. With `graft=None` it
-    multiplies (F + lambda I)^(-power) M itself.
+    multiplies P N itself.
 
     For W [out, in] in blocks F_b [w, w], a step and an observation cost O(out in w). If rows share their
     blocks, a refresh costs O(in w^2) and the state has O(in w) numbers; otherwise O(out in w^2) and
@@ -249,7 +251,7 @@ class MBF(CurvatureOptimizer):
         default=None,
         meaning='"cholesky", or "newton-schulz" from the last inverse, with Cholesky where that does not '
         "converge; None: Cholesky, except that unshared blocks of at most 49 entries are solved in every "
-        "step and store no inverse.",
+        "step and store no inverse. This is for power 1; any other power takes eigenvalues.",
     )
     capturable: bool = option(
         default=False,

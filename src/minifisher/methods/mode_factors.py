@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minifisher.curvature import Curvature, Plan, no_curvature
 from minifisher.linalg.damping import curvature_scale
-from minifisher.linalg.dense import add_to_diagonal, inverse_power, working_dtype
+from minifisher.linalg.dense import working_dtype
 from minifisher.linalg.modes import TensorReading, even_width, merged, mode_products, second_moment
 from minifisher.methods.choices import curvature_dtype, gradient_or_samples, power_option
 from minifisher.optimizer import CurvatureOptimizer
@@ -191,12 +191,6 @@ def _weighted_moments(vectors: Tensor, weights: Tensor) -> Tensor:
     """sum_n weights_nq v_np v_np^T: vectors [n, p, w], weights [n, q] to [p, q, w, w]."""
     rows = vectors.permute(1, 2, 0).unsqueeze(1)  # [p, 1, w, n]
     return (rows * weights.T.unsqueeze(1)) @ rows.mT
-
-
-def damped_power(matrices: Tensor, damping: Tensor, power: float) -> Tensor:
-    """(A + lambda I)^(-power): matrices [..., b, b], damping [...]."""
-    damped = add_to_diagonal(matrices, damping.unsqueeze(-1))
-    return damped.pow(-power) if matrices.shape[-1] == 1 else inverse_power(damped, power)
 
 
 # ---- options and plans ----

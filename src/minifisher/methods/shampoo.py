@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from minifisher.linalg.blocks import damped_inverse_power
 from minifisher.linalg.damping import above_rounding
 from minifisher.linalg.dense import add_to_diagonal, inverse_power
 from minifisher.linalg.newton import newton_inverse_root
@@ -21,7 +22,6 @@ from minifisher.methods.mode_factors import (
     ModeOptimizer,
     choose_reading,
     choose_schedule,
-    damped_power,
     factor_fields,
     plan_of,
 )
@@ -76,7 +76,7 @@ class KroneckerRoots(ModeFactors):
             if newton and factor.shape[-1] > 1:
                 root = self._newton_root(state, factor, level)
             else:
-                root = damped_power(factor, level, self.exponent)
+                root = damped_inverse_power(factor, level.unsqueeze(-1), self.exponent)
             state[f"inverse_{mode}"].copy_(root)
 
     def _relative_damping(self, scale: Tensor, damping: float) -> list[Tensor]:

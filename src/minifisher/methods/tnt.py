@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from minifisher.linalg.blocks import damped_inverse_power
 from minifisher.linalg.damping import LEAST_SCALE, above_rounding
 from minifisher.methods.mode_factors import (
     ModeFactors,
     ModeOptimizer,
     choose_reading,
     choose_schedule,
-    damped_power,
     factor_fields,
     plan_of,
 )
@@ -54,8 +54,8 @@ class TensorNormal(ModeFactors):
         """`inverse_i` <- (Omega_i + lambda I)^(-power)."""
         levels = self._damping_levels(state, damping)
         for mode, (omega, level) in enumerate(zip(self.covariances(state), levels, strict=True)):
-            damping_of_mode = above_rounding(level, omega, self.dtype)
-            state[f"inverse_{mode}"].copy_(damped_power(omega, damping_of_mode, self.power))
+            damping_of_mode = above_rounding(level, omega, self.dtype).unsqueeze(-1)
+            state[f"inverse_{mode}"].copy_(damped_inverse_power(omega, damping_of_mode, self.power))
 
     def _relative_damping(self, scale: Tensor, damping: float) -> list[Tensor]:
         """lambda is `damping` times c, where `scale` is taken for T / n."""

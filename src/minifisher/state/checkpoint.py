@@ -46,14 +46,17 @@ def merged_groups(
     earlier = {name: value for name, value in EARLIER.items() if name in defaults}
     saved = _saved_groups(state_dict)
     if len(saved) != len(groups):
-        raise ValueError(f"the saved state has {len(saved)} parameter groups, the optimizer {len(groups)}")
+        raise ValueError(
+            f"the saved state has {len(saved)} parameter groups, the optimizer {len(groups)}: "
+            "make it with the same groups"
+        )
     for index, (new, old) in enumerate(zip(saved, groups, strict=True)):
         _check_version(new, index)
         _check_method(new, index, method)
         if len(new["params"]) != len(old["params"]):
             raise ValueError(
                 f"group {index} has {len(new['params'])} parameters in the saved state "
-                f"and {len(old['params'])} in the optimizer"
+                f"and {len(old['params'])} in the optimizer: make it with the same groups"
             )
         for name in (name for name, declared in method.options.items() if declared.fixed):
             if name in old and new.get(name, old[name]) != old[name]:
@@ -84,7 +87,10 @@ def _options(group: Group) -> Group:
 def check_form(state_dict: Any) -> None:
     """Raise ValueError for what is no dictionary of state and groups."""
     if not isinstance(state_dict, dict):
-        raise ValueError(f"a saved optimizer state is a dictionary, got {type(state_dict).__name__}")
+        raise ValueError(
+            f"a saved optimizer state is a dictionary, got {type(state_dict).__name__}: "
+            "pass what state_dict() returned"
+        )
 
 
 def _saved_groups(state_dict: Mapping[str, Any]) -> Sequence[Group]:

@@ -149,7 +149,10 @@ def _read(name: str, wanted: Found, entry: Found, device: torch.device, *, copie
     if "missed" in wanted:  # earlier versions observed zero gradients, too
         entry = {"missed": 0, **entry}
     for missing in sorted(wanted.keys() - entry.keys()):
-        raise ValueError(f"the saved state of {name} has no {missing!r}")
+        raise ValueError(
+            f"the state of {name} has no {missing!r}: load what state_dict() of an optimizer with the same "
+            "arguments returned, or delete the whole entry, and it begins anew"
+        )
     values = {kept: _value(name, kept, wanted[kept], entry[kept], device, copies) for kept in wanted}
     foreign = {other: value for other, value in entry.items() if other not in wanted}
     return Entry({**values, **(_moved(foreign, device) if copies else foreign)}, wanted)
@@ -171,14 +174,14 @@ def _value(name: str, kept: str, wanted: Any, saved: Any, device: torch.device, 
     if not isinstance(saved, Tensor) or saved.shape != wanted.shape:
         shape = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
         raise ValueError(
-            f"{kept!r} of {name} was saved as {shape} and must be {tuple(wanted.shape)}: "
-            "the parameter's shape or the structure chosen for it is another"
+            f"{kept!r} of {name} is {shape} and must be {tuple(wanted.shape)}: it was made for a parameter "
+            "of another shape or for an optimizer with other arguments"
         )
     is_plain = saved.layout == torch.strided and not (saved.is_meta or saved.is_quantized)
     same_kind = saved.dtype == wanted.dtype or (saved.is_floating_point() and wanted.is_floating_point())
     if not (is_plain and same_kind):
         raise ValueError(
-            f"{kept!r} of {name} was saved as a tensor of {saved.dtype} ({saved.layout}, {saved.device}) and "
+            f"{kept!r} of {name} is a tensor of {saved.dtype} ({saved.layout}, {saved.device}) and "
             f"must be a dense one of {wanted.dtype}"
         )
     return saved.detach().to(device=device, dtype=wanted.dtype, copy=copies)

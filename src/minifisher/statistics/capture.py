@@ -126,7 +126,7 @@ class Captures:
     def collect(self, loss_scale: Callable[[bool], float]) -> dict[Layer, LayerSamples]:
         """Return the samples of every layer that has some, and forget them.
 
-        `loss_scale(captured)` returns the factor by which the training loss was multiplied; `captured` says
+        `loss_scale(needed)` returns the factor by which the training loss was multiplied; `needed` says
         whether output gradients have to be divided by it. Raises RuntimeError where `draw_labels` was not
         called. Warns of a layer that has a gradient but no samples.
         """

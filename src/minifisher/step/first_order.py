@@ -132,13 +132,13 @@ GRAFTS: dict[str | None, Graft] = {
 
 
 def graft_length(direction: Measures, first_order: Measures, rescales: bool, limit: float) -> Tensor:
-    """The factor of a direction P M, [lengths]: |s| / |P M|, or that of equal descent; 1 without `rescales`.
+    """The factor of a direction P N, [lengths]: |s| / |P N|, or that of equal descent; 1 without `rescales`.
 
-    Equal descent, where slopes were measured: <M, s> / <M, P M>, at most `limits` times |s| / |P M|. Both
+    Equal descent, where slopes were measured: <M, s> / <M, P N>, at most `limits` times |s| / |P N|. Both
     steps then promise the same decrease: a step x changes the loss by -lr <gradient, x> to first order, and M
-    stands for the gradient. Where the quotient is not positive, no factor of P M promises what s does: a row
-    of P M may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor is then
-    |s| / |P M|. So it is where both slopes are too small for a number of this dtype.
+    stands for the gradient. Where the quotient is not positive, no factor of P N promises what s does: a row
+    of P N may ascend where P mixes rows, and a matrix may be indefinite by rounding. The factor is then
+    |s| / |P N|. So it is where both slopes are too small for a number of this dtype.
 
     It is 0 where s is 0: such units have no gradient, and 0 / 0 would look like a direction that was lost.
     """

@@ -269,7 +269,7 @@ class LayerStack:
             return state
         return {name: tensor[index] for name, tensor in state.items()}
 
-    def parts(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
+    def must_split(self, samples: Samples, zero: AbstractSet[Layer]) -> bool:
         """Whether the coming step reads statistics, and only some of the layers have them."""
         kinds = {(layer in samples, layer in zero) for layer in self.layers}
         return len(kinds) > 1 and self.statistics_due

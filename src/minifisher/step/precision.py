@@ -80,8 +80,8 @@ def unscale(optimizer: Optimizer) -> bool:
     return True
 
 
-def loss_scale(optimizer: Any, captured: bool) -> float:
-    """What the loss was multiplied by before its backward pass; `captured`: whether it has to be known."""
+def loss_scale(optimizer: Any, needed: bool) -> float:
+    """What the loss was multiplied by before its backward pass; `needed`: whether it has to be known."""
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         return scale.item()
@@ -90,7 +90,7 @@ def loss_scale(optimizer: Any, captured: bool) -> float:
     of_driver = scale_of_driver(optimizer)
     if of_driver is not None:
         return of_driver
-    if captured and hasattr(optimizer, "found_inf"):
+    if needed and hasattr(optimizer, "found_inf"):
         raise ValueError(
             'fisher="empirical" reads output gradients, which carry the scale of the loss, and no '
             "torch.amp.GradScaler drives this step: set optimizer.loss_scale to a function that returns it"

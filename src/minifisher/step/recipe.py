@@ -77,7 +77,7 @@ class Alone:
         return self.finite
 
     def agree(self, updates: Sequence[Update]) -> bool:
-        """There is nobody to object."""
+        """There is nothing to exchange: True."""
         return True
 
 

@@ -27,7 +27,6 @@ def is_large(stack: LayerStack) -> bool:
         and stack.is_plain
         and stack.rows is not None
         and piece is stack.layers[0]  # else this process holds a part of the weight already
-        and isinstance(stack.step, int)  # a captured step is one graph
     )
 
 

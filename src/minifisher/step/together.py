@@ -18,10 +18,10 @@ from minifisher.distributed.collectives import (
     world_size,
 )
 from minifisher.statistics.records import BatchGradient, Secant, mean_gradient
-from minifisher.step.adaptive_damping import as_number, dtype_of_loss
+from minifisher.step.adaptive_damping import as_number, damping_factor, dtype_of_loss, within_bounds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from torch import Tensor
@@ -43,7 +43,7 @@ class Together:
     Under fully_shard each rank holds pieces of the gradient, and only their owner sees that one is not
     finite. The ranks of `groups` tell each other so with one number, which is sent along with the first sum
     of the step. If the step has no sum before the directions, they are computed first, and everything is
-    restored if a rank objects.
+    restored if a gradient was not finite on some rank.
     """
 
     finite: bool
@@ -59,12 +59,13 @@ class Together:
     all_ask_for_zero: bool = field(init=False, default=False)
     """Whether all ranks ask: no step was taken then, and `knowing_zero` can."""
     one_by_one = fuses = False
-    _objects: bool = field(init=False)
+    _stops: bool = field(init=False)
+    """Whether the step is not taken, as far as this rank knows."""
     _must_ask: bool = field(init=False)
     _snapshots: list[_Snapshot] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._objects, self._must_ask = not self.finite, bool(self.groups)
+        self._stops, self._must_ask = not self.finite, bool(self.groups)
 
     @classmethod
     def of_step(
@@ -119,7 +120,7 @@ class Together:
         own, shared, fresh = _statistics(due, samples)
         if (fresh or shared) and not self._sum(_sums(fresh, shared)):
             return False
-        if self._objects and not self._must_ask:  # nobody is left to ask
+        if self._stops and not self._must_ask:  # the other ranks know already
             return False
         for stack, state in fresh:
             _take_over(stack, state)
@@ -132,16 +133,16 @@ class Together:
         return True
 
     def _sum(self, sums: Sums) -> bool:
-        """Sum over ranks, the first time with their votes; whether all sums are finite."""
+        """Sum over ranks, the first time with their flags; whether all sums are finite."""
         if not self._must_ask:
             return sum_over_ranks(sums)
         like = sums[0][0] if sums else torch.empty(0, dtype=torch.float64, device=self._device)
-        # One; infinity to object; and zero, which only a sum of zeros keeps, to ask for zero gradients.
-        vote = like.new_tensor([math.inf if self._objects else float(not self.asks_for_zero)])
-        finite = sum_over_ranks([*sums, (vote, self.groups)])
-        self.all_ask_for_zero = not vote
-        objections = self.all_ask_for_zero or not torch.isfinite(vote)
-        self._objects, self._must_ask = bool(objections), False
+        # One; infinity where a gradient is not finite; and zero, which only a sum of zeros keeps, to ask for
+        # zero gradients.
+        flag = like.new_tensor([math.inf if self._stops else float(not self.asks_for_zero)])
+        finite = sum_over_ranks([*sums, (flag, self.groups)])
+        self.all_ask_for_zero = not bool(flag)
+        self._stops, self._must_ask = self.all_ask_for_zero or not bool(torch.isfinite(flag)), False
         return finite
 
     @property
@@ -152,13 +153,13 @@ class Together:
     # ---- directions and lengths ----
 
     def agree(self, updates: Sequence[Update]) -> bool:
-        """Receive directions, sum norms and slopes; False, and all as before, if a rank objects."""
+        """Receive directions, sum norms and slopes; False, and all as before, if the step stops."""
         owned = [update for update in updates if update.stack.placement.owner is not None]
         copy_from_owners([(update.direction, _owner(update)) for update in owned])
         cut = [update for update in updates if update.stack.length_groups]
         sums = [_additive(update) for update in cut]
         self._sum([(numbers, u.stack.length_groups) for numbers, u in zip(sums, cut, strict=True)])
-        if self._objects:
+        if self._stops:
             for snapshot in self._snapshots:
                 snapshot.restore()
             return False
@@ -283,6 +284,16 @@ def _share_of_gradient(stack: LayerStack, samples: Samples) -> Tensor:
 
 
 # ---- after the step ----
+
+
+def adapt_damping(groups: Iterable[dict[str, Any]], before: Any, after: Any, predicted_changes: Sums) -> None:
+    """Adapt the damping of the groups that ask for it, by the losses before and after the step."""
+    adaptive = [group for group in groups if group["adaptive_damping"]]
+    if world_size() > 1:
+        before, after = mean_over_ranks((before, after), predicted_changes[0][0].device)
+    factor = damping_factor(before, after, total(predicted_changes), adaptive[0]["maximize"])
+    for group in adaptive:
+        group["damping"] = within_bounds(group["damping"] * factor)
 
 
 def total(parts: Sums) -> float:

@@ -127,9 +127,10 @@ class Update:
             parameter.copy_(part)
 
     def divergence(self) -> Tensor:
-        """lr^2 step^T P^-1 step; for a Fisher matrix, twice the Kullback-Leibler divergence of the step.
+        """lr^2 step^T P^-1 step: undamped, twice the Kullback-Leibler divergence of the step.
 
-        P^-1 times the direction is N. An estimate where rows have lengths of their own and P mixes rows.
+        P^-1 is the damped curvature, and P^-1 times the direction is N. It is an estimate where rows have
+        lengths of their own and P mixes rows.
         """
         if not self.stack.observations:
             return torch.zeros((), dtype=self.length.dtype, device=self.length.device)

@@ -1,6 +1,6 @@
 """Plain numbers about the last step, for loggers of metrics: `diagnostics(flat=True)`.
 
-A step computes none of them. They are worked out from the state after the step and from `.grad`: P M once
+A step computes none of them. They are worked out from the state after the step and from `.grad`: P N once
 more, and the eigenvalues of a few small matrices. So they cost about as much as a step without statistics.
 """
 
@@ -42,11 +42,13 @@ class StepClock:
         self.seconds["seconds_statistics_step" if due else "seconds_step"] = time.perf_counter() - start
 
 
-def measures(stacks: Iterable[LayerStack], groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def diagnostics_of_step(
+    stacks: Iterable[LayerStack], groups: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
     """Damping, eigenvalues, and cosine and length of the last step over all layers; NaN if unknown.
 
-    For a layer with the gradient D, the weight W and the step lr length P M: the cosine between D and P M,
-    and the ratio lr length |P M| / |W|. Weight decay and `kl_clip` are left out.
+    For a layer with the gradient D, the weight W and the step lr length P N: the cosine between D and P N,
+    and the ratio lr length |P N| / |W|. Weight decay and `kl_clip` are left out.
     """
     dampings = [float(group["damping"]) for group in groups]
     stacks = list(stacks)
