@@ -42,6 +42,8 @@ def _stored(resume: Path, command: str | None) -> dict[str, Any]:
     begun = record.get("command") if isinstance(record, dict) else None
     if begun != command:
         raise typer.BadParameter(f"{resume} was begun by `{begun}`, not by `{command}`")
+    if not isinstance(record.get("options"), dict):
+        raise typer.BadParameter(f"{resume / PLAN} is damaged: it has no options; begin a new run")
     return dict(record["options"])
 
 

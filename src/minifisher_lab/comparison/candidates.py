@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from minifisher_lab.comparison.compare import Candidate
@@ -39,11 +40,12 @@ def _given(texts: Iterable[str], choices: dict[str, Choice]) -> dict[str, tuple[
 
 def _rates(text: str, choices: dict[str, Choice]) -> tuple[str, tuple[float, ...]]:
     name, _, numbers = text.rpartition("=")
-    look_up("optimizer among those compared", name, choices)
     try:
         rates = tuple(map(float, numbers.split(",")))
     except ValueError:
         rates = ()
-    if not rates or min(rates) <= 0:
-        raise UnknownNameError(f"{text!r} is not NAME=RATE,... with rates above 0, as in adamw=1e-3,3e-3")
+    if not (name and rates and all(0 < rate < math.inf for rate in rates)):
+        message = f"{text!r} is not NAME=RATE,... with finite rates above 0, as in adamw=1e-3,3e-3"
+        raise UnknownNameError(message)
+    look_up("optimizer among those compared", name, choices)
     return name, rates

@@ -89,8 +89,9 @@ class Plan:
                 yield seed, candidate
 
     def completed(self, runs: Sequence[Run]) -> bool:
-        """Whether every run of the plan ended by itself, not by Ctrl-C."""
-        return len(runs) >= len(self.seeds) * len(self.candidates) and runs[-1].status != "interrupted"
+        """Whether every run of the plan ended by itself, not by Ctrl-C, and no rate is left to be tried."""
+        planned = len(self.seeds) * len(self.candidates)
+        return len(runs) >= planned and runs[-1].status != "interrupted" and not _outward(self, runs)
 
 
 def compare(plan: Plan, splits: Splits, folder: RunFolder, watcher: Watcher) -> list[Run]:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from minifisher_lab.comparison.search import at_edge
 from minifisher_lab.comparison.suite import SuitePlan
-from minifisher_lab.comparison.summary import REFERENCE, Row, Spread
+from minifisher_lab.comparison.summary import REFERENCE, Row, Spread, best_first
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,9 +64,9 @@ class Findings:
     results: tuple[Result, ...]
 
     def of(self, problem: str) -> list[Result]:
-        """The results of a problem, the lowest loss first; those without a finished run are last."""
+        """The results of a problem: fewest diverged seeds, then lowest loss; those without one are last."""
         mine = [result for result in self.results if result.problem == problem and result.seeds]
-        return sorted(mine, key=lambda result: _last_if_nan(result.row.best_loss.mean))
+        return sorted(mine, key=lambda result: best_first(result.row))
 
     @property
     def records(self) -> list[Record]:
@@ -113,14 +113,14 @@ def loss_within(result: Result, seconds: float) -> Spread:
 def standings(findings: Findings) -> dict[str, tuple[int, int]]:
     """On how many problems an optimizer is first or level with the first: in equal epochs, in equal time.
 
-    It is level if the 95 % intervals of the two means meet.
+    It is level if the 95 % intervals of the two means meet. One with a diverged seed is neither.
     """
     counts: dict[str, tuple[int, int]] = {}
     for problem in findings.plan.epochs:
         found = [result for result in findings.of(problem) if result.row.counted]
-        seconds = equal_time(found)
-        by_epochs = _level([(result, result.row.best_loss) for result in found])
-        by_time = _level([(result, loss_within(result, seconds)) for result in found])
+        seconds, stable = equal_time(found), [result for result in found if not result.row.diverged]
+        by_epochs = _level([(result, result.row.best_loss) for result in stable])
+        by_time = _level([(result, loss_within(result, seconds)) for result in stable])
         for result in found:
             name = result.entrant.name
             epochs, time = counts.get(name, (0, 0))
@@ -172,7 +172,3 @@ def profile(findings: Findings, axis: Axis) -> dict[str, list[float]]:
 def reference_of(results: Sequence[Result]) -> Result | None:
     """The result whose loss is the target, if there is one."""
     return next((r for r in results if r.entrant.name == REFERENCE and r.row.counted), None)
-
-
-def _last_if_nan(value: float) -> float:
-    return math.inf if math.isnan(value) else value

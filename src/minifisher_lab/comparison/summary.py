@@ -104,8 +104,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     """
     every = all_rows(runs)
     names = dict.fromkeys(row.optimizer for row in every)
-    best = [min((row for row in every if row.optimizer == name), key=_order) for name in names]
-    return sorted(best, key=_order)
+    best = [min((row for row in every if row.optimizer == name), key=best_first) for name in names]
+    return sorted(best, key=best_first)
 
 
 def all_rows(runs: Sequence[Run]) -> list[Row]:
@@ -123,6 +123,7 @@ def reference_row(table: Sequence[Row]) -> Row | None:
     return next((row for row in table if row.optimizer == REFERENCE and row.counted), None)
 
 
-def _order(row: Row) -> tuple[int, float]:
+def best_first(row: Row) -> tuple[int, float]:
+    """The key that sorts rows: fewest diverged runs, then the lowest mean loss; rows without one are last."""
     mean = row.best_loss.mean
     return row.diverged if row.counted else len(row.runs) + 1, math.inf if math.isnan(mean) else mean

@@ -124,6 +124,7 @@ class TrialBars(PairOfBars):
     def ended(self, trial: FrozenTrial) -> None:
         """Print a line for the trial and restart the bar for the next one."""
         settings = "  ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
-        outcome = f"best loss {trial.value:.5g}" if trial.state.name == "COMPLETE" else "cut short"
-        self.finish(f"trial {trial.number:<3} {settings}   {trial.user_attrs.get('status', '')} {outcome}")
+        status, is_complete = trial.user_attrs.get("status", ""), trial.state.name == "COMPLETE"
+        outcome = f"{status} best loss {trial.value:.5g}" if is_complete else "cut short"
+        self.finish(f"trial {trial.number:<3} {settings}   {outcome}")
         self.begin(f"trial {trial.number + 1}")

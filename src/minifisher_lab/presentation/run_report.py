@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 LEGEND = (
     "Numbers are means over seeds with the 95 % interval of the mean (Student's t). Best loss: the lowest "
     "loss on a fixed slice of up to 2,000 training samples. Test loss and accuracy: whole test set, end of "
-    "the run. Seconds count training alone. Bands in plots are the range over seeds. A bold row has the "
-    "lowest loss."
+    "the run; with a validation set, at the best accuracy on that. Seconds count training alone. Bands in "
+    "plots are the range over seeds. Means leave diverged seeds out. A bold row has the fewest of them and, "
+    "among those, the lowest loss."
 )
 RATES = (
     "Every learning rate that was tried. The table above and the plots have the best one of each optimizer."
@@ -105,7 +106,10 @@ def _restored(folder: Path, record: dict[str, Any]) -> Run:
 def _points(folder: Path, name: str) -> list[dict[str, Any]]:
     """The logged points of a run; none if its file was deleted."""
     path = folder / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it, and the page has no curve of it") from error
 
 
 def _warnings(runs: Sequence[Run], total: int) -> Iterator[str]:

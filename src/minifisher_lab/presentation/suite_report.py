@@ -38,8 +38,8 @@ LEGEND = (
     "target: until a run reaches the best training loss of "
     "{reference} on the same seed; a dash if one seed never does. Seconds count training alone. Bands in "
     "plots are the range over seeds; a plot against seconds is cut where only much slower optimizers still "
-    "run. Hit edge: the best value is the outermost one that was tried, so a better one may lie outside. A "
-    "bold row has the lowest loss."
+    "run. Hit edge: the best value is the outermost one that was tried, so a better one may lie outside. "
+    "Means leave diverged seeds out. A bold row has the fewest of them and, among those, the lowest loss."
 )
 PROFILE = (
     "Performance profiles (Dolan, Moré 2002): the height of a line at x is the share of problems on which "
@@ -47,8 +47,9 @@ PROFILE = (
 )
 STANDINGS = (
     "The table says on how many of the {count} problems an optimizer has the lowest mean training loss, or a "
-    "loss whose 95 % interval meets that of the lowest. Equal time is the median over optimizers of the "
-    "training time of a run, on each problem. The loss of a slower optimizer is that before its run ends."
+    "loss whose 95 % interval meets that of the lowest, and no diverged seed. Equal time is the median over "
+    "optimizers of the training time of a run, on each problem. The loss of a slower optimizer is that "
+    "before its run ends."
 )
 SETTINGS = (
     "Every tuned optimizer had {trials} trials on each problem. Two thirds of them cover the declared "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,13 @@ Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 Schedule = Literal["constant", "linear", "cosine", "steps", "thirds"]
 Augmentation = Literal["none", "crop", "crop and flip", "crop and colour"]
 Initialisation = Literal["torch", "fan-out"]
+CHOICES = {
+    "likelihood": Likelihood,
+    "schedule": Schedule,
+    "augmentation": Augmentation,
+    "initialisation": Initialisation,
+}
+"""The fields of a problem that have a fixed set of values."""
 
 
 Tensors: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor]"
@@ -42,7 +49,7 @@ class Problem:
 
     The targets are classes [N] for "categorical". For "bernoulli" and "gaussian" they are what the outputs
     are compared with, floating-point numbers [N, outputs]; integers there mean that the inputs are the
-    targets, as for an autoencoder.
+    targets, as for an autoencoder. Raises ValueError for a value that a field does not have.
     """
 
     name: str
@@ -66,6 +73,13 @@ class Problem:
     """For each named parameter w a factor c: the training loss has c / 2 |w|^2 added."""
     evaluation_samples: int = 2000
     """The size of the fixed slices of the training and the test set that are evaluated during a run."""
+
+    def __post_init__(self) -> None:
+        for name, values in CHOICES.items():
+            allowed, value = get_args(values), getattr(self, name)
+            if value not in allowed:
+                names = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} of {self.name} must be one of {names}, got {value!r}")
 
     def build(self, seed: int) -> nn.Module:
         """The network, initialised from the seed; the same seed gives every optimizer the same start."""

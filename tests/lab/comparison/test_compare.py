@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -156,3 +157,21 @@ def test_a_diverged_run_stays_in_points_table_and_results(digits: Splits, tmp_pa
         "adamw": "finished",
         "sgd": "diverged",
     }
+
+
+def test_ctrl_c_in_the_rounds_beyond_the_grid_leaves_them_to_be_done(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, warm_up = [], compare.warm_up
+
+    def impatient(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        warm_up(*arguments)
+
+    monkeypatch.setattr(compare, "warm_up", impatient)
+    plan = replace(_plan(("sgd", 1e-6), ("sgd", 2e-6), epochs=0.2, seeds=1), follow=True)
+    runs, _ = _shown(plan, digits, RunFolder(tmp_path))
+    assert [run.status for run in runs] == ["finished", "finished"]
+    assert not plan.completed(runs)

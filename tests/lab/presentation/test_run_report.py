@@ -89,3 +89,12 @@ def test_a_folder_without_results_says_what_to_do(tmp_path: Path) -> None:
     assert "has no plan.json: give a study, or the folder of a run that has ended" in output
     (tmp_path / "plan.json").write_text("{")
     assert "damaged" in run("report", str(tmp_path))[1]
+
+
+def test_a_damaged_file_of_points_is_named(tmp_path: Path) -> None:
+    made = measured(tmp_path, "train", "autoencoder-digits", "--optimizer", "sgd", *SHORT)
+    (points,) = made.glob("*.jsonl")
+    points.write_bytes(points.read_bytes()[:-20])
+    code, output = run("report", str(made))
+    assert code == 2
+    assert f"{points.name} is damaged" in output.replace(" ", "").replace("isdamaged", " is damaged")

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,6 +130,27 @@ def test_losses_are_compared_at_equal_time(study: StudyFile) -> None:
     # Five steps and a tenth of a second lie between two points.
     assert results.loss_within(by_name["adamw"], 0.55).mean == pytest.approx(2 * math.exp(-25 / 10))
     assert results.loss_within(by_name["adamw"], 0.9).mean == by_name["adamw"].row.best_loss.mean
+
+
+def test_an_optimizer_with_a_diverged_seed_is_not_first(study: StudyFile) -> None:
+    found = results.read(study)
+    diverging = tuple(
+        replace(result, row=replace(result.row, runs=(diverged(result.row.runs[0]), *result.row.runs[1:])))
+        if result.entrant.name == "adamw"
+        else result
+        for result in found.results
+    )
+    findings = replace(found, results=diverging)
+    names = [result.entrant.name for result in findings.of("cnn-digits")]
+    assert names[0] == "mbf"
+    assert names[-1] == "adamw"  # after all without a diverged seed
+    standings = results.standings(findings)
+    assert standings["mbf"] == (2, 2)
+    assert standings["adamw"] == (0, 0)
+
+
+def diverged(run: Run) -> Run:
+    return replace(run, status="diverged")
 
 
 def test_standings_count_the_problems_on_which_an_optimizer_is_level_with_the_first(

@@ -209,3 +209,9 @@ def test_the_authors_start_is_an_option_of_every_problem() -> None:
     problem = replace(PROBLEMS["cnn-digits"], initialisation="fan-out")
     assert not problem.build(0)[0].bias.any()
     assert PROBLEMS["cnn-digits"].build(0)[0].bias.any()
+
+
+@pytest.mark.parametrize("field", ["likelihood", "schedule", "augmentation", "initialisation"])
+def test_a_value_that_a_field_does_not_have_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field} of cnn-digits must be one of .*, got 'typo'"):
+        replace(PROBLEMS["cnn-digits"], **{field: "typo"})  # type: ignore[arg-type]
