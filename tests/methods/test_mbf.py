@@ -681,3 +681,9 @@ def test_padding_leaves_an_inverse_that_needs_no_second_attempt():
     opt.step()
     assert torch.isfinite(opt.state[weight]["inverse"]).all()
     assert opt.diagnostics()["fallbacks"] == 0
+
+
+def test_blocks_of_one_entry_are_not_shared_and_say_so():
+    optimizer = MBF(nn.Linear(1, 5), share="layer")
+    assert "diagonal" in str(optimizer.describe())
+    assert "single entries are not shared" in str(optimizer.describe())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from minifisher import KBFGS, MBF
 from minifisher.statistics.capture import Capture
 from minifisher.statistics.layers import layers_of
 from tests.helpers import problem
@@ -217,3 +221,62 @@ def test_a_weight_frozen_before_the_backward_pass_has_no_samples():
     case.module[0].weight.requires_grad_(False)
     loss.backward()
     assert [layer.name for layer in capture.collect()] == ["2.weight"]
+
+
+# ---- the outputs of DistributedDataParallel ----
+
+
+class Sink(torch.autograd.Function):
+    """As the last node of DistributedDataParallel: outputs without a gradient bring None to hooks."""
+
+    @staticmethod
+    def forward(ctx, wrapper, *outputs):
+        ctx.set_materialize_grads(False)
+        ctx.ddp_weakref = wrapper
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, *gradients
+
+
+class Wrapper:
+    def __init__(self, static_graph):
+        self.static_graph = static_graph
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self, static_graph=False):
+        super().__init__()
+        self.trunk, self.first, self.second = (nn.Linear(3, width) for width in (3, 2, 4))
+        self.wrapper = Wrapper(static_graph)
+
+    def forward(self, inputs):
+        hidden = self.trunk(inputs).tanh()
+        return Sink.apply(weakref.ref(self.wrapper), self.first(hidden), self.second(hidden))
+
+
+@pytest.mark.parametrize("method", [partial(MBF, fisher="empirical"), KBFGS])
+def test_an_output_that_the_loss_leaves_out_has_no_samples(method):
+    module = TwoOutputs()
+    optimizer = method(module)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = module(torch.ones(4, 3))[0].square().mean()
+        loss.backward()
+        return loss
+
+    before = module.first.weight.detach().clone()
+    optimizer.step(closure)
+    assert not torch.equal(module.first.weight, before)
+    assert not optimizer.state.get(module.second.weight, {}).get("observations")
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_drawn_labels_and_a_static_graph_are_refused(fisher):
+    module = TwoOutputs(static_graph=True)
+    with pytest.raises(RuntimeError, match=r"static_graph=True.*leave static_graph=True out"):
+        MBF(module, fisher=fisher).observe(module(torch.ones(4, 3))[0])
+    module.wrapper.static_graph = False
+    MBF(module, fisher=fisher).observe(module(torch.ones(4, 3))[0])

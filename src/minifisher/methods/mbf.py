@@ -228,8 +228,8 @@ class MBF(CurvatureOptimizer):
     )
     share: Literal["row", "layer"] | None = option(
         default=None,
-        meaning='"row": each row has its own blocks; "layer": all rows share their mean; None: "layer". '
-        'With linear_blocks="column" the same for columns.',
+        meaning='"row": each row has its own blocks; "layer": all rows share their mean (not of single '
+        'entries); None: "layer". With linear_blocks="column" the same for columns.',
     )
     linear_blocks: Literal["row", "column"] = option(
         default="row",
@@ -353,9 +353,11 @@ def _choose_blocks(shape: torch.Size, options: dict[str, Any]) -> tuple[BlockRea
     shared = options["share"] != "row"
     widest = min(_WIDTH, _WIDTH_PER_ROW * rows) if shared else _WIDTH_PER_ROW
     width = min(options["block_size"] or block_width(length, widest, kernel), length)
-    structure = "blocks of shared rows" if shared else "blocks of rows"
     reason = "asked for" if options["block_size"] else f"the widest even cut up to {widest}"
-    return BlockReading(rows, length, width), shared and width > 1, structure, reason
+    if width == 1:
+        return BlockReading(rows, length, 1), False, "diagonal", f"{reason}; single entries are not shared"
+    structure = "blocks of shared rows" if shared else "blocks of rows"
+    return BlockReading(rows, length, width), shared, structure, reason
 
 
 def _reads_rows(shape: torch.Size, options: dict[str, Any]) -> bool:

@@ -80,9 +80,12 @@ class CallsOfLayer:
         """The calls that have a gradient or may still receive one."""
         return list(self._calls.values())
 
-    def add_gradient(self, call: PendingCall, gradients: Tensor) -> None:
-        """Add an output gradient of the training loss; two backward passes on one graph bring two terms."""
-        if self.note_backward(call):
+    def add_gradient(self, call: PendingCall, gradients: Tensor | None) -> None:
+        """Add an output gradient of the training loss; two backward passes on one graph bring two terms.
+
+        DistributedDataParallel calls the hook of an output that the loss does not depend on with None.
+        """
+        if gradients is not None and self.note_backward(call):
             arrived = with_sample_dimension(call.module, gradients.detach())
             self._store(call, (sum(call.output_gradients, arrived),))
 
@@ -209,6 +212,12 @@ def find_in_graph(losses: Iterable[Tensor], calls: Iterable[PendingCall]) -> dic
 def hides_layers(losses: Iterable[Tensor]) -> bool:
     """Whether a part of the graph is a reentrant checkpoint, whose calls come in the backward pass."""
     return any(type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes(losses))
+
+
+def passes_static_graph(losses: Iterable[Tensor]) -> bool:
+    """Whether a part of the graph is the output of DistributedDataParallel with static_graph=True."""
+    models = (getattr(node, "ddp_weakref", lambda: None)() for node in _nodes(losses))
+    return any(model is not None and model.static_graph for model in models)
 
 
 def _metadata(node: Any) -> dict[Any, None]:

@@ -20,6 +20,7 @@ from minifisher.statistics.calls import (
     can_receive_gradient,
     find_in_graph,
     hides_layers,
+    passes_static_graph,
 )
 from minifisher.statistics.compiled_hooks import (
     code_checks_for_hooks,
@@ -55,6 +56,11 @@ _NO_SAMPLES = (
 _HIDDEN = (
     "optimizer.observe found none of the layers behind these outputs: torch.utils.checkpoint with "
     'use_reentrant=True hides them until loss.backward(). Set use_reentrant=False, or use fisher="empirical"'
+)
+_STATIC_GRAPH = (
+    "DistributedDataParallel(static_graph=True) averages gradients in the first backward pass from an output "
+    "alone, and optimizer.observe would be that pass: leave static_graph=True out, or use "
+    'fisher="empirical" or "gradient"'
 )
 _TOO_LATE = (
     "optimizer.observe came after loss.backward(), which has freed the graph: call it between the forward "
@@ -236,6 +242,8 @@ class Capture:
             if hides_layers(loss_sums):
                 raise RuntimeError(_HIDDEN)
             return
+        if passes_static_graph(loss_sums):
+            raise RuntimeError(_STATIC_GRAPH)
         by_loss = [self._output_gradients(loss_sum, edges) for loss_sum in loss_sums]
         by_layer: dict[Layer, dict[PendingCall, list[Tensor | None]]] = defaultdict(dict)
         for call in dict.fromkeys(call for gradients in by_loss for call in gradients):
@@ -331,7 +339,7 @@ class Capture:
             output.register_hook(partial(calls.add_gradient, call))  # type: ignore[no-untyped-call]
 
     def _note_backward(
-        self, call: weakref.ref[PendingCall], calls: weakref.ref[CallsOfLayer], gradients: Tensor
+        self, call: weakref.ref[PendingCall], calls: weakref.ref[CallsOfLayer], gradients: Tensor | None
     ) -> None:
         held, among = call(), calls()
         if held is not None and among is not None and not self._is_differentiating:

@@ -35,8 +35,9 @@ class _Call:
     outputs: Tensor
     gradients: Tensor | None = None
 
-    def add_gradient(self, gradients: Tensor) -> None:
-        if not accumulates_into_grad(self.weight):
+    def add_gradient(self, gradients: Tensor | None) -> None:
+        # DistributedDataParallel brings None for an output that the loss does not depend on.
+        if gradients is None or not accumulates_into_grad(self.weight):
             return
         # Two backward passes on one graph, one for each of two losses, bring two terms of one gradient.
         arrived = _sum(_positions(self.module, gradients))
