@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from minifisher_lab.comparison.machine import machine
 from minifisher_lab.comparison.summary import REFERENCE, Spread, all_rows, reference_row, rows
@@ -44,21 +45,41 @@ def number(value: float, form: str = ".1f") -> str:
     return "-" if math.isnan(value) else f"{value:{form}}"
 
 
-NAME = 20
-"""The columns that a name should have at least; a longer one wraps."""
+NAME, SHORT_NAME = 20, 8
+"""The columns that a name should have, and those that it has at least; a longer one wraps."""
 
 
-def table(plan: Plan, runs: Sequence[Run], width: int = 80) -> Table:
-    """One line per optimizer, best loss first.
+def table(plan: Plan, runs: Sequence[Run], width: int = 80) -> Table | Text:
+    """One line per optimizer, best loss first; one block of lines per optimizer if `width` is small.
 
     No number is ever cut. Where a line has more than `width` columns names wrap, and what follows a mean,
-    its deviation, stands below it.
+    its deviation, stands below it. If that is still too wide, every number has a line of its own.
     """
     ranking = rows(runs)
     reference = reference_row(ranking)
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
+    title = f"{plan.problem.name}, {plan.budget} a run, {seeds}"
+    heads = list(_columns(plan, reference))
+    lines = [list(_cells(row, reference, plan.problem.classifies)) for row in ranking]
+    if _width(lines) + NAME > width:
+        lines = [[name, *(cell.replace(" ", "\n", 1) for cell in cells)] for name, *cells in lines]
+    if _width([["optimizer", *heads], *lines]) + SHORT_NAME > width:
+        return _blocks(title, heads, lines)
+    result = _lined(title, heads)
+    for index, line in enumerate(lines):
+        result.add_row(*line, style="" if index else "bold")
+    return result
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """The columns that all but the names take, with the gaps."""
+    _, *columns = zip(*lines, strict=True)
+    return sum(max(len(part) for text in column for part in text.split("\n")) + 2 for column in columns)
+
+
+def _lined(title: str, heads: Sequence[str]) -> Table:
     result = Table(
-        title=f"{plan.problem.name}, {plan.budget} a run, {seeds}",
+        title=title,
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
@@ -66,15 +87,20 @@ def table(plan: Plan, runs: Sequence[Run], width: int = 80) -> Table:
         title_style="bold",
         title_justify="left",
     )
-    result.add_column("optimizer", overflow="fold", min_width=8)
-    for name in _columns(plan, reference):
+    result.add_column("optimizer", overflow="fold", min_width=SHORT_NAME)
+    for name in heads:
         result.add_column(name, justify="right", no_wrap=True)
-    lines = [tuple(_cells(row, reference, plan.problem.classifies)) for row in ranking]
-    narrow = sum(max(map(len, column)) + 2 for column in list(zip(*lines, strict=True))[1:]) + NAME > width
-    for row, (name, *numbers) in zip(ranking, lines, strict=True):
-        below = [cell.replace(" ", "\n", 1) for cell in numbers] if narrow else numbers
-        result.add_row(name, *below, style="bold" if row is ranking[0] else "")
     return result
+
+
+def _blocks(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Text:
+    """For each optimizer its name and below it `heading: number`, one a line."""
+    text = Text(overflow="fold").append(title, style="bold")
+    for index, (name, *cells) in enumerate(lines):
+        text.append(f"\n\n{name}", style="" if index else "bold")
+        for head, cell in zip(heads, cells, strict=True):
+            text.append("\n  " + " ".join(f"{head}: {cell}".split()))
+    return text
 
 
 def trial_table(search: Search, ranked: Sequence[FrozenTrial]) -> Table:
