@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from minifisher_lab.presentation.plots import band, limits, plain_ticks, spaced
+from minifisher_lab.presentation.labels import labels, outside, scale, spaced
+from minifisher_lab.presentation.plots import band, limits, lowered, plain_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
     from minifisher_lab.comparison.results import Axis
     from minifisher_lab.comparison.summary import Row
 
-# (on white, on black): close to Okabe and Ito's palette for colour-blind readers, with enough contrast.
+# (on white, on black): the hues of Okabe and Ito's palette, or nearly, with enough contrast. For colour-blind
+# readers they differ in brightness, too.
 COLOURS = (
-    ("#d55e00", "#ff8a3d"),
-    ("#0072b2", "#4da3e0"),
-    ("#008060", "#33c79a"),
-    ("#a8458a", "#e59ac8"),
-    ("#a87000", "#f0b429"),
-    ("#2b8cbe", "#8fd0ff"),
-    ("#444444", "#cccccc"),
+    ("#d55e00", "#cc7711"),
+    ("#0072b2", "#2288ff"),
+    ("#119977", "#88ddbb"),
+    ("#882266", "#ee44aa"),
+    ("#7a4a00", "#ffbb11"),
+    ("#aa77ff", "#bbaaff"),
+    ("#111111", "#ffffff"),
 )
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 INK, SOFT, GRID = ("#222221", "#e8e8e6"), ("#666665", "#a8a8a6"), ("#ddddde", "#3a3a3c")
@@ -59,6 +61,7 @@ LABELS = {
     "test_loss": "test loss",
     "test_accuracy": "test accuracy, %",
 }
+LABEL_WIDTH, GAP = 18, 0.06  # characters in a line of a label, and its share of the height
 POINTS = 60  # of a curve
 CUT = 2.5
 """The axis ends at this multiple of the median run's seconds, if the slowest run is longer."""
@@ -124,8 +127,9 @@ def _curves(ranking: Sequence[Row], look: Mapping[str, Mapping[str, Any]], axis:
         axes.fill_between(positions, low, high, color=style["color"], alpha=0.1, linewidth=0)
         axes.plot(positions, mean, linewidth=1.8, **style)
         end = min(float(positions[-1]), right)
-        ends.append((end, float(np.interp(end, positions, mean)), row.optimizer))
-        means.append(mean)
+        last = float(np.interp(end, positions, mean))
+        ends.append((end, last, row.optimizer))
+        means.append(np.append(mean[positions < end], last))
     if quantity == "test_accuracy":
         axes.set_ylim(*_accuracy_limits(means))
     else:
@@ -148,6 +152,7 @@ def _accuracy_limits(means: Sequence[np.ndarray]) -> tuple[float, float]:
     """From the median accuracy early in the runs to a little above the best."""
     top = max(float(mean.max()) for mean in means)
     bottom = min(float(np.median([mean[len(mean) // 12] for mean in means])), top - 1)
+    bottom = lowered(bottom, top, means)
     return bottom, top + 0.04 * (top - bottom)
 
 
@@ -170,7 +175,10 @@ def _label_ends(
     """Name every line at its right end, with the names apart from each other."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(np.clip(to_axes.transform((x, y))[1], 0, 1)) for x, y, _ in ends]
-    for (x, _, name), height, place in zip(ends, heights, spaced(heights, 0.06), strict=True):
+    remarks = [outside(y, *axes.get_ylim()) for _, y, _ in ends]
+    texts = labels([name for *_, name in ends], remarks, LABEL_WIDTH)
+    places = spaced(heights, texts, GAP)
+    for (x, _, name), text, height, place in zip(ends, texts, heights, places, strict=True):
         colour = look[name]["color"]
         arrow = {
             "arrowstyle": "-",
@@ -181,14 +189,14 @@ def _label_ends(
             "shrinkB": 0,
         }
         axes.annotate(
-            name,
+            text,
             xy=(float(to_axes.transform((x, 1.0))[0]), height),
             xycoords="axes fraction",
             xytext=(1.06, place),
             textcoords="axes fraction",
             color=colour,
             va="center",
-            fontsize=10.5,
+            fontsize=10.5 * scale(texts, GAP),
             arrowprops={**arrow, "relpos": (0, 0.5)},
         )
 
