@@ -8,6 +8,7 @@ every later change is one transaction.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sqlite3
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -252,13 +254,14 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    options = {"connect_args": {"timeout": WAIT}}
-    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=options)
+    # A path in the URL would need quotes, which SQLAlchemy 2.0 and 2.1 read differently.
+    options = {"creator": partial(sqlite3.connect, path, timeout=WAIT, check_same_thread=False)}
+    return optuna.storages.RDBStorage("sqlite:///study", engine_kwargs=options)
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the files of processes that were killed while they made the study."""
-    for part in path.parent.glob(f".{path.name}.*.part*"):
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part*"):
         if machine.started(int(part.name.split(".")[-2])) is None:
             part.unlink(missing_ok=True)
 

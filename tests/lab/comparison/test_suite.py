@@ -95,6 +95,18 @@ def _new(path: Path, **changes: object) -> tuple[StudyFile, SuitePlan]:
     return open_study(path, plan, CPU)
 
 
+@pytest.mark.parametrize("name", ["odd dir/50%20#a b.sqlite", "what?.sqlite", "{x}[y]:@&.sqlite"])
+def test_a_study_may_have_any_name(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    study, plan = _new(path)
+    assert study.records(next(plan.units()).pair) == {}
+    assert list(path.parent.iterdir()) == [path]
+    path.with_name(f".{path.name}.999999999.part").touch()  # of a process that was killed
+    path.unlink()
+    _new(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     study, plan = _new(tmp_path / "study.sqlite")
     unit = next(plan.units())
