@@ -250,7 +250,9 @@ def suite_command(
     study: Annotated[Path | None, typer.Option(help="The file; default: runs/suite-SCALE.sqlite.")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Hours for the whole study: trials and epochs are reduced to fit, for all alike."),
+        typer.Option(
+            help="Hours for the whole study, above 0: trials and epochs are reduced to fit, for all alike."
+        ),
     ] = None,
     problems: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
     optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,

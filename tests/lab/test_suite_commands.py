@@ -68,3 +68,13 @@ def test_wrong_arguments_get_a_helpful_message(arguments: tuple[str, ...], expec
     code, output = _invoke(*arguments)
     assert code == 2
     assert expected in " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--budget"])
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf"])
+def test_a_wrong_number_is_refused_before_a_study_is_made(option: str, value: str, tmp_path: Path) -> None:
+    study = tmp_path / "tiny.sqlite"
+    code, output = _invoke("suite", "small", "--study", study, *TINY, *STEPS, option, value)
+    assert code == 2
+    assert f"{option} must be a finite number above 0, got {value}" in " ".join(output.split())
+    assert not list(tmp_path.iterdir())

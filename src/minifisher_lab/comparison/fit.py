@@ -51,6 +51,8 @@ def fitted(plan: SuitePlan, device: torch.device) -> SuitePlan:
         for problem in plan.epochs
         for entrant, cost in _costs(plan, problem, device).items()
     }
+    if not costs:  # no optimizer can run here
+        return plan
     training, other = _seconds(plan, costs)
     share = 3600 * plan.hours / (training + other)
     if share >= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -92,13 +93,21 @@ def make_plan(
     **changes: float | None,
 ) -> SuitePlan:
     """The plan of a scale, with the given problems, optimizers, epochs, and changes that are not None."""
+    _check_numbers({"epochs": epochs, "budget": changes.get("hours")})
     sizes, usual = SCALES[scale], entrants()
     known = published() | usual
     names = [look_up("problem", name, PROBLEMS).name for name in problems or sizes.problems]
     chosen = tuple(look_up("optimizer of the suite", name, known) for name in optimizers or usual)
-    lengths = {name: epochs or sizes.epochs.get(name, PROBLEMS[name].epochs) for name in names}
+    own = {name: sizes.epochs.get(name, PROBLEMS[name].epochs) for name in names}
+    lengths = own if epochs is None else dict.fromkeys(names, epochs)
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     return replace(SuitePlan(lengths, chosen, sizes.trials, sizes.seeds), **given)
+
+
+def _check_numbers(numbers: Mapping[str, float | None]) -> None:
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be a finite number above 0, got {value:g}")
 
 
 def open_study(path: Path, requested: SuitePlan, device: torch.device) -> tuple[StudyFile, SuitePlan]:

@@ -228,6 +228,12 @@ def test_an_optimizer_that_cannot_run_takes_no_time(monkeypatch: pytest.MonkeyPa
     assert fit.fitted(plan, CPU).epochs == plan.epochs
 
 
+def test_a_plan_is_kept_if_no_optimizer_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("small", ["cnn-digits"], ["kfac"], trials=1, seeds=1, epochs=10, hours=1)
+    _costs(monkeypatch)
+    assert fit.fitted(plan, CPU) == plan
+
+
 def test_every_kind_of_network_is_in_the_small_suite() -> None:
     small = set(SCALES["small"].problems)
     kinds = {kind for kind, family in FAMILIES.items() if small & {problem.name for problem in family}}
