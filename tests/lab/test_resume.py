@@ -202,6 +202,22 @@ def test_a_disk_that_is_full_at_the_start_is_one_clear_error(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_without_write_permission_gets_other_advice_than_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    _invoke(*COMMANDS["compare"], "--folder", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    monkeypatch.setattr(files, "write", forbidden)
+    code, output = _invoke("compare", "--resume", folder)
+    assert code == 1
+    assert "Permission denied" in output
+    assert "Make the folder writable, then start it again" in output
+    assert "Free space" not in output
+
+
 # ---- arguments ----
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from minifisher_lab.comparison.compare import compare
 from minifisher_lab.presentation import report
 from minifisher_lab.presentation.progress import RunBars, Silence, TrialBars
 from minifisher_lab.training import processes
-from minifisher_lab.training.runs import NotWritten
+from minifisher_lab.training.runs import NotWritten, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,12 +44,13 @@ def run_plan(plan: Plan, splits: Splits, folder: RunFolder, console: Console) ->
 
     console.print()
     console.print(report.table(plan, runs, console.width))
-    console.print(f"\n[dim]{report.footnotes(runs)}[/]\n", highlight=False)
+    console.print(f"\n[dim]{escape(report.footnotes(runs))}[/]\n", highlight=False)
     with _advice(folder):
         results = folder.keep("results.json", report.as_json(plan, runs))
         folder.write_again()
         written = [results, *plots.plot(plan, runs, folder.path)]  # plots last: a failure loses no results
-    console.print(f"{folder.path}/ holds {', '.join(path.name for path in written)} and one .jsonl a run.")
+    names = ", ".join(path.name for path in written)
+    console.print(f"{folder.path}/ holds {names} and one .jsonl a run.", markup=False)
     return runs
 
 
@@ -57,12 +60,11 @@ def _advice(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        trouble = (
-            error if isinstance(error, NotWritten) else f"cannot write into {folder.path}: {error.strerror}"
-        )
+        own = isinstance(error, NotWritten)
+        trouble = str(error) if own else f"cannot write into {folder.path}: {error.strerror}"
         raise NotWritten(
-            f"{trouble}. The table above holds what was measured. Free space, then start it again with "
-            f"--resume {folder.path}: only what could not be stored is measured again"
+            f"{trouble}. The table above holds what was measured. {remedy(trouble)}, then start it "
+            f"again with --resume {folder.path}: only what could not be stored is measured again"
         ) from error
 
 
@@ -76,7 +78,7 @@ def run_search(search: Search, splits: Splits, folder: RunFolder, console: Conso
     with _advice(folder):
         trials = folder.keep(TRIALS, as_json(search, study))
         folder.write_again()
-    console.print(f"All trials: {trials}", highlight=False)
+    console.print(f"All trials: {trials}", highlight=False, markup=False)
     return study
 
 
@@ -87,7 +89,7 @@ def _show_best(search: Search, study: optuna.Study, console: Console) -> None:
         return
     console.print(report.trial_table(search, search.ranked(study)))
     arguments = ", ".join(f"{name}={value:.3g}" for name, value in best[0].params.items())
-    console.print(f"Best: {search.choice.name} with {arguments}.", highlight=False)
+    console.print(f"Best: {search.choice.name} with {arguments}.", highlight=False, markup=False)
 
 
 def run_suite(

@@ -6,6 +6,8 @@ disk does not end a run: its points stay in memory, and every later write tries 
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 PLAN = "plan.json"
 """The file that says what a run folder measures."""
+
+LONGEST_NAME = 240
+"""Bytes of a run's name: with an ending it must fit into the 255 that file systems allow."""
 
 Status = Literal["running", "finished", "diverged", "interrupted"]
 
@@ -82,8 +87,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, usable as a file name."""
-        return re.sub(r"[^\w.=+-]+", "-", f"{self.optimizer}-lr{self.rate:g}-seed{self.seed}")
+        """The run's name, usable as a file name. A hash replaces the end of a very long optimizer."""
+        optimizer, numbers = _cleaned(self.optimizer), _cleaned(f"-lr{self.rate:g}-seed{self.seed}")
+        if len(f"{optimizer}{numbers}".encode()) > LONGEST_NAME:
+            kept = optimizer.encode()[: LONGEST_NAME // 2].decode(errors="ignore")
+            optimizer = f"{kept}-{hashlib.sha256(self.optimizer.encode()).hexdigest()[:12]}"
+        return f"{optimizer}{numbers}"
 
     @property
     def ended(self) -> bool:
@@ -111,6 +120,10 @@ class Run:
     def seconds_to(self, loss: float) -> float | None:
         """The training seconds at the first point whose training loss is at or below `loss`."""
         return next((point.seconds for point in self.points if point.train_loss <= loss), None)
+
+
+def _cleaned(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", text)
 
 
 def without_infinities(value: Any) -> Any:
@@ -209,7 +222,7 @@ class RunFolder:
             except NotWritten as error:
                 with suppress(OSError):
                     self.path.rmdir()  # nothing was measured
-                raise NotWritten(f"{error}. Free space, or choose another folder") from error
+                raise NotWritten(f"{error}. {remedy(str(error))}, or choose another folder") from error
 
     def _locked(self) -> bool:
         self.locks.append(files.lock(self.path))
@@ -318,6 +331,12 @@ class Nowhere(RunFolder):
     def write(self, name: str, content: dict[str, Any]) -> Path:
         """Write nothing."""
         return self.path / name
+
+
+def remedy(trouble: str) -> str:
+    """What to do about a file that could not be written, by the reason that the system gave."""
+    full = any(os.strerror(number) in trouble for number in (errno.ENOSPC, errno.EDQUOT))
+    return "Free space" if full else "Make the folder writable"
 
 
 def reason(error: Exception) -> str:

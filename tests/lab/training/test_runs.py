@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from minifisher_lab import files
-from minifisher_lab.training.runs import NotWritten, Point, Run, RunFolder, Unresumable
+from minifisher_lab.training.runs import NotWritten, Point, Run, RunFolder, Unresumable, remedy
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,9 @@ def _points(count: int) -> list[Point]:
 
 
 def _run(count: int = 0, **changes: Any) -> Run:
-    return Run("p", "sgd", 1e-3, 0, points=_points(count), **changes)
+    return Run(
+        **{"problem": "p", "optimizer": "sgd", "rate": 1e-3, "seed": 0, "points": _points(count), **changes}
+    )
 
 
 def test_run_folders_never_replace_each_other(tmp_path: Path) -> None:
@@ -175,3 +177,31 @@ def test_a_folder_in_which_another_process_works_is_refused_until_it_is_killed(t
         other.kill()
     for _ in range(2):  # in one process, a command may follow another
         RunFolder.reopen(folder.path).begin({"seed": 1}, CPU)
+
+
+def test_a_long_name_is_a_file_name_and_a_short_one_stays(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "long")
+    arguments = ",".join(f"argument_{number}=0.123456" for number in range(16))
+    runs = [_run(1, optimizer=f"mbf:{arguments},last={last}") for last in "ab"]
+    runs += [_run(1, optimizer="ü" * 300)]
+    for run in runs:
+        folder.log(run, run.points[-1])
+        folder.record(run)
+    folder.write_again()
+    assert len(list(folder.path.glob("*.jsonl"))) == 3
+    assert all(run.name.endswith("-lr0.001-seed0") for run in runs)
+    short = _run(optimizer="mbf:power=(1,2)")
+    assert short.name == "mbf-power=-1-2--lr0.001-seed0"
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "Free space"),
+        (errno.EDQUOT, "Free space"),
+        (errno.EACCES, "Make the folder writable"),
+        (errno.EROFS, "Make the folder writable"),
+    ],
+)
+def test_the_remedy_follows_from_the_reason(number: int, cure: str) -> None:
+    assert remedy(f"cannot write x: {os.strerror(number)}") == cure
