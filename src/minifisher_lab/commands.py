@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import typer
@@ -66,7 +67,7 @@ def _splits(problem: Problem, device: str | None) -> Splits:
     try:
         return _valid(lambda: batches.load(problem, place))
     except data.DataMissing as error:
-        console.print(f"[red]{error}[/]")
+        _print_error(error)
         raise typer.Exit(1) from error
 
 
@@ -90,8 +91,14 @@ def _clear_errors() -> Iterator[None]:
     except Unresumable as error:
         raise typer.BadParameter(str(error)) from error
     except NotWritten as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        _print_error(error)
         raise typer.Exit(1) from error
+
+
+def _print_error(error: Exception) -> None:
+    """Print it to the standard error, so that the standard output holds results alone."""
+    show = beside_json(as_json=True)
+    show.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(problem: Problem, candidates: Iterable[Candidate]) -> None:
@@ -163,7 +170,8 @@ def train(context: typer.Context) -> None:
     splits = _splits(task, asked.device)
     _try_out(task, splits, (candidate,))
     _describe(task, splits, candidate, show)
-    _carry_out(context, plan, splits, f"{task.name}-train", vars(asked))
+    with _documents(context, several=False) as documents:
+        documents.append(_carried_out(context, plan, splits, f"{task.name}-train", vars(asked)))
 
 
 def _describe(problem: Problem, splits: Splits, candidate: Candidate, show: Console) -> None:
@@ -188,21 +196,42 @@ def compare(context: typer.Context) -> None:
     ]  # report missing data before the first run
     for task, splits in zip(tasks.values(), loaded, strict=True):
         _try_out(task, splits, entrants)
-    for (name, task), budget, splits in zip(tasks.items(), budgets, loaded, strict=True):
-        plan = Plan(task, entrants, tuple(range(asked.seeds)), budget, asked.points, follow=asked.tune)
-        _carry_out(context, plan, splits, f"{task.name}-compare", {**vars(asked), "problems": [name]})
+    with _documents(context, several=len(tasks) > 1) as documents:
+        for (name, task), budget, splits in zip(tasks.items(), budgets, loaded, strict=True):
+            plan = Plan(task, entrants, tuple(range(asked.seeds)), budget, asked.points, follow=asked.tune)
+            options = {**vars(asked), "problems": [name]}
+            documents.append(_carried_out(context, plan, splits, f"{task.name}-compare", options))
+            if not documents[-1].completed:
+                break
 
 
-def _carry_out(
+class _Document(NamedTuple):
+    """The result of one problem, and whether all its runs came to their end."""
+
+    content: dict[str, Any]
+    completed: bool
+
+
+@contextmanager
+def _documents(context: typer.Context, *, several: bool) -> Iterator[list[_Document]]:
+    """Collect results. At the end --json prints them, after an error too: as a list if `several`."""
+    documents: list[_Document] = []
+    try:
+        yield documents
+    finally:
+        if context.params["as_json"] and processes.rank() == 0 and documents:
+            contents = [document.content for document in documents]
+            print_json(without_infinities(contents if several else contents[0]))
+    _end_unless(all(document.completed for document in documents))
+
+
+def _carried_out(
     context: typer.Context, plan: Plan, splits: Splits, label: str, options: dict[str, object]
-) -> None:
-    as_json = context.params["as_json"]
+) -> _Document:
     with _clear_errors():
         folder = request.run_folder(context, label, **options)
-        runs = run_plan(plan, splits, folder, beside_json(as_json))
-    if as_json and processes.rank() == 0:
-        print_json(without_infinities({**report.as_json(plan, runs), "folder": str(folder.path)}))
-    _end_unless(plan.completed(runs))
+        runs = run_plan(plan, splits, folder, beside_json(context.params["as_json"]))
+    return _Document({**report.as_json(plan, runs), "folder": str(folder.path)}, plan.completed(runs))
 
 
 def tune(context: typer.Context) -> None:
@@ -241,7 +270,27 @@ def suite(
     place = _device(device or _default_device())
     path = study or Path("runs") / f"suite-{scale}.sqlite"
     opened, planned = _valid(lambda: open_study(path, plan, place))
-    _end_unless(run_suite(opened, planned, place, console, take_over=take_over))
+    _end_unless(_valid(lambda: run_suite(opened, planned, place, console, take_over=take_over)))
+
+
+@contextmanager
+def _place_named(option: str) -> Iterator[None]:
+    """Turn a place that cannot be written into an error of the command line that names the option."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot write {error.filename} ({error.strerror}): name another place with {option}"
+        raise typer.BadParameter(message) from error
+
+
+def _check_place(folder: Path, *, make: bool = False) -> None:
+    """OSError if no file can be made in the folder; this is known before a long computation."""
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(folder)) from error
 
 
 def inspect(problem: str | None, picture: Path) -> None:
@@ -250,10 +299,14 @@ def inspect(problem: str | None, picture: Path) -> None:
     from minifisher_lab.presentation import inspect as drawing
 
     task = _valid(lambda: fisher.reduced(_problem(problem)))
+    with _place_named("--picture"):
+        _check_place(picture.parent)
     found = fisher.layers(task.name)
     console.print(drawing.table(found))
     title = f"{task.name}, small network: |F⁻¹|; % of its off-diagonal norm inside the blocks"
-    console.print(f"\n{drawing.draw(found, title, picture)}", highlight=False, soft_wrap=True)
+    with _place_named("--picture"):
+        drawn = drawing.draw(found, title, picture)
+    console.print(f"\n{drawn}", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_report(study: Path, folder: Path | None) -> None:
@@ -261,13 +314,19 @@ def write_report(study: Path, folder: Path | None) -> None:
     if study.is_dir():
         from minifisher_lab.presentation import run_report
 
-        written = [_valid(lambda: run_report.write(study, folder or study))]
+        place = folder or study
+        with _place_named("--folder"):
+            _check_place(place, make=True)
+            written = [_valid(lambda: run_report.write(study, place))]
     else:
         from minifisher_lab.comparison.study import StudyFile  # optuna is slow to import
         from minifisher_lab.presentation import suite_report
 
         opened = _valid(lambda: StudyFile(study))
-        written = suite_report.write(opened, folder or study.with_name(f"{study.stem}-report"))
+        place = folder or study.with_name(f"{study.stem}-report")
+        with _place_named("--folder"):
+            _check_place(place, make=True)
+            written = _valid(lambda: suite_report.write(opened, place))
     for path in written:
         console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 

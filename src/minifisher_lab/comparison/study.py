@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 
 from minifisher_lab.comparison import machine
-from minifisher_lab.training.runs import Point, Run, without_infinities
+from minifisher_lab.training.runs import Point, Run, reason, without_infinities
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -128,8 +128,9 @@ class StudyFile:
                 row = connection.execute("SELECT requested, planned FROM plan").fetchone()
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{path} is no study of minifisher ({error}): name another file") from error
-        self.requested, self.planned = map(json.loads, row)
-        self._storage = _storage(path)
+        with self._readable():
+            self.requested, self.planned = map(json.loads, row)
+            self._storage = _storage(path)
         self._studies: dict[str, optuna.Study] = {}
         self._records: dict[str, dict[str, Record]] = {}
 
@@ -142,6 +143,7 @@ class StudyFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.touch()  # OSError says what is wrong; SQLite does not
         storage = _storage(part)
         for pair in pairs:
             optuna.create_study(storage=storage, study_name=pair, direction="minimize")
@@ -167,8 +169,9 @@ class StudyFile:
         """
         known = self._records.setdefault(pair, {})
         if complete is None or len(known) < complete:
-            for trial in self._study(pair).get_trials(deepcopy=False):
-                record = _record(trial)
+            with self._readable():
+                found = [_record(trial) for trial in self._study(pair).get_trials(deepcopy=False)]
+            for record in found:
                 known.setdefault(record.unit.key, record)
         return known
 
@@ -176,9 +179,9 @@ class StudyFile:
         """The curve of a run."""
         names = [column.name for column in fields(Point)]
         query = f"SELECT {', '.join(names)} FROM point WHERE unit = ? ORDER BY step"
-        with self._transaction("DEFERRED") as connection:
+        with self._readable(), self._transaction("DEFERRED") as connection:
             rows = connection.execute(query, (unit.key,)).fetchall()
-        return [_point(dict(zip(names, row, strict=True))) for row in rows]
+            return [_point(dict(zip(names, row, strict=True))) for row in rows]
 
     def finish(self, record: Record, space: Mapping[str, Range]) -> None:
         """Store a run. It is finished from the moment that its trial is stored, after its points."""
@@ -225,6 +228,16 @@ class StudyFile:
         ]
 
     # ---- the file ----
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn whatever the reading of a damaged file raises into a StudyError."""
+        try:
+            yield
+        except Exception as error:  # sqlite3, SQLAlchemy, Optuna and json raise exceptions of their own
+            raise StudyError(
+                f"{self.path} is damaged or in use ({reason(error)}): name another file"
+            ) from error
 
     def _study(self, pair: str) -> optuna.Study:
         if pair not in self._studies:
