@@ -138,7 +138,11 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads that torch computes with; default: torch's own number.")
 ]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON; everything else goes to the standard error.")
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as JSON, a list if there are several; all else goes to the standard error.",
+    ),
 ]
 
 

@@ -165,6 +165,49 @@ def test_json_is_all_that_goes_to_the_standard_output(tmp_path: Path) -> None:
         assert json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).stdout)
 
 
+def test_several_problems_make_one_json_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ("--optimizers", "sgd", "--epochs", "0.1", "--points", "1", "--json", "--folder", str(tmp_path))
+    command = ["compare", "autoencoder-digits", "cnn-digits", *short]
+    result = CliRunner().invoke(cli.app, command, env=WIDE)
+    assert [record["problem"] for record in json.loads(result.stdout)] == command[1:3]
+    monkeypatch.setattr(RunFolder, "log", _interrupted)
+    result = CliRunner().invoke(cli.app, command, env=WIDE)
+    assert result.exit_code == 130
+    assert len(json.loads(result.stdout)) == 1
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_errors_beside_json_go_to_the_standard_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIFISHER_DATA", str(tmp_path / "c[/b]x[y]"))
+    short = ["--epochs", "0.1", "--points", "1", "--json", "--folder", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, ["train", "vgg16-cifar10", *short], env=WIDE)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "cifar10" in result.stderr
+    monkeypatch.setattr("minifisher_lab.files.write", _full)
+    result = CliRunner().invoke(cli.app, ["train", "autoencoder-digits", *short], env=WIDE)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "cannot write" in result.stderr
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["x[y]", "c[/b]x"])
+def test_brackets_in_paths_are_printed(name: str, tmp_path: Path) -> None:
+    parent = tmp_path / name
+    short = ("autoencoder-digits", "--epochs", 0.1, "--folder", parent)
+    code, output = _invoke("train", *short, "--optimizer", "sgd", "--points", 1)
+    assert code == 0, output
+    assert f"{parent}/" in output
+    code, output = _invoke("tune", *short, "--optimizer", "sgd", "--trials", 1)
+    assert code == 0, output
+    assert f"All trials: {parent}/" in output
+
+
 def test_the_best_rate_at_the_edge_of_a_grid_is_followed_outward(tmp_path: Path) -> None:
     short = ("--epochs", 0.25, "--points", 1, "--tune", "--optimizers", "sgd")
     code, output = _invoke("compare", f"{OWN}:make_problem", *short, "--folder", tmp_path)
