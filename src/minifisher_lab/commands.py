@@ -22,7 +22,7 @@ from minifisher_lab.problems import Problem, find
 from minifisher_lab.terminal import beside_json, console, print_json
 from minifisher_lab.training import batches, processes
 from minifisher_lab.training.optimizers import choose
-from minifisher_lab.training.runs import NotWritten, Unresumable, without_infinities
+from minifisher_lab.training.runs import NotWritten, Unresumable, reason, without_infinities
 from minifisher_lab.training.train import Budget, Trainer, warm_up
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     """Print it to the standard error, so that the standard output holds results alone."""
     show = beside_json(as_json=True)
     show.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -261,7 +261,8 @@ def suite(
 ) -> None:  # fmt: skip
     """Tune every optimizer on every problem and run the best settings."""
     _needs_one_process("suite")
-    from minifisher_lab.comparison.suite import make_plan, open_study  # optuna is slow to import
+    from minifisher_lab.comparison.study import FILE_ERRORS  # optuna is slow to import
+    from minifisher_lab.comparison.suite import make_plan, open_study
     from minifisher_lab.presentation.session import run_suite
 
     plan = _valid(lambda: make_plan(scale, *names, **numbers))
@@ -270,7 +271,14 @@ def suite(
     place = _device(device or _default_device())
     path = study or Path("runs") / f"suite-{scale}.sqlite"
     opened, planned = _valid(lambda: open_study(path, plan, place))
-    _end_unless(_valid(lambda: run_suite(opened, planned, place, console, take_over=take_over)))
+    try:
+        completed = _valid(lambda: run_suite(opened, planned, place, console, take_over=take_over))
+    except FILE_ERRORS as error:  # the disk is full, or the file is read-only
+        _print_error(
+            f"cannot write {path} ({reason(error)}). After that is mended, the same command continues"
+        )
+        raise typer.Exit(1) from error
+    _end_unless(completed)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,3 +129,16 @@ def test_a_damaged_study_is_one_clear_error(tmp_path: Path) -> None:
         code, output = _invoke(*command)
         assert code == 2, output
     assert any("is no study" in text for _, text in refused)
+
+
+def test_a_study_that_cannot_be_written_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(StudyFile, "claim", read_only)
+    code, output = _invoke("suite", "small", "--study", tmp_path / "tiny.sqlite", *TINY, *STEPS)
+    assert code == 1
+    assert "tiny.sqlite (OperationalError: attempt to write a readonly database)" in output
+    assert "the same command continues" in output

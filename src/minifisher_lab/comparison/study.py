@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
+import sqlalchemy.exc
 
 from minifisher_lab.comparison import machine
 from minifisher_lab.training.runs import Point, Run, reason, without_infinities
@@ -43,6 +44,10 @@ WAIT = 60.0
 """Seconds to wait while another process writes."""
 SAME_START = 2.0
 """The start of a process is known to about a hundredth of a second, and moves when the clock is set."""
+
+
+FILE_ERRORS = (sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+"""What reading and writing the file can raise besides OSError."""
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import SQLAlchemyError
-
 from minifisher_lab.comparison.fit import fitted
 from minifisher_lab.comparison.sizes import SCALES
 from minifisher_lab.comparison.spaces import Entrant, entrants, published
-from minifisher_lab.comparison.study import StudyError, StudyFile, Unit
+from minifisher_lab.comparison.study import FILE_ERRORS, StudyError, StudyFile, Unit
 from minifisher_lab.names import look_up
 from minifisher_lab.problems import PROBLEMS
 
@@ -125,7 +121,7 @@ def open_study(path: Path, requested: SuitePlan, device: torch.device) -> tuple[
             study = StudyFile.create(path, requested.as_json(), planned.as_json(), pairs)
         except OSError as error:  # no such folder can be made, or the file system has no hard links
             raise StudyError(f"cannot make {path} ({error.strerror}): name another with --study") from error
-        except (sqlite3.Error, SQLAlchemyError, StorageInternalError) as error:  # the disk is full
+        except FILE_ERRORS as error:  # the disk is full
             raise StudyError(f"cannot make {path} ({error}): name another with --study") from error
     _check_same(path, requested.as_json(), study.requested)
     return study, SuitePlan.from_json(study.planned)
