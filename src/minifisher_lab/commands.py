@@ -303,12 +303,17 @@ def _check_place(folder: Path, *, make: bool = False) -> None:
 
 def inspect(problem: str | None, picture: Path) -> None:
     """Draw the inverse Fisher matrix of a small network."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     from minifisher_lab.comparison import fisher  # torch.func and matplotlib are slow to import
     from minifisher_lab.presentation import inspect as drawing
 
     task = _valid(lambda: fisher.reduced(_problem(problem)))
     with _place_named("--picture"):
         _check_place(picture.parent)
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if picture.suffix and picture.suffix[1:].lower() not in kinds:
+        raise typer.BadParameter(f"--picture {picture} must end in one of {', '.join(kinds)}")
     found = fisher.layers(task.name)
     console.print(drawing.table(found))
     title = f"{task.name}, small network: |F⁻¹|; % of its off-diagonal norm inside the blocks"

@@ -68,6 +68,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_continues(
         (("suite", "tiny"), "small"),
         (("suite", "small", *TINY, "--study", "/dev/null/study"), "cannot make /dev/null/study"),
         (("suite", "small", *TINY, "--study", "/proc/x.sqlite"), "cannot make /proc/x.sqlite"),
+        (("inspect", "cnn-digits", "--picture", "x.xyz"), "--picture x.xyz must end in one of"),
         (("inspect", "cnn-digits", "--picture", "/proc/x.png"), "name another place with --picture"),
         (("report", "nowhere.sqlite"), "there is no study nowhere.sqlite"),
         (("inspect", "vgg16-cifar10"), "inspect one of autoencoder-digits"),
