@@ -129,12 +129,12 @@ class CallsOfLayer:
         for number in {call.forward_pass for call in reached}:
             peers = [call for call in self.alive() if call.forward_pass == number]
             before = max(len(peer.output_gradients) for peer in peers)
-            for peer in peers if before else []:
-                factor = (1 + len(next(iter(reached.values()))) / before) ** 0.5
-                peer.output_gradients = tuple(factor * each for each in peer.output_gradients)
-            for call in peers:
-                if call in reached:
-                    self._append(call, reached[call], before)
+            for peer in peers:
+                if before:
+                    factor = (1 + len(next(iter(reached.values()))) / before) ** 0.5
+                    peer.output_gradients = tuple(factor * each for each in peer.output_gradients)
+                if peer in reached:
+                    self._append(peer, reached[peer], before)
 
     def _append(self, call: PendingCall, gradients: Sequence[Tensor | None], before: int) -> None:
         """Add those of one call, whose pass had so many losses `before`."""
